@@ -1,0 +1,60 @@
+# Set up, try, test and check the project. `make help` lists the targets.
+
+PYTHON ?= python3
+PIP_FLAGS ?= --quiet
+
+VENV := .venv
+FLOOR_VENV := .venv-floor
+# The oldest transformers that pyproject.toml allows.
+FLOOR_TRANSFORMERS := 5.16.1
+PYTEST := -m pytest tests -q -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-floor lint format clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+
+setup: $(VENV)/.stamp ## make .venv with the exact versions of constraints.txt (PYTHON=... picks the interpreter)
+
+demo: setup ## run the demo
+	$(VENV)/bin/python -m modeling_llava_stf demo
+
+test: setup ## run the fast tests
+	$(VENV)/bin/python $(PYTEST)
+
+test-floor: $(FLOOR_VENV)/.stamp ## run the fast tests on the oldest supported transformers
+	$(FLOOR_VENV)/bin/python $(PYTEST)
+
+lint: setup ## check style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: setup ## rewrite the files in the project's style
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## remove environments, caches and builds
+	rm -rf $(VENV) $(FLOOR_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# $(call install,venv,constraints,more requirements). torch goes first, so that no later step picks another build of it.
+define install
+@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is older than Python 3.11: name another one with PYTHON=...")'
+$(PYTHON) -m venv $(1)
+$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch
+$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) -e ".[dev,video]" $(3)
+$(1)/bin/python -m pip check
+@touch $@
+endef
+
+$(VENV)/.stamp: pyproject.toml constraints.txt
+	$(call install,$(VENV),constraints.txt)
+
+$(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
+	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,transformers==$(FLOOR_TRANSFORMERS))
+
+$(FLOOR_VENV)/constraints.txt: constraints.txt
+	@mkdir -p $(@D)
+	grep -v '^transformers==' $< > $@

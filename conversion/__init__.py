@@ -1,0 +1,11 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""From the original trainer's files to a Hub folder of `modeling_llava_stf`, and the names back.
+
+python -m conversion SOURCE DESTINATION [--base FOLDER] [--vision-tower FOLDER]
+"""
+
+from .convert import convert
+from .keys import ConversionError, to_hub, to_original
+
+__all__ = ["ConversionError", "convert", "to_hub", "to_original"]
