@@ -3,8 +3,7 @@
 """Processor of LLaVA-STF: pictures, videos and text in, pixels and token ids out."""
 
 import mimetypes
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 import PIL.Image
 import torch
 from transformers import BatchFeature, LlavaProcessor
-from transformers.image_utils import load_image, make_flat_list_of_images
+from transformers.image_utils import load_image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData
 from transformers.video_utils import load_video
@@ -26,6 +25,9 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
 
     A picture becomes RGB as PIL converts it (transparency is dropped, not painted white), is pasted in the middle of a
     square of CLIP's mean colour (`do_pad`), resized, cropped and normalised (original: `mm_utils.py`).
+
+    Raises:
+        ValueError: for a picture that cannot be decoded, is not finite, or whose range does not fit `do_rescale`.
     """
 
     size = {"shortest_edge": 336}
@@ -33,13 +35,22 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     do_pad = True
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
-        """One picture as (channels, height, width); a `ValueError` if it cannot be decoded or is not finite."""
-        if isinstance(image, PIL.Image.Image) and do_convert_rgb:
-            image = _decoded(image)
+        """One picture, of any kind, as (channels, height, width)."""
+        if do_convert_rgb:
+            image = _decoded(image) if isinstance(image, PIL.Image.Image) else _three_channels(np.asarray(image))
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if not np.isfinite(array).all():
-            raise ValueError("A picture has NaN or infinite pixels. Check how it was made; expected finite numbers.")
+            raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
         return array
+
+    def _preprocess(self, images: list[np.ndarray], do_rescale: bool, **kwargs: Any) -> BatchFeature:
+        for image in images:
+            if do_rescale and np.issubdtype(image.dtype, np.floating) and 0 < image.max() <= 1:
+                raise ValueError(
+                    f"A picture has floating point pixels up to {image.max():.3g}, expected 0 to 255. If it is scaled "
+                    "to 0 to 1 already, multiply it by 255."
+                )
+        return super()._preprocess(images, do_rescale=do_rescale, **kwargs)
 
 
 class LlavaSTFProcessor(LlavaProcessor):
@@ -66,7 +77,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             tokenizer does not know the image token.
     """
 
-    # One array per video, of different lengths: merged with the images before they leave the processor.
+    # One entry per video, of different lengths: merged with the images before they leave the processor.
     skip_tensor_conversion = [*LlavaProcessor.skip_tensor_conversion, "pixel_values_videos"]
 
     def __init__(
@@ -147,15 +158,19 @@ class LlavaSTFProcessor(LlavaProcessor):
             ValueError: if placeholders and images differ in number, a picture is unreadable, or a prompt with images
                 is longer than the model's context.
         """
-        prompts = [text] if isinstance(text, str) else text
-        images = self._flat_media(images, prompts, self.image_token)
-        videos = self._flat_media(videos, prompts, self.video_token)
-        outputs = super().__call__(images=images, text=text, videos=videos, **kwargs)
-        if videos is not None:
-            outputs["pixel_values"] = self._in_reading_order(
-                prompts, outputs.get("pixel_values"), outputs.pop("pixel_values_videos")
+        offsets_wanted = kwargs.pop("return_text_replacement_offsets", False)
+        outputs = super().__call__(
+            images=images, text=text, videos=videos, return_text_replacement_offsets=True, **kwargs
+        )
+        places = outputs["text_replacement_offsets"] if offsets_wanted else outputs.pop("text_replacement_offsets", [])
+        if "pixel_values_videos" in outputs:
+            types = [place["type"] for row in places for place in row]
+            outputs["pixel_values"] = _in_reading_order(
+                types, outputs.get("pixel_values", []), outputs.pop("pixel_values_videos")
             )
-        if prompts is not None:
+        if "offset_mapping" in outputs and not offsets_wanted:
+            outputs["offset_mapping"] = _offsets_in_prompt(outputs["offset_mapping"], places)
+        if text is not None:
             self._check_context(outputs["input_ids"])
         return outputs
 
@@ -184,7 +199,44 @@ class LlavaSTFProcessor(LlavaProcessor):
             num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
         )
 
-    # Pixels
+    # The steps of `ProcessorMixin.__call__`
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> tuple:
+        """Loads pictures, and brings videos to one list. Pictures given per prompt stay so, to be counted per prompt."""
+        images = _loaded(images) if images is not None else None
+        videos = list(_flat_videos(videos)) if videos is not None else None
+        has_images = images is not None and bool(len(_flat_images(images)))
+        return super().prepare_inputs_layout(
+            images=images if has_images else None, text=text, videos=videos or None, audio=audio, **kwargs
+        )
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
+        """Raises a `ValueError` if placeholders and images, or videos, differ in number."""
+        if images is None and text is None and videos is None:
+            raise ValueError(f"{type(self).__name__} got nothing: give images, videos or text.")
+        if text is None:
+            return
+        if not all(isinstance(prompt, str) for prompt in text):
+            raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.100}.")
+        per_prompt = isinstance(images, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in images)
+        n_images = [len(_flat_images(item)) for item in images] if per_prompt else [len(_flat_images(images))]
+        self._check_count(self.image_token, text, n_images)
+        self._check_count(self.video_token, text, [len(videos or [])])
+
+    def _check_count(self, token: str, text: list[str], given: list[int]) -> None:
+        expected = [prompt.count(token) for prompt in text]
+        if expected == given or (len(given) != len(expected) and sum(expected) == sum(given)):
+            return
+        crop = self.image_processor.crop_size
+        raise ValueError(
+            f"The prompts have {sum(expected)} {token} placeholders ({expected} by prompt), but {sum(given)} were given "
+            f"({given} by prompt or in all); each image or frame takes "
+            f"{self.num_image_tokens(crop['height'], crop['width'])} tokens. Write one {token} for each, in order. Usual "
+            "causes: the chat template was not applied, or a placeholder is missing from the text or stands twice."
+        )
+
+    def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
+        return super()._process_images(_flat_images(images), **kwargs)
 
     def _process_videos(self, videos: list, **kwargs: Any) -> tuple[dict, list[str]]:
         sampling = {name: kwargs.get(name) for name in ("num_frames", "fps")}
@@ -196,41 +248,16 @@ class LlavaSTFProcessor(LlavaProcessor):
         outputs = {"pixel_values_videos": pixels}
         return outputs, [self.replace_video_token(outputs, index) for index in range(len(videos))]
 
-    def _in_reading_order(self, prompts: list[str] | None, images: Any, videos: list) -> Any:
-        """Images and frames in the order of their placeholders: (images + frames, 3, H, W), in the type of `videos`."""
-        images = [] if images is None else images
-        if prompts is None:
-            pixels = [*images, *(frame for video in videos for frame in video)]
-        else:
-            next_image, next_video = iter(images), iter(videos)
-            either = f"{re.escape(self.image_token)}|{re.escape(self.video_token)}"
-            pixels = []
-            for placeholder in (token for prompt in prompts for token in re.findall(either, prompt)):
-                pixels += [next(next_image)] if placeholder == self.image_token else next(next_video)
-        if isinstance(videos[0], torch.Tensor):
-            return torch.stack(pixels)
-        return np.stack(pixels) if isinstance(videos[0], np.ndarray) else pixels
-
-    # Input checks
-
-    def _flat_media(self, media: Any, prompts: list[str] | None, token: str) -> list | None:
-        """Images or videos as one flat list; a `ValueError` if their number is not that of the placeholders."""
-        flatten = _flat_images if token == self.image_token else _flat_videos
-        flat = [] if media is None else list(flatten(media))
-        if prompts is not None:
-            expected = [prompt.count(token) for prompt in prompts]
-            per_prompt = isinstance(media, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in media)
-            given = [len(list(flatten(item))) for item in media] if per_prompt and token == self.image_token else None
-            if sum(expected) != len(flat) or (given is not None and len(given) == len(expected) != 1 and given != expected):
-                crop = self.image_processor.crop_size
-                tokens = self.num_image_tokens(crop["height"], crop["width"])
-                raise ValueError(
-                    f"The prompts have {sum(expected)} {token} placeholders (per prompt: {expected}), but {len(flat)} "
-                    f"were given" + (f" (per prompt: {given})" if given else "") + f"; each image or frame takes "
-                    f"{tokens} tokens. Write one {token} for each, in order. Usual causes: the chat template was not "
-                    "applied, or a placeholder is missing from the text or stands twice."
-                )
-        return flat or None
+    def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
+        try:
+            super()._check_special_mm_tokens(text, text_inputs, modalities)
+        except ValueError as error:
+            needed = max(len(ids) for ids in self.tokenizer(text)["input_ids"])
+            allowed = max(len(ids) for ids in text_inputs["input_ids"])
+            raise ValueError(
+                f"Truncation cuts through an image: the longest prompt needs {needed} tokens, {allowed} are allowed. "
+                "Raise `max_length`, or leave the example out."
+            ) from error
 
     def _check_context(self, input_ids: Any) -> None:
         limit = self.tokenizer.model_max_length
@@ -261,20 +288,39 @@ def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:
         raise ValueError(f"Cannot decode {name}: {error}. The file is damaged or not complete.") from error
 
 
-def _loaded(image: Any) -> Any:
-    if not isinstance(image, (str, Path)):
-        return image
+def _three_channels(array: np.ndarray) -> np.ndarray:
+    """Grey or transparent arrays, channels first or last, as RGB."""
+    axis = -1 if array.shape[-1] in (1, 3, 4) else 0
+    if array.shape[axis] == 1:
+        return np.repeat(array, 3, axis)
+    return np.take(array, range(3), axis) if array.shape[axis] == 4 else array
+
+
+def _loaded(images: Any) -> Any:
+    """Opens paths and URLs, in any nesting; leaves other pictures as they are."""
+    if isinstance(images, (list, tuple)):
+        return [_loaded(image) for image in images]
+    if not isinstance(images, (str, Path)):
+        return images
     try:
-        return load_image(str(image))
+        return load_image(str(images))
     except (OSError, ValueError) as error:
-        raise ValueError(f"Cannot read the picture {str(image)!r}: {error}") from error
+        raise ValueError(f"Cannot read the picture {str(images)!r}: {error}") from error
 
 
 def _flat_images(images: Any) -> list:
-    """A picture, a list of pictures, lists of pictures, or a 4-D array, as one list of loaded pictures."""
+    """A picture, a list of pictures, lists of pictures, or a 4-D array, as one list."""
+    if images is None:
+        return []
     if isinstance(images, (list, tuple)):
         return [picture for item in images for picture in _flat_images(item)]
-    return list(make_flat_list_of_images(_loaded(images)))
+    if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3:
+        return [images]
+    if getattr(images, "ndim", None) == 2:
+        return [images[..., None]]
+    if getattr(images, "ndim", None) == 4:
+        return list(images)
+    raise ValueError(f"Expected a picture (PIL image, array, tensor, path or URL), got {type(images).__name__}.")
 
 
 def _is_frame(item: Any) -> bool:
@@ -284,27 +330,67 @@ def _is_frame(item: Any) -> bool:
 
 
 def _flat_videos(videos: Any) -> Iterator[Any]:
-    """Single videos out of any nesting; a video is a file, a 4-D array, or a list of frames."""
+    """Single videos out of any nesting; a video is a file, a 4-D array, or a list of frames, which are loaded."""
     if isinstance(videos, (str, Path)) or getattr(videos, "ndim", None) == 4:
         yield videos
     elif isinstance(videos, (list, tuple)) and videos and _is_frame(videos[0]):
-        yield videos
-    else:
+        yield _loaded(videos)
+    elif isinstance(videos, (list, tuple)) or getattr(videos, "ndim", None) == 5:
         for item in videos:
             yield from _flat_videos(item)
+    else:
+        raise ValueError(f"Expected a video (list of frames, 4-D array or file), got {type(videos).__name__}.")
 
 
-def _frames(video: Any, num_frames: int | None, fps: float | None) -> Sequence[Any]:
-    """The frames of one video, at most `num_frames` of them, evenly spread."""
+def _frames(video: Any, num_frames: int | None, fps: float | None) -> list:
+    """The frames of one video: `fps` per second of a file, or `num_frames` evenly spread."""
     if isinstance(video, (str, Path)):
         fps = VIDEO_FPS if fps is None and num_frames is None else fps
-        return list(load_video(str(video), num_frames=num_frames, fps=fps, backend="pyav")[0])
+        try:
+            return list(load_video(str(video), num_frames=num_frames, fps=fps, backend="pyav")[0])
+        except (OSError, TypeError, ValueError, IndexError) as error:
+            raise ValueError(f"Cannot read the video {str(video)!r}: {error}") from error
     if fps is not None:
         raise ValueError(f"`fps` is {fps}, but a list of frames has no clock. Use `num_frames`, or give a video file.")
-    frames = [_loaded(frame) for frame in video]
-    if num_frames is None or num_frames >= len(frames):
-        return frames
-    return [frames[index] for index in np.linspace(0, len(frames) - 1, num_frames).round().astype(int)]
+    if num_frames is None or num_frames >= len(video):
+        return list(video)
+    return [video[index] for index in np.linspace(0, len(video) - 1, num_frames).round().astype(int)]
+
+
+def _in_reading_order(types: list[str], images: Any, videos: list) -> Any:
+    """Images and frames in the order of their placeholders (without text: images first), as (images + frames, 3, H, W).
+
+    The result is a tensor, an array or a list, as the pixels of each video are.
+    """
+    next_image, next_video = iter(images), iter(videos)
+    pixels: list = []
+    for kind in types or ["image"] * len(images) + ["video"] * len(videos):
+        pixels.extend([next(next_image)] if kind == "image" else next(next_video))
+    if isinstance(videos[0], torch.Tensor):
+        return torch.stack(pixels)
+    return np.stack(pixels) if isinstance(videos[0], np.ndarray) else pixels
+
+
+def _offsets_in_prompt(offset_mapping: Any, places: list[list[dict]]) -> Any:
+    """Character offsets in the expanded text as offsets in the prompt that was given.
+
+    Before transformers 5.18 the assistant mask of a chat template is found by these.
+    """
+
+    def in_prompt(offsets: tuple[int, int], row: list[dict]) -> tuple[int, int]:
+        start, end = offsets
+        for place in reversed(row):
+            if start >= place["new_span"][1]:
+                shift = place["new_span"][1] - place["span"][1]
+                return start - shift, end - shift
+            if start >= place["new_span"][0]:
+                return place["span"]
+        return start, end
+
+    if isinstance(offset_mapping, list):
+        return [[in_prompt(offsets, row) for offsets in ids] for ids, row in zip(offset_mapping, places, strict=True)]
+    rows = _offsets_in_prompt(offset_mapping.tolist(), places)
+    return torch.tensor(rows) if isinstance(offset_mapping, torch.Tensor) else np.array(rows)
 
 
 __all__ = ["LlavaSTFImageProcessor", "LlavaSTFProcessor"]
