@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Our configuration and image processor out of the original's configuration, the CLIP folder and the weights' shapes."""
+"""Our configuration and image processor, out of the original's configuration, the CLIP folder and the shapes."""
 
 from math import isqrt
 from pathlib import Path
@@ -47,9 +47,7 @@ def build_config(
         **(original.get("rope_scaling") or {"rope_type": "default"}),
     }
     vocabulary = max(state["model.embed_tokens.weight"].shape[0], image_token_id + 1)
-    text = LlamaConfig(
-        **{**fields, "rope_parameters": rope, "vocab_size": vocabulary, "pad_token_id": pad_token_id}
-    )
+    text = LlamaConfig(**{**fields, "rope_parameters": rope, "vocab_size": vocabulary, "pad_token_id": pad_token_id})
     return LlavaSTFConfig(
         vision_config=vision,
         text_config=text,

@@ -67,7 +67,7 @@ def convert(
         text_tokenizer.pad_token_id,
     )
     if not keep_full_tower:
-        config.vision_config.num_hidden_layers = max(config.vision_feature_layer)
+        config.vision_config.num_hidden_layers = max(config.taps)
         state = _without_unused_layers(state, config)
     weights = _with_image_row(to_hub(state), config)
     with torch.device("meta"):
@@ -137,9 +137,7 @@ def _check_complete(weights: State, expected: dict[str, torch.Size]) -> None:
         if name not in expected:
             raise ConversionError(f"The source has the weight {name!r}, for which the model has no place.")
         if tensor.shape != expected[name]:
-            raise ConversionError(
-                f"{name!r} has the shape {tuple(tensor.shape)}, expected {tuple(expected[name])}."
-            )
+            raise ConversionError(f"{name!r} has the shape {tuple(tensor.shape)}, expected {tuple(expected[name])}.")
         if not torch.isfinite(tensor).all():
             raise ConversionError(f"{name!r} has NaN or infinite values.")
 

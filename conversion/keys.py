@@ -58,6 +58,6 @@ def _rename(key: str, table: Mapping[str, str | None]) -> str | None:
         if match:
             return target.format(*match.groups()) if target is not None else None
     raise ConversionError(
-        f"Unknown weight {key!r}: it is neither mapped nor on the list of weights to drop (conversion/keys.py). Is this "
-        "a LLaVA-STF checkpoint?"
+        f"Unknown weight {key!r}: it is neither mapped nor on the list of weights to drop (conversion/keys.py). Is "
+        "this a LLaVA-STF checkpoint?"
     )

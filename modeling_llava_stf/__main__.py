@@ -77,8 +77,8 @@ def ask(
     print(f"tokens    {config.tokens_per_image} for the picture, LLaVA-1.5 would take {config.grid_size**2}")
     print(f"time      {seconds:.2f} s on {device}, {network.dtype}, model loaded")
     if model is None:
-        print("\nThese weights are random: a tiny checkpoint of the original's code, converted. The answer is the one that")
-        print("the original gives with them, and means nothing. Name a trained checkpoint with `ask ... --model`.")
+        print("\nThese weights are random: a tiny checkpoint of the original's code, converted. The answer is the one")
+        print("that the original gives with them, and means nothing. Name a trained checkpoint: ask ... --model NAME")
     return 0
 
 

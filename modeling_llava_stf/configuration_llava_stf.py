@@ -52,7 +52,7 @@ class LlavaSTFConfig(LlavaConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
-        self.vision_feature_layer = self._absolute_taps()
+        self.vision_feature_layer = self.taps
         self._check_fusion()
         self.image_seq_length = self.tokens_per_image
 
@@ -63,7 +63,7 @@ class LlavaSTFConfig(LlavaConfig):
         if found != cls.model_type:
             raise ValueError(
                 f"This is the configuration of a `{found}` model, expected `{cls.model_type}`. The weights of another "
-                "model have no fusion modules: convert the checkpoint first (`python -m conversion SOURCE DESTINATION`)."
+                "model have no fusion modules: convert the checkpoint first (python -m conversion SOURCE DESTINATION)."
             )
         return super().from_dict(config_dict, **kwargs)
 
@@ -77,9 +77,11 @@ class LlavaSTFConfig(LlavaConfig):
         """Tokens that one image, or one video frame, takes in the language model (144 for the released model)."""
         return (self.grid_size // self.fusion_window) ** 2
 
-    def _absolute_taps(self) -> list[int]:
-        taps = self.vision_feature_layer
-        taps = [taps] if isinstance(taps, int) else list(taps)
+    @property
+    def taps(self) -> list[int]:
+        """`vision_feature_layer` as a list of absolute indices into the tower's hidden states, in fusion order."""
+        layers = self.vision_feature_layer
+        taps = [layers] if isinstance(layers, int) else list(layers)
         depth = self.vision_config.num_hidden_layers
         missing = [tap for tap in taps if not -depth - 1 <= tap <= depth]
         if missing or not taps:
@@ -95,8 +97,8 @@ class LlavaSTFConfig(LlavaConfig):
             raise ValueError(
                 f"`fusion_window` is {self.fusion_window}, but the vision tower has a grid of {self.grid_size} x "
                 f"{self.grid_size} patches ({self.vision_config.image_size} pixels, patches of "
-                f"{self.vision_config.patch_size}). Choose a window that divides {self.grid_size}: with another one the "
-                "last rows and columns would be lost."
+                f"{self.vision_config.patch_size}). Choose a window that divides {self.grid_size}: with another one "
+                "the last rows and columns would be lost."
             )
         if self.vision_feature_select_strategy != "default":
             raise ValueError(

@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.utils import torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -35,7 +36,7 @@ class MultiBlockTokenFusion(nn.Module):
         super().__init__()
         width = config.vision_config.hidden_size
         hidden = config.block_fusion_hidden_size or 4 * width
-        self.linear_1 = nn.Linear(len(config.vision_feature_layer) * width, hidden, config.multimodal_projector_bias)
+        self.linear_1 = nn.Linear(len(config.taps) * width, hidden, config.multimodal_projector_bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(hidden, width, config.multimodal_projector_bias)
 
@@ -117,7 +118,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         blocks = self.vision_tower.encoder.layers
-        self.vision_tower.encoder.layers = _BlocksUpToLastTap(blocks, max(config.vision_feature_layer))
+        self.vision_tower.encoder.layers = _BlocksUpToLastTap(blocks, max(config.taps))
         self.multi_modal_projector = LlavaSTFMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -147,7 +148,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         return passes[0] if len(passes) == 1 else _concatenate(passes)
 
     def _encode(self, images: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        taps = self.config.vision_feature_layer
+        taps = self.config.taps
         all_hidden_states = kwargs.pop("output_hidden_states", None)
         # A frozen tower never runs backward, not even where gradient checkpointing makes its inputs require gradients.
         tower_learns = images.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
@@ -177,9 +178,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """Where the images' tokens go, (batch, sequence, 1); a `ValueError` if their number is not that of the features.
+        """Where the images' tokens go: (batch, sequence, 1).
 
-        `image_features` is (images*T, D) or (images, T, D).
+        `image_features` is (images*T, D) or (images, T, D); a `ValueError` if placeholders and features differ in number.
         """
         if input_ids is None:
             image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -194,8 +195,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         torch_compilable_check(
             mask.sum() == features,
             lambda: (
-                f"Image tokens and image features do not match: the text has {int(mask.sum())} image tokens, the images "
-                f"give {features} ({features // per_image} images or frames of {per_image} tokens each). Usual causes: "
+                f"Image tokens and image features do not match: the text has {int(mask.sum())} image tokens, the "
+                f"images give {features} ({features // per_image} images or frames of {per_image} tokens each). Usual causes: "
                 "the prompt has no `<image>` for an image (or one too many), truncation cut into an image, or the "
                 "inputs come from the processor of another model (LLaVA-1.5 writes 576 tokens per image)."
             ),
@@ -210,7 +211,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ):
+    ) -> tuple | LlavaModelOutputWithPast:
         """As [`LlavaModel.forward`]; a prompt with image tokens but no image is refused with a `ValueError`.
 
         In training a batch without images sends a blank image through tower and fusion and uses none of it, so that

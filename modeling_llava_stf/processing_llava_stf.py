@@ -82,15 +82,15 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     def __init__(
         self,
-        image_processor=None,
-        tokenizer=None,
-        patch_size=None,
-        fusion_window=None,
-        vision_feature_select_strategy=None,
-        chat_template=None,
-        image_token="<image>",
-        video_token="<video>",
-        **kwargs,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        patch_size: int | None = None,
+        fusion_window: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | dict[str, str] | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        **kwargs: Any,
     ):
         self.fusion_window = fusion_window
         self.video_token = video_token
@@ -131,8 +131,8 @@ class LlavaSTFProcessor(LlavaProcessor):
             )
         if self.tokenizer.convert_tokens_to_ids(self.image_token) in (None, self.tokenizer.unk_token_id):
             raise ValueError(
-                f"The tokenizer does not know {self.image_token!r}. Use the tokenizer of a converted checkpoint, or add "
-                "it as a special token."
+                f"The tokenizer does not know {self.image_token!r}. Use the tokenizer of a converted checkpoint, or "
+                "add it as a special token."
             )
 
     @property
@@ -140,7 +140,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         """A video is its frames, and a frame is a picture: there is no other processor (and no torchvision needed)."""
         return self.image_processor
 
-    def __call__(self, images=None, text=None, videos=None, **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
         """Prepares a batch for the model.
 
         Args:
@@ -190,19 +190,19 @@ class LlavaSTFProcessor(LlavaProcessor):
         frames = video_inputs["pixel_values_videos"][video_idx]
         return self.image_token * sum(self.num_image_tokens(*frame.shape[-2:]) for frame in frames)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs: Any) -> MultiModalData:
+    def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
         crop = kwargs.get("crop_size") or self.image_processor.crop_size
         tokens = self.num_image_tokens(crop["height"], crop["width"])
-        return MultiModalData(
-            num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes)
-        )
+        return MultiModalData(num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
     # The steps of `ProcessorMixin.__call__`
 
-    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> tuple:
-        """Loads pictures, and brings videos to one list. Pictures given per prompt stay so, to be counted per prompt."""
+    def prepare_inputs_layout(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> tuple:
+        """Loads pictures, and brings videos to one list; pictures given per prompt stay so, to be counted."""
         images = _loaded(images) if images is not None else None
         videos = list(_flat_videos(videos)) if videos is not None else None
         has_images = images is not None and bool(len(_flat_images(images)))
@@ -210,7 +210,9 @@ class LlavaSTFProcessor(LlavaProcessor):
             images=images if has_images else None, text=text, videos=videos or None, audio=audio, **kwargs
         )
 
-    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs: Any) -> None:
+    def validate_inputs(
+        self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
+    ) -> None:
         """Raises a `ValueError` if placeholders and images, or videos, differ in number."""
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} got nothing: give images, videos or text.")
@@ -229,10 +231,10 @@ class LlavaSTFProcessor(LlavaProcessor):
             return
         crop = self.image_processor.crop_size
         raise ValueError(
-            f"The prompts have {sum(expected)} {token} placeholders ({expected} by prompt), but {sum(given)} were given "
-            f"({given} by prompt or in all); each image or frame takes "
-            f"{self.num_image_tokens(crop['height'], crop['width'])} tokens. Write one {token} for each, in order. Usual "
-            "causes: the chat template was not applied, or a placeholder is missing from the text or stands twice."
+            f"The prompts have {sum(expected)} {token} placeholders ({expected} by prompt), but {sum(given)} were "
+            f"given ({given} by prompt or in all); each image or frame takes "
+            f"{self.num_image_tokens(crop['height'], crop['width'])} tokens. Write one {token} for each, in order. "
+            "Usual causes: the chat template was not applied, or a placeholder is missing from the text or stands twice."
         )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
@@ -242,9 +244,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         sampling = {name: kwargs.get(name) for name in ("num_frames", "fps")}
         image_kwargs = {name: value for name, value in kwargs.items() if name in ImagesKwargs.__annotations__}
         image_kwargs.setdefault("do_pad", False)
-        pixels = [
-            self.image_processor(_frames(video, **sampling), **image_kwargs)["pixel_values"] for video in videos
-        ]
+        pixels = [self.image_processor(_frames(video, **sampling), **image_kwargs)["pixel_values"] for video in videos]
         outputs = {"pixel_values_videos": pixels}
         return outputs, [self.replace_video_token(outputs, index) for index in range(len(videos))]
 
@@ -266,8 +266,8 @@ class LlavaSTFProcessor(LlavaProcessor):
             vision = int((np.asarray(row) == self.image_token_id).sum())
             if vision and len(row) > limit:
                 raise ValueError(
-                    f"Prompt {index} has {len(row)} tokens, {vision} of them of images or frames, but the context holds "
-                    f"{limit}. Give fewer images, fewer frames (`num_frames=`) or less text."
+                    f"Prompt {index} has {len(row)} tokens, {vision} of them of images or frames, but the context "
+                    f"holds {limit}. Give fewer images, fewer frames (`num_frames=`) or less text."
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -276,7 +276,9 @@ class LlavaSTFProcessor(LlavaProcessor):
         if self._auto_class is not None:
             module = type(self).__module__.split(".")[-1]
             output["auto_map"] = {"AutoProcessor": f"{module}.{type(self).__name__}"}
-            output["image_processor"]["auto_map"] = {"AutoImageProcessor": f"{module}.{type(self.image_processor).__name__}"}
+            output["image_processor"]["auto_map"] = {
+                "AutoImageProcessor": f"{module}.{type(self.image_processor).__name__}"
+            }
         return output
 
 

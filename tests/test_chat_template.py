@@ -102,7 +102,14 @@ def test_raw_prompts(mode, goldens, mode_processor):
 def test_each_piece_between_images_is_tokenized_on_its_own(mode, mode_processor):
     """The rule itself, for texts that the goldens do not have."""
     tokenizer = mode_processor.tokenizer
-    for text in ("<image>\n\nHi", "a<image> <image>b", "<image></s>USER: x", "x <image>", "<image>é<image>\n", "  <image>  y"):
+    for text in (
+        "<image>\n\nHi",
+        "a<image> <image>b",
+        "<image></s>USER: x",
+        "x <image>",
+        "<image>é<image>\n",
+        "  <image>  y",
+    ):
         pieces = [tokenizer(piece).input_ids[1:] for piece in text.split("<image>")]
         expected = [tokenizer.bos_token_id, *pieces[0]]
         for piece in pieces[1:]:

@@ -14,7 +14,8 @@ def test_defaults_are_the_released_model():
 
 
 @pytest.mark.parametrize(
-    ("image_size", "patch_size", "window", "tokens"), [(336, 14, 2, 144), (336, 14, 3, 64), (84, 14, 3, 4), (224, 16, 1, 196)]
+    ("image_size", "patch_size", "window", "tokens"),
+    [(336, 14, 2, 144), (336, 14, 3, 64), (84, 14, 3, 4), (224, 16, 1, 196)],
 )
 def test_tokens_per_image_are_derived(image_size, patch_size, window, tokens):
     vision = CLIPVisionConfig(image_size=image_size, patch_size=patch_size, num_hidden_layers=24)

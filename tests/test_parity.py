@@ -7,7 +7,7 @@ PIXELS, ACTIVATIONS, LOSS = 1e-6, 1e-4, 1e-5
 
 
 def forward_inputs(case, goldens, golden_tensors, processor):
-    """The inputs of a golden forward case in our form: placeholders expanded, pixels of the images that they stand for."""
+    """The inputs of a golden forward case in our form: placeholders expanded, with their images' pixels."""
     name, per_image = case["name"], goldens["tokens_per_image"]
     ids = golden_tensors[f"forward.{name}.input_ids"]
     mask = golden_tensors.get(f"forward.{name}.attention_mask", torch.ones_like(ids))
@@ -56,7 +56,7 @@ def test_pixels(goldens, golden_tensors, processor, picture):
 
 
 def test_pixels_of_files(goldens, golden_tensors, processor):
-    """Paths, in the mode in which the file is stored (grey, transparent), give the same pixels; padding is the default."""
+    """Paths, in the mode in which a file is stored (grey, transparent), give the same; padding is the default."""
     from conftest import GOLDENS
 
     paths = [str(GOLDENS / "images" / name) for name in goldens["images"]["files"]]
