@@ -30,7 +30,7 @@ NO_ANSWER_LOGIT = -1e4
 
 
 class MultiBlockTokenFusion(nn.Module):
-    """Mixes the features of several vision blocks into one feature map (paper, section 3.2)."""
+    """Mixes the features of several vision blocks into one feature map (original: `mm_projector_crosslayer`)."""
 
     def __init__(self, config: LlavaSTFConfig):
         super().__init__()
@@ -46,7 +46,7 @@ class MultiBlockTokenFusion(nn.Module):
 
 
 class SpatialTokenFusion(nn.Module):
-    """Fuses each k x k window of patches into one token of the language model (paper, section 3.3)."""
+    """Fuses each k x k window of patches into one token of the language model (original: `mm_projector`)."""
 
     def __init__(self, config: LlavaSTFConfig):
         super().__init__()
@@ -180,7 +180,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     ) -> torch.Tensor:
         """Where the images' tokens go: (batch, sequence, 1).
 
-        `image_features` is (images*T, D) or (images, T, D); a `ValueError` if placeholders and features differ in number.
+        `image_features` is (images*T, D) or (images, T, D). A `ValueError` if there are more or fewer placeholders.
         """
         if input_ids is None:
             image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -196,9 +196,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             mask.sum() == features,
             lambda: (
                 f"Image tokens and image features do not match: the text has {int(mask.sum())} image tokens, the "
-                f"images give {features} ({features // per_image} images or frames of {per_image} tokens each). Usual causes: "
-                "the prompt has no `<image>` for an image (or one too many), truncation cut into an image, or the "
-                "inputs come from the processor of another model (LLaVA-1.5 writes 576 tokens per image)."
+                f"images give {features} ({features // per_image} images or frames of {per_image} tokens each). Usual "
+                "causes: the prompt has no `<image>` for an image (or one too many), truncation cut into an image, or "
+                "the inputs come from the processor of another model (LLaVA-1.5 writes 576 tokens per image)."
             ),
         )
 
@@ -215,7 +215,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         """As [`LlavaModel.forward`]; a prompt with image tokens but no image is refused with a `ValueError`.
 
         In training a batch without images sends a blank image through tower and fusion and uses none of it, so that
-        every rank of a distributed run touches the same parameters (original: `llava_arch.py`, the dummy image).
+        every rank of a distributed run touches the same parameters (original: the dummy image of its collator).
         """
         has_images = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
         if not has_images:

@@ -24,7 +24,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     """The original's preprocessing, to the last bit: PIL's bicubic resize, whether or not torchvision is installed.
 
     A picture becomes RGB as PIL converts it (transparency is dropped, not painted white), is pasted in the middle of a
-    square of CLIP's mean colour (`do_pad`), resized, cropped and normalised (original: `mm_utils.py`).
+    square of CLIP's mean colour (`do_pad`), resized, cropped and normalised (original: `image_aspect_ratio: pad`).
 
     Raises:
         ValueError: for a picture that cannot be decoded, is not finite, or whose range does not fit `do_rescale`.
@@ -234,7 +234,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             f"The prompts have {sum(expected)} {token} placeholders ({expected} by prompt), but {sum(given)} were "
             f"given ({given} by prompt or in all); each image or frame takes "
             f"{self.num_image_tokens(crop['height'], crop['width'])} tokens. Write one {token} for each, in order. "
-            "Usual causes: the chat template was not applied, or a placeholder is missing from the text or stands twice."
+            "Usual causes: the chat template was not applied, or a placeholder is missing from the text or twice in it."
         )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
