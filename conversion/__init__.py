@@ -2,10 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the original trainer's files to a Hub folder of `modeling_llava_stf`, and the names back.
 
-python -m conversion SOURCE DESTINATION [--base FOLDER] [--vision-tower FOLDER]
+python -m conversion --help
 """
 
+from .back import convert_back
 from .convert import convert
 from .keys import ConversionError, to_hub, to_original
 
-__all__ = ["ConversionError", "convert", "to_hub", "to_original"]
+__all__ = ["ConversionError", "convert", "convert_back", "to_hub", "to_original"]

@@ -1,30 +1,72 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""python -m conversion SOURCE DESTINATION: a run of the original trainer becomes a Hub folder."""
+"""Turns a run of the original LLaVA-STF trainer into a Hub folder of transformers, and back.
+
+python -m conversion SOURCE DESTINATION                        a full fine-tune
+python -m conversion SOURCE DESTINATION --base VICUNA          a stage-1 projector or a LoRA run (merged)
+python -m conversion SOURCE DESTINATION --init-fusion          a plain LLaVA-1.5 or Vicuna, to begin a training
+python -m conversion OURS DESTINATION --to-original --vision-tower CLIP
+
+SOURCE is a folder or a Hub id; what it holds is told from its files. DESTINATION appears complete or not at all.
+"""
 
 import argparse
 import sys
 
-from . import ConversionError, convert
+import torch
+
+from . import ConversionError, convert, convert_back
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m conversion", description=__doc__)
-    parser.add_argument("source", help="folder of a full fine-tune, a stage-1 projector or a LoRA run")
-    parser.add_argument("destination", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--base", help="folder of the language model of a stage-1 projector or a LoRA run")
-    parser.add_argument("--vision-tower", help="folder of the CLIP model (default: the one the source's config names)")
-    parser.add_argument("--tokenizer", help="folder of the tokenizer (default: the source's, else the base's)")
-    parser.add_argument(
-        "--keep-full-tower", action="store_true", help="keep the tower's layers behind the last tap, which never run"
-    )
-    arguments = parser.parse_args()
+    arguments = vars(_parser().parse_args())
+    if arguments["dtype"] is not None:
+        arguments["dtype"] = DTYPES[arguments["dtype"]]
     try:
-        print(f"wrote {convert(**vars(arguments))}")
-    except ConversionError as error:
+        if arguments.pop("to_original"):
+            names = ("source", "destination", "vision_tower", "tokenizer", "revision", "max_shard_size", "verify")
+            folder = convert_back(**{name: arguments[name] for name in names})
+        else:
+            folder = convert(**arguments)
+    except (ConversionError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if not arguments["dry_run"]:
+        print(f"wrote {folder}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder to write; must not exist, or be empty")
+
+    source = parser.add_argument_group("source")
+    source.add_argument("--base", metavar="NAME", help="language model of a stage-1 projector or a LoRA run")
+    source.add_argument("--vision-tower", metavar="NAME", help="CLIP model (default: the one that the config names)")
+    source.add_argument("--tokenizer", metavar="NAME", help="tokenizer (default: the source's, else the base's)")
+    source.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    source.add_argument("--subfolder", help="folder of a Hub id that holds several runs")
+    source.add_argument("--init-fusion", action="store_true", help="SOURCE has no fusion weights: make new ones")
+    source.add_argument("--seed", type=int, default=0, help="of the new fusion weights (default: 0)")
+
+    target = parser.add_argument_group("target")
+    target.add_argument("--keep-adapter", action="store_true", help="keep a LoRA run as a PEFT adapter beside its base")
+    target.add_argument("--keep-full-tower", action="store_true", help="keep the tower's layers that are never used")
+    target.add_argument("--dtype", choices=DTYPES, help="of all weights (default: each weight's own)")
+    target.add_argument("--pad-vocabulary", type=int, default=1, metavar="N", help="pad the tables to a multiple of N")
+    target.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
+    target.add_argument("--to-original", action="store_true", help="SOURCE is ours: write the original's layout")
+
+    check = parser.add_argument_group("check")
+    check.add_argument("--dry-run", action="store_true", help="print the key table and the sizes; write nothing")
+    check.add_argument("--verify", action="store_true", help="read the result again and compare checksums")
+    check.add_argument("--outputs", metavar="FILE", help="recorded outputs or goldens.safetensors: compare logits, too")
+    return parser
 
 
 if __name__ == "__main__":

@@ -6,67 +6,70 @@ from math import isqrt
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 
 from .keys import ConversionError
-from .source import read_json
+from .source import MBTF, STF
+from .weights import Weights, read_json
 
 # The taps behind the first, by the number of taps that the projector's shape shows (the original's two variants).
 INNER_TAPS = {8: (21, 18, 15, 12, 9, 6, 3), 4: (18, 12, 6)}
 
 
 def build_config(
-    original: dict[str, Any],
-    state: dict[str, torch.Tensor],
-    vision: CLIPVisionConfig,
-    image_token_id: int,
-    pad_token_id: int,
+    original: dict[str, Any], weights: Weights, vision: CLIPVisionConfig, text: LlamaConfig, image_token_id: int
 ) -> LlavaSTFConfig:
-    """Widths, window and number of taps are read off the shapes of the weights (original names)."""
-    mbtf, stf = "model.mm_projector_crosslayer", "model.mm_projector"
-    if f"{mbtf}.0.weight" not in state or f"{stf}.2.weight" not in state:
-        raise ConversionError(
-            f"There is no {mbtf}.0.weight: this is not a LLaVA-STF checkpoint (a plain LLaVA has no fusion weights)."
-        )
-    width = vision.hidden_size
-    block_hidden, block_in = state[f"{mbtf}.0.weight"].shape
-    spatial_hidden, spatial_in = state[f"{stf}.0.weight"].shape
-    taps, window = block_in // width, isqrt(spatial_in // width)
-    if taps not in INNER_TAPS or block_in != taps * width or spatial_in != window**2 * width:
-        raise ConversionError(
-            f"{mbtf}.0.weight takes {block_in} channels and {stf}.0.weight {spatial_in}, but the vision tower has "
-            f"{width}: expected {' or '.join(str(n) for n in INNER_TAPS)} times that, and a square number of times."
-        )
+    """The configuration of a run; window, widths and number of taps are read off its weights (original names).
+
+    Without fusion weights (an initialisation) they are the released model's.
+    """
+    fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {"taps": 8}
+    # -2 of CLIP's 24 layers, said absolutely: the tower may be stored without the layers behind it.
     first_tap = original.get("mm_vision_select_layer", -2) % (vision.num_hidden_layers + 1)
-    fields = _known_fields(LlamaConfig, original)
-    rope = original.get("rope_parameters") or {
-        "rope_theta": original.get("rope_theta", 10000.0),
-        **(original.get("rope_scaling") or {"rope_type": "default"}),
-    }
-    vocabulary = max(state["model.embed_tokens.weight"].shape[0], image_token_id + 1)
-    text = LlamaConfig(**{**fields, "rope_parameters": rope, "vocab_size": vocabulary, "pad_token_id": pad_token_id})
+    taps = [first_tap, *INNER_TAPS[fusion.pop("taps")]]
     return LlavaSTFConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=image_token_id,
-        pad_token_id=pad_token_id,
+        pad_token_id=text.pad_token_id,
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
-        vision_feature_layer=[first_tap, *INNER_TAPS[taps]],
-        fusion_window=window,
-        block_fusion_hidden_size=None if block_hidden == 4 * width else block_hidden,
-        spatial_fusion_hidden_size=None if spatial_hidden == 16 * width else spatial_hidden,
-        dtype=state["model.embed_tokens.weight"].dtype,
+        vision_feature_layer=taps,
+        dtype=weights["model.embed_tokens.weight"].dtype,
+        **fusion,
     )
+
+
+def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
+    block_hidden, block_in = weights[f"{MBTF}0.weight"].shape
+    spatial_hidden, spatial_in = weights[f"{STF}0.weight"].shape
+    taps, window = block_in // width, isqrt(spatial_in // width)
+    if taps not in INNER_TAPS or block_in != taps * width or spatial_in != window**2 * width:
+        raise ConversionError(
+            f"{MBTF}0.weight takes {block_in} channels and {STF}0.weight {spatial_in}, but the vision tower has "
+            f"{width}: expected {' or '.join(str(count) for count in INNER_TAPS)} times that, and a square number of times."
+        )
+    return {
+        "taps": taps,
+        "fusion_window": window,
+        "block_fusion_hidden_size": None if block_hidden == 4 * width else block_hidden,
+        "spatial_fusion_hidden_size": None if spatial_hidden == 16 * width else spatial_hidden,
+    }
+
+
+def build_text_config(original: dict[str, Any]) -> LlamaConfig:
+    rope = original.get("rope_parameters") or {
+        "rope_theta": original.get("rope_theta", 10000.0),
+        **(original.get("rope_scaling") or {"rope_type": "default"}),
+    }
+    return LlamaConfig(**{**_known_fields(LlamaConfig, original), "rope_parameters": rope})
 
 
 def read_vision_config(folder: Path) -> CLIPVisionConfig:
     config = read_json(folder / "config.json")
-    config = config.get("vision_config", config)
-    return CLIPVisionConfig(**_known_fields(CLIPVisionConfig, config))
+    return CLIPVisionConfig(**_known_fields(CLIPVisionConfig, config.get("vision_config", config)))
 
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:

@@ -1,80 +1,204 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a finished Hub folder: weights, configs, processor, tokenizer, templates and code."""
+"""Writes a finished Hub folder: weights, configs, processor, tokenizer, templates, code, licences and a card."""
 
+import json
 import os
+import re
 import shutil
-import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from torch import nn
 from transformers import GenerationConfig
 from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
-from .config import build_config, build_image_processor, read_vision_config
-from .keys import ConversionError, to_hub
-from .source import TOWER_PREFIX, State, read_json, read_source, read_tower
+from .config import build_config, build_image_processor, build_text_config, read_vision_config
+from .keys import TOWER_PREFIX, ConversionError, to_hub, to_original
+from .source import (
+    MBTF,
+    PEFT_PREFIX,
+    STF,
+    Source,
+    fetch,
+    find_run,
+    lora_target,
+    merge_lora,
+    read_source,
+    read_tower,
+)
 from .tokenizer import load_tokenizer
+from .verify import check_logits
+from .weights import Weight, Weights, compare, parse_size, plan_shards, read_json, shard_names, write_folder
 
+ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).parent / "chat_templates"
-VOCABULARY_TABLES = ("model.language_model.embed_tokens.weight", "lm_head.weight")
+# The source's own config.json, for the way back.
+ORIGINAL_CONFIG_FILE = "original_config.json"
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- llava_stf
+---
+
+# LLaVA-STF, converted
+
+A LLaVA-STF checkpoint (arXiv 2506.07138) in the format of transformers, made from a {kind} of the original trainer.
+An image takes {tokens} vision tokens.
+
+```python
+from transformers import pipeline
+
+ask = pipeline("image-text-to-text", model="THIS_REPOSITORY", revision="COMMIT", trust_remote_code=True)
+```
+
+The code in this folder is under Apache-2.0 (LICENSE). The weights stay under the licences of what they were made from
+(NOTICE): name them here before you publish.
+"""
+
+
+@dataclass
+class Plan:
+    """All that will be written, checked; the weights are still on disk."""
+
+    source: Source
+    model: LlavaSTFForConditionalGeneration  # without weights
+    weights: Weights
+    processor: LlavaSTFProcessor
+    adapter: Weights | None
+    notes: list[str]
 
 
 def convert(
     source: str | Path,
     destination: str | Path,
-    base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    keep_full_tower: bool = False,
+    *,
+    max_shard_size: str = "5GB",
+    verify: bool = False,
+    outputs: str | Path | None = None,
+    dry_run: bool = False,
+    **options: object,
 ) -> Path:
-    """Converts a run of the original trainer.
+    """Converts a run of the original trainer, tensor by tensor.
 
     Args:
-        source: folder of a full fine-tune, of a stage-1 projector or of a LoRA run (merged into the base).
-        destination: folder to write; must not exist, or be empty.
-        base: folder of the language model that a projector or a LoRA run was trained on.
-        vision_tower: folder of the CLIP model; by default the one that the source's config names.
-        tokenizer: folder of the tokenizer; by default the source's, else the base's.
-        keep_full_tower: keep the layers of the tower that lie behind the last tap; they never run.
+        source: folder or Hub id of a full fine-tune, a stage-1 projector or a LoRA run.
+        destination: folder to write; must not exist, or be empty. It appears complete or not at all.
+        max_shard_size: size of a weight file, such as `5GB`.
+        verify: read the result again and compare a checksum of each tensor with its source.
+        outputs: recorded outputs to compare logits with (see [`check_logits`]).
+        dry_run: only print what would be written.
+        options: of [`make_plan`].
 
     Returns:
         The destination.
 
     Raises:
-        ConversionError: if anything is missing, unknown or of the wrong shape. Nothing is written then.
+        ConversionError: if anything is missing, unknown, damaged or of the wrong shape. Nothing is written then.
     """
-    source, destination = Path(source), Path(destination)
-    if destination.exists() and any(destination.iterdir()):
-        raise ConversionError(f"{destination} is not empty. Choose another folder; nothing was written.")
-    original = read_json(source / "config.json")
-    base = None if base is None else Path(base)
-    state = read_source(source, base)
-    clip_folder = _find_tower(source, original, vision_tower)
-    if not any(key.startswith(TOWER_PREFIX) for key in state):
-        state |= read_tower(clip_folder)
+    destination = require_empty(destination)
+    limit = parse_size(max_shard_size)
+    plan = make_plan(source, **options)  # type: ignore[arg-type]
+    for note in plan.notes:
+        print(f"- {note}")
+    if dry_run:
+        print_table(plan, limit)
+        return destination
+    with complete_or_absent(destination) as partial:
+        model_folder = partial if plan.adapter is None else partial / "base"
+        _write_model(model_folder, plan, limit)
+        if plan.adapter is not None:
+            _write_adapter(partial, destination, plan)
+        if verify or outputs:
+            compare(model_folder, plan.weights, zlib.crc32)
+            print(f"- verified: {len(plan.weights)} tensors have the checksums of their sources")
+        if outputs:
+            print(f"- {check_logits(model_folder, partial if plan.adapter else None, Path(outputs))}")
+    return destination
 
-    tokenizer_folder = _find_tokenizer(tokenizer, source, base)
-    text_tokenizer = load_tokenizer(tokenizer_folder, original["max_position_embeddings"])
-    config = build_config(
-        original,
-        state,
-        read_vision_config(clip_folder),
-        text_tokenizer.image_token_id,
-        text_tokenizer.pad_token_id,
-    )
-    if not keep_full_tower:
+
+def require_empty(destination: str | Path) -> Path:
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConversionError(f"{destination} is not empty, or not a folder. Choose another; nothing was written.")
+    return destination
+
+
+def make_plan(
+    source: str | Path,
+    *,
+    base: str | Path | None = None,
+    vision_tower: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    keep_adapter: bool = False,
+    keep_full_tower: bool = False,
+    init_fusion: bool = False,
+    seed: int = 0,
+    dtype: torch.dtype | None = None,
+    pad_vocabulary: int = 1,
+) -> Plan:
+    """Reads and checks a run.
+
+    Args:
+        source: folder or Hub id.
+        base: folder or Hub id of the language model that a projector or a LoRA run was trained on.
+        vision_tower: folder or Hub id of the CLIP model; by default the one that the source's config names.
+        tokenizer: folder of the tokenizer; by default the source's, else the base's.
+        revision: of a Hub id.
+        subfolder: of a Hub id with several runs.
+        keep_adapter: keep a LoRA run as an adapter beside its converted base, instead of merging it.
+        keep_full_tower: keep the tower's layers behind the last tap; they never run.
+        init_fusion: begin a training: tower and language model are taken, the fusion modules are new.
+        seed: of the new fusion modules.
+        dtype: of all weights; by default each weight's own.
+        pad_vocabulary: pad the vocabulary tables to a multiple of this.
+    """
+    folder = find_run(fetch(source, revision, subfolder))
+    base_folder = None if base is None else fetch(base)
+    run = read_source(folder, base_folder, init_fusion)
+    notes = [f"{run.folder}: {run.kind}"]
+    clip_folder = _tower_folder(run, vision_tower)
+    weights = run.weights
+    if not any(key.startswith(TOWER_PREFIX) for key in weights):
+        weights = weights | read_tower(clip_folder)
+        notes.append(f"vision tower: {clip_folder}")
+    if run.adapter is not None and run.adapter_config is not None and not keep_adapter:
+        weights = merge_lora(weights, run.adapter, run.adapter_config)
+
+    text = build_text_config(run.config)
+    text_tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, run, base_folder), text.max_position_embeddings)
+    text.pad_token_id = text_tokenizer.pad_token_id
+    image_token_id = text_tokenizer.image_token_id
+    config = build_config(run.config, weights, read_vision_config(clip_folder), text, image_token_id)
+    if init_fusion:
+        weights = weights | new_fusion(config, seed)
+        notes.append(f"THE FUSION MODULES ARE NEW (seed {seed}): train them before you ask this model anything")
+    if not keep_full_tower and config.vision_config.num_hidden_layers > max(config.taps):
         config.vision_config.num_hidden_layers = max(config.taps)
-        state = _without_unused_layers(state, config)
-    weights = _with_image_row(to_hub(state), config)
+        weights = _without_unused_layers(weights, config)
+        notes.append(f"the tower's layers behind the last tap, {max(config.taps)}, are left out: they are never used")
+    weights, note = _with_vocabulary(to_hub(weights), config, pad_vocabulary)
+    notes.append(note)
+    if dtype is not None:
+        weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        config.dtype = dtype
+
     with torch.device("meta"):
         model = LlavaSTFForConditionalGeneration(config)
-    _check_complete(weights, {name: tensor.shape for name, tensor in model.state_dict().items()})
+    _check_complete(weights, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
     processor = LlavaSTFProcessor(
-        image_processor=build_image_processor(original, clip_folder),
+        image_processor=build_image_processor(run.config, clip_folder),
         tokenizer=text_tokenizer,
         patch_size=config.vision_config.patch_size,
         fusion_window=config.fusion_window,
@@ -84,90 +208,182 @@ def convert(
             "plain": (TEMPLATES / "plain.jinja").read_text(encoding="utf-8"),
         },
     )
-    _write(destination, model, weights, processor)
-    return destination
+    return Plan(run, model, weights, processor, run.adapter if keep_adapter else None, notes)
 
 
-def _find_tower(source: Path, original: dict, vision_tower: str | Path | None) -> Path:
-    named = vision_tower or original.get("mm_vision_tower")
+def _tower_folder(run: Source, vision_tower: str | Path | None) -> Path:
+    if vision_tower is not None:
+        return fetch(vision_tower)
+    if "vision_config" in read_json(run.folder / "config.json"):  # llava-hf describes its tower itself
+        return run.folder
+    named = run.config.get("mm_vision_tower")
     if named is None:
-        raise ConversionError("The source names no vision tower: give its folder with --vision-tower.")
-    candidates = [Path(named), source / named, source.parent / named]
-    for folder in candidates:
+        raise ConversionError(f"{run.folder} names no vision tower: give its folder or Hub id with --vision-tower.")
+    for folder in (Path(named), run.folder / named, run.folder.parent / named):
         if (folder / "config.json").exists():
             return folder
-    raise ConversionError(f"The vision tower {str(named)!r} is not a folder here: give its folder with --vision-tower.")
+    try:
+        return fetch(named)
+    except ConversionError as error:
+        raise ConversionError(f"The vision tower of the config: {error} Give it with --vision-tower.") from error
 
 
-def _find_tokenizer(tokenizer: str | Path | None, source: Path, base: Path | None) -> Path:
-    candidates = [Path(tokenizer)] if tokenizer else [folder for folder in (source, base) if folder is not None]
+def _tokenizer_folder(tokenizer: str | Path | None, run: Source, base: Path | None) -> Path:
+    candidates = [fetch(tokenizer)] if tokenizer else [folder for folder in (run.folder, base) if folder is not None]
     for folder in candidates:
         if (folder / "tokenizer_config.json").exists():
             return folder
     raise ConversionError(f"No tokenizer_config.json in {' or '.join(str(folder) for folder in candidates)}.")
 
 
-def _without_unused_layers(state: State, config: LlavaSTFConfig) -> State:
+def new_fusion(config: LlavaSTFConfig, seed: int) -> Weights:
+    """New fusion weights under the original's names: PyTorch's initialisation of a linear layer, as in the original."""
+    width, window = config.vision_config.hidden_size, config.fusion_window
+    block, spatial = config.block_fusion_hidden_size or 4 * width, config.spatial_fusion_hidden_size or 16 * width
+    layers = {
+        f"{MBTF}0": (len(config.taps) * width, block),
+        f"{MBTF}2": (block, width),
+        f"{STF}0": (window**2 * width, spatial),
+        f"{STF}2": (spatial, config.text_config.hidden_size),
+    }
+    weights: Weights = {}
+    for index, (name, (inputs, outputs)) in enumerate(layers.items()):
+        for part, shape in (("weight", (outputs, inputs)), ("bias", (outputs,))):
+            load = partial(_new_linear, inputs, outputs, seed + index, part, config.dtype)
+            weights[f"{name}.{part}"] = Weight(shape, config.dtype, load, f"new, seed {seed + index}")
+    return weights
+
+
+def _new_linear(inputs: int, outputs: int, seed: int, part: str, dtype: torch.dtype) -> torch.Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return getattr(nn.Linear(inputs, outputs), part).detach().to(dtype)
+
+
+def _without_unused_layers(weights: Weights, config: LlavaSTFConfig) -> Weights:
     prefix = TOWER_PREFIX + "vision_model.encoder.layers."
     depth = config.vision_config.num_hidden_layers
     return {
-        key: tensor
-        for key, tensor in state.items()
+        key: weight
+        for key, weight in weights.items()
         if not key.startswith(prefix) or int(key.removeprefix(prefix).split(".")[0]) < depth
     }
 
 
-def _with_image_row(weights: State, config: LlavaSTFConfig) -> State:
-    """Gives `<image>` its row in both tables: the mean of the others.
+def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, multiple: int) -> tuple[Weights, str]:
+    """Gives `<image>` a row in both tables where it has none: the mean of the others.
 
-    The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest.
+    The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest. Padding,
+    where asked for, gets the same row.
     """
-    weights = dict(weights)
-    for name in VOCABULARY_TABLES:
-        table, row = weights[name], config.image_token_id
-        mean = table.float().mean(0, keepdim=True).to(table.dtype)
-        weights[name] = torch.cat([table[:row], mean, table[row + 1 :]])
-    return weights
+    if EMBEDDINGS not in weights or HEAD not in weights:
+        raise ConversionError(f"The source has no weight for {EMBEDDINGS if EMBEDDINGS not in weights else HEAD!r}.")
+    rows, image_token_id = weights[EMBEDDINGS].shape[0], config.image_token_id
+    needed = -(-max(rows, image_token_id + 1) // multiple) * multiple
+    config.text_config.vocab_size = needed
+    weights = {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}
+    added = f"{needed - rows} added to each table, the mean of the others" if needed > rows else "none added"
+    note = f"vocabulary: <image> is {image_token_id}, {rows} rows in the source, {added}; no other id changes"
+    return weights, note
 
 
-def _check_complete(weights: State, expected: dict[str, torch.Size]) -> None:
-    for name in expected.keys() - weights.keys():
+def _with_mean_rows(table: Weight, rows: int) -> Weight:
+    if rows == table.shape[0]:
+        return table
+
+    def load() -> torch.Tensor:
+        old = table.load()
+        # In slices: a table of a 7B in float32 would be half a gigabyte.
+        mean = torch.stack([part.float().sum(0) for part in old.split(1024)]).sum(0) / len(old)
+        return torch.cat([old, mean.to(old.dtype).expand(rows - len(old), -1)])
+
+    return Weight((rows, *table.shape[1:]), table.dtype, load, f"{table.origin} + mean")
+
+
+def _check_complete(weights: Weights, expected: dict[str, tuple[int, ...]]) -> None:
+    for name in sorted(expected.keys() - weights.keys()):
         raise ConversionError(f"The source has no weight for {name!r}.")
-    for name, tensor in weights.items():
+    for name, weight in weights.items():
         if name not in expected:
             raise ConversionError(f"The source has the weight {name!r}, for which the model has no place.")
-        if tensor.shape != expected[name]:
-            raise ConversionError(f"{name!r} has the shape {tuple(tensor.shape)}, expected {tuple(expected[name])}.")
-        if not torch.isfinite(tensor).all():
-            raise ConversionError(f"{name!r} has NaN or infinite values.")
+        if weight.shape != expected[name]:
+            raise ConversionError(f"{name!r} has the shape {weight.shape}, expected {expected[name]}.")
 
 
-def _write(
-    destination: Path, model: LlavaSTFForConditionalGeneration, weights: State, processor: LlavaSTFProcessor
-) -> None:
-    """Writes everything into a sibling folder and renames it at the end: complete or absent."""
+def print_table(plan: Plan, max_shard_size: int) -> None:
+    """The key table, and the files that would be written."""
+    for (theirs, weight), name in zip(to_original(plan.weights).items(), plan.weights, strict=True):
+        shape = "x".join(str(side) for side in weight.shape)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        print(f"{theirs} -> {name}  {shape} {dtype}  ({weight.origin})")
+    shards = plan_shards(plan.weights, max_shard_size)
+    for file, names in zip(shard_names(len(shards)), shards, strict=True):
+        print(f"would write {file}: {sum(plan.weights[name].nbytes for name in names) / 1e9:.3f} GB")
+    total = sum(weight.nbytes for weight in plan.weights.values())
+    print(f"{len(plan.weights)} tensors, {total / 1e9:.3f} GB; nothing was written")
+
+
+@contextmanager
+def complete_or_absent(destination: Path) -> Iterator[Path]:
+    """A sibling folder to write into, renamed to the destination at the end; what a killed run left is removed."""
     destination.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{destination.name}-", dir=destination.parent))
+    for left in destination.parent.glob(f".{destination.name}.*.partial"):
+        if not Path(f"/proc/{left.name.split('.')[-2]}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    partial.mkdir()
     try:
-        save_torch_state_dict(weights, partial, max_shard_size="5GB")
-        custom_object_save(model, partial, config=model.config)
-        model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(partial)
-        processor.save_pretrained(partial)
-        _generation_config(model.config).save_pretrained(partial)
-        partial.chmod(0o755)
-        if destination.exists():
-            destination.rmdir()
+        yield partial
         os.replace(partial, destination)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def _generation_config(config: LlavaSTFConfig) -> GenerationConfig:
-    return GenerationConfig(
+def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
+    folder.mkdir(exist_ok=True)
+    config = plan.model.config
+    write_folder(folder, plan.weights, max_shard_size)
+    custom_object_save(plan.model, folder, config=config)
+    config.architectures = [type(plan.model).__name__]
+    config.save_pretrained(folder)
+    plan.processor.save_pretrained(folder)
+    GenerationConfig(
         bos_token_id=config.text_config.bos_token_id,
         eos_token_id=config.text_config.eos_token_id,
         pad_token_id=config.text_config.pad_token_id,
         suppress_tokens=[config.image_token_id],
+    ).save_pretrained(folder)
+    if plan.source.kind != "initialisation":
+        original = json.dumps(plan.source.config, indent=2) + "\n"
+        (folder / ORIGINAL_CONFIG_FILE).write_text(original, encoding="utf-8")
+    for name in ("LICENSE", "NOTICE"):
+        shutil.copyfile(ROOT / name, folder / name)
+    (folder / "README.md").write_text(
+        CARD.format(kind=plan.source.kind, tokens=config.tokens_per_image), encoding="utf-8"
     )
+
+
+def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:
+    """The LoRA run as a PEFT adapter of the converted base in `destination/base`; the fusion modules are in both."""
+    assert plan.adapter is not None and plan.source.adapter_config is not None
+    weights: Weights = {}
+    targets = set()
+    for key, weight in plan.adapter.items():
+        (name,) = to_hub({lora_target(key): None})
+        matrix = "lora_A" if ".lora_A." in key else "lora_B"
+        weights[f"{PEFT_PREFIX}{name.removesuffix('.weight')}.{matrix}.weight"] = weight
+        targets.add(name.removesuffix(".weight").rpartition(".")[2])
+    for name, weight in plan.weights.items():
+        if ".multi_modal_projector." in name:
+            weights[PEFT_PREFIX + name] = weight
+    write_folder(folder, weights, max_shard_size=1 << 62)
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    settings = {
+        **plan.source.adapter_config,
+        "base_model_name_or_path": str(destination.resolve() / "base"),
+        "target_modules": rf".*language_model.*\.({'|'.join(sorted(re.escape(name) for name in targets))})",
+        "modules_to_save": ["multi_modal_projector"],
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    plan.processor.save_pretrained(folder)

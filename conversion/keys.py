@@ -48,8 +48,14 @@ def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _renamed(state_dict: Mapping[str, Tensor], table: Mapping[str, str | None]) -> dict[str, Tensor]:
-    names = {key: _rename(key, table) for key in state_dict}
-    return {name: state_dict[key] for key, name in names.items() if name is not None}
+    renamed: dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        name = _rename(key, table)
+        if name in renamed:
+            raise ConversionError(f"{key!r} and another weight both become {name!r}.")
+        if name is not None:
+            renamed[name] = tensor
+    return renamed
 
 
 def _rename(key: str, table: Mapping[str, str | None]) -> str | None:

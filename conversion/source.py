@@ -1,107 +1,195 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading what the original trainer wrote. Tensors stay on disk (memory-mapped) until they are used."""
+"""What the original trainer wrote, told apart by its files, as one set of weights under the original's names."""
 
-import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from huggingface_hub import snapshot_download
 
 from .keys import TOWER_PREFIX, ConversionError
+from .weights import Weight, Weights, read_file, read_folder, read_json
 
 PROJECTOR_FILE = "mm_projector.bin"
-LORA_CONFIG_FILE = "adapter_config.json"
-LORA_REST_FILE = "non_lora_trainables.bin"
-LORA_PREFIX = "base_model.model."
-
-State = dict[str, torch.Tensor]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConversionError(f"Cannot read {path}: {error}") from error
-
-
-def read_file(path: Path) -> State:
-    """The tensors of one .bin or .safetensors file, memory-mapped."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except Exception as error:  # each format has its own exceptions for a damaged file
-        raise ConversionError(f"Cannot read {path}: {error}. Is it complete?") from error
+ADAPTER_CONFIG_FILE = "adapter_config.json"
+NON_LORA_FILE = "non_lora_trainables.bin"
+PEFT_PREFIX = "base_model.model."
+MBTF, STF = "model.mm_projector_crosslayer.", "model.mm_projector."
+# llava-hf's names of what an initialisation takes from it, as patterns, in the original's words.
+LLAVA_HF_KEYS = (
+    (r"(?:model\.)?language_model\.lm_head\.(.+)", r"lm_head.\1"),
+    (r"(?:model\.language_model\.|language_model\.model\.)(.+)", r"model.\1"),
+    (r"(?:model\.)?vision_tower\.(?!vision_tower\.)(?:vision_model\.)?(.+)", TOWER_PREFIX + r"vision_model.\1"),
+    (r"(?:model\.)?multi_modal_projector\.(linear_[12]\..+)", STF + r"\1"),
+)
 
 
-def read_folder(folder: Path) -> State:
-    """All tensors of a checkpoint folder, single or sharded, .safetensors or .bin."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            weight_map = read_json(index)["weight_map"]
-            shards = {name: read_file(folder / name) for name in sorted(set(weight_map.values()))}
-            missing = [key for key, name in weight_map.items() if key not in shards[name]]
-            if missing:
-                raise ConversionError(f"{index} lists {missing[0]!r} in {weight_map[missing[0]]}, which lacks it.")
-            return {key: shards[name][key] for key, name in weight_map.items()}
-        if (folder / f"{stem}.{suffix}").exists():
-            return read_file(folder / f"{stem}.{suffix}")
-    raise ConversionError(
-        f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, whole or with an index of shards."
-    )
+@dataclass
+class Source:
+    """One run: what it is, its folder and config, and its weights under the original's names."""
+
+    kind: str
+    folder: Path
+    config: dict[str, Any]
+    weights: Weights
+    adapter: Weights | None = None
+    adapter_config: dict[str, Any] | None = None
 
 
-def read_tower(folder: Path) -> State:
+def fetch(name: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
+    """A local folder as it is, or the files of a Hub repository, downloaded."""
+    folder = Path(name)
+    if not folder.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+            raise ConversionError(f"{str(name)!r} is neither a folder here nor the id of a Hub repository.")
+        patterns = ["*.json", "*.bin", "*.safetensors", "*.model"]
+        if subfolder:
+            patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
+        try:
+            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise ConversionError(f"{str(name)!r} is no folder here, and the Hub says: {reason}") from error
+    folder = folder / subfolder if subfolder else folder
+    if not folder.is_dir():
+        raise ConversionError(f"{folder} is not a folder.")
+    return folder
+
+
+def find_run(folder: Path) -> Path:
+    """The folder itself, or the one run in the folders below it (the nested layout of the authors' repository).
+
+    Of several runs the only complete model is taken; a projector or an adapter beside it is left.
+    """
+    if _has_run(folder):
+        return folder
+    runs = [path.parent for path in sorted(folder.rglob("config.json")) if _has_run(path.parent)]
+    whole = [run for run in runs if not any((run / name).exists() for name in (PROJECTOR_FILE, ADAPTER_CONFIG_FILE))]
+    chosen = whole if len(whole) == 1 else runs
+    if len(chosen) == 1:
+        return chosen[0]
+    if not runs:
+        raise ConversionError(f"{folder} holds no run: no config.json with weights beside it, nor in a folder below.")
+    names = ", ".join(str(run.relative_to(folder)) for run in runs)
+    raise ConversionError(f"{folder} holds several runs ({names}): name one of them (--subfolder for a Hub id).")
+
+
+def _has_run(folder: Path) -> bool:
+    weights = ("*.safetensors", "*.bin", "*.index.json")
+    return (folder / "config.json").exists() and any(next(folder.glob(pattern), None) for pattern in weights)
+
+
+def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
+    """Reads a run of any kind.
+
+    Args:
+        folder: the run, told apart by its files: an adapter, a stage-1 projector, or a model.
+        base: the language model that an adapter or a projector was trained on.
+        init_fusion: take a plain LLaVA or a language model as initialisation, without fusion weights.
+    """
+    config = read_json(folder / "config.json")
+    if config.get("tie_word_embeddings"):
+        raise ConversionError(f"{folder}: tied embeddings (tie_word_embeddings) are not a LLaVA-STF; untie them first.")
+    if (folder / ADAPTER_CONFIG_FILE).exists():
+        return _read_lora(folder, config, _base(base, folder, "a LoRA run"))
+    if (folder / PROJECTOR_FILE).exists():
+        projector = read_file(folder / PROJECTOR_FILE)
+        _require_fusion(projector, folder / PROJECTOR_FILE)
+        weights = _base(base, folder, "a stage-1 projector") | projector
+        return Source("stage-1 projector", folder, config, weights)
+    weights = read_folder(folder)
+    if init_fusion:
+        weights = _initialisation(weights)
+        return Source("initialisation", folder, _language_config(config), weights)
+    _require_fusion(weights, folder)
+    return Source("full fine-tune", folder, config, weights)
+
+
+def _require_fusion(weights: Weights, place: Path) -> None:
+    if not any(key.startswith(MBTF) for key in weights):
+        raise ConversionError(
+            f"{place} has no {MBTF}* weights: this is not a LLaVA-STF checkpoint. To begin a training with the tower "
+            "and the language model of a plain LLaVA (or with a language model alone), pass --init-fusion."
+        )
+
+
+def _base(base: Path | None, folder: Path, kind: str) -> Weights:
+    if base is None:
+        raise ConversionError(f"{folder} is {kind}: name the language model that it was trained on with --base.")
+    return {key: weight for key, weight in read_folder(base).items() if not key.startswith((MBTF, STF))}
+
+
+def _read_lora(folder: Path, config: dict[str, Any], base: Weights) -> Source:
+    adapter_config = read_json(folder / ADAPTER_CONFIG_FILE)
+    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise ConversionError(f"{folder} has {ADAPTER_CONFIG_FILE}, but no adapter_model.safetensors or .bin.")
+    adapter = read_file(file)
+    rest = {key.removeprefix(PEFT_PREFIX): weight for key, weight in read_file(folder / NON_LORA_FILE).items()}
+    _require_fusion(rest, folder / NON_LORA_FILE)
+    for key in adapter:
+        if lora_target(key) not in base:
+            raise ConversionError(f"{file}: {key!r} has no counterpart in the base model.")
+    return Source("LoRA run", folder, config, base | rest, adapter, adapter_config)
+
+
+def lora_target(key: str) -> str:
+    """The weight that an adapter's matrix belongs to, under the original's name."""
+    match = re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_[AB](?:\.default)?\.weight", key)
+    if match is None:
+        raise ConversionError(f"The adapter weight {key!r} is not a LoRA matrix.")
+    return match[1] + ".weight"
+
+
+def merge_lora(weights: Weights, adapter: Weights, config: dict[str, Any]) -> Weights:
+    """`W + scale * B @ A` for each adapted weight, computed in float32 when it is written, in the weight's dtype."""
+    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
+    pairs: dict[str, dict[str, Weight]] = {}
+    for key, weight in adapter.items():
+        pairs.setdefault(lora_target(key), {})["A" if ".lora_A." in key else "B"] = weight
+    merged = dict(weights)
+    for target, pair in pairs.items():
+        if pair.keys() != {"A", "B"}:
+            raise ConversionError(f"The adapter has only matrix {min(pair)} for {target!r}.")
+        merged[target] = _merged(weights[target], pair["A"], pair["B"], scale)
+    return merged
+
+
+def _merged(weight: Weight, down: Weight, up: Weight, scale: float) -> Weight:
+    if (up.shape[0], down.shape[1]) != weight.shape or up.shape[1] != down.shape[0]:
+        raise ConversionError(f"LoRA matrices {up.shape} and {down.shape} do not fit a weight of {weight.shape}.")
+
+    def load() -> torch.Tensor:
+        update = torch.mm(up.load().float(), down.load().float()).mul_(scale)
+        return update.add_(weight.load()).to(weight.dtype)
+
+    return Weight(weight.shape, weight.dtype, load, f"{weight.origin} + LoRA")
+
+
+def read_tower(folder: Path) -> Weights:
     """The vision tower of a CLIP folder (whole CLIP or its vision half) under the original's names."""
     return {
-        TOWER_PREFIX + key: tensor for key, tensor in read_folder(folder).items() if key.startswith("vision_model.")
+        TOWER_PREFIX + key: weight for key, weight in read_folder(folder).items() if key.startswith("vision_model.")
     }
 
 
-def read_source(source: Path, base: Path | None) -> State:
-    """A run of the original as one full state dict under the original's names; the tower may still be missing.
-
-    Args:
-        source: a full fine-tune, a stage-1 projector or a LoRA run, told apart by their files.
-        base: the language model that a projector or a LoRA run was trained on.
-    """
-    kinds = {"a stage-1 projector": PROJECTOR_FILE, "a LoRA run": LORA_CONFIG_FILE}
-    kind = next((kind for kind, file in kinds.items() if (source / file).exists()), None)
-    if kind is None:
-        return read_folder(source)
-    if base is None:
-        raise ConversionError(f"{source} is {kind}: name the language model that it was trained on with --base.")
-    state = read_folder(base)
-    if kind == "a stage-1 projector":
-        return state | read_file(source / PROJECTOR_FILE)
-    rest = {key.removeprefix(LORA_PREFIX): tensor for key, tensor in read_file(source / LORA_REST_FILE).items()}
-    return merge_lora(state, _read_adapter(source), read_json(source / LORA_CONFIG_FILE)) | rest
+def _initialisation(weights: Weights) -> Weights:
+    """Tower and language model of a plain LLaVA, or a language model, without the projector."""
+    named = {_original_name(key): weight for key, weight in weights.items()}
+    return {key: weight for key, weight in named.items() if not key.startswith((STF, MBTF))}
 
 
-def _read_adapter(source: Path) -> State:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
-        if (source / name).exists():
-            return read_file(source / name)
-    raise ConversionError(f"{source} has {LORA_CONFIG_FILE} but no adapter_model.safetensors or adapter_model.bin.")
+def _original_name(key: str) -> str:
+    for pattern, name in LLAVA_HF_KEYS:
+        if re.fullmatch(pattern, key):
+            return re.sub(pattern, name, key)
+    return key
 
 
-def merge_lora(state: State, adapter: State, config: dict[str, Any]) -> State:
-    """`W + scale * B @ A` for each adapted weight, computed in float32 and stored in the weight's dtype."""
-    rank, alpha = config["r"], config["lora_alpha"]
-    scale = alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-    merged = dict(state)
-    for key, down in adapter.items():
-        if ".lora_A." not in key:
-            continue
-        target = key.removeprefix(LORA_PREFIX).split(".lora_A.")[0] + ".weight"
-        if target not in state or key.replace(".lora_A.", ".lora_B.") not in adapter:
-            raise ConversionError(f"The adapter weight {key!r} has no counterpart: expected {target!r} in the base.")
-        up = adapter[key.replace(".lora_A.", ".lora_B.")]
-        merged[target] = (state[target].float() + scale * (up.float() @ down.float())).to(state[target].dtype)
-    unused = [key for key in adapter if ".lora_A." not in key and ".lora_B." not in key]
-    if unused:
-        raise ConversionError(f"The adapter holds {unused[0]!r}, which is not a LoRA matrix.")
-    return merged
+def _language_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The flat config of the original's format; llava-hf nests the language model's."""
+    return {**config.get("text_config", config), "mm_vision_tower": config.get("mm_vision_tower")}

@@ -1,31 +1,51 @@
-"""The key map, both ways, and the refusals of the converter."""
+"""The converter: the key map, every kind of source, the way back, and refusals that leave nothing behind."""
 
 import json
+import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import GOLDENS
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from conversion import ConversionError, convert, to_hub, to_original
+from conversion import ConversionError, convert, convert_back, to_hub, to_original
+from conversion.__main__ import main
 from conversion.keys import KEY_MAP
-from conversion.source import read_folder
+from conversion.weights import read_folder
+from modeling_llava_stf import LlavaSTFForConditionalGeneration
+
+TABLES = ("lm_head.weight", "model.language_model.embed_tokens.weight")
 
 
-def hub_weights(folder):
-    weights = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        weights |= load_file(file)
-    return weights
+def tensors(folder):
+    """All tensors of a checkpoint folder, read independently of the format."""
+    return {key: weight.load() for key, weight in read_folder(folder).items()}
 
 
-def test_there_and_back_is_bit_identical():
-    original = read_folder(GOLDENS / "original")
-    back = to_original(to_hub(original))
-    assert back.keys() == original.keys()
-    assert all(torch.equal(back[key], original[key]) for key in original)
+def assert_same(left, right):
+    assert left.keys() == right.keys()
+    for key in left:
+        assert left[key].dtype == right[key].dtype and torch.equal(left[key], right[key]), key
+
+
+def test_names_there_and_back():
+    original = tensors(GOLDENS / "original")
+    assert_same(to_original(to_hub(original)), original)
+
+
+def test_every_key_of_the_real_7b_is_mapped():
+    keys = json.loads((GOLDENS / "keys_7b.json").read_text())
+    names = to_hub(dict.fromkeys(keys))
+    assert len(names) == len(keys) == 690 and to_original(names).keys() == keys.keys()
 
 
 def test_dropped_keys_are_dropped_and_unknown_keys_are_named():
@@ -44,8 +64,8 @@ def test_the_table_has_one_way_back():
 
 def test_every_tensor_arrives(checkpoint):
     """By value, under its new name; the vocabulary tables have one more row, the tower one layer less."""
-    weights = hub_weights(checkpoint)
-    expected = {key: value for key, value in to_hub(read_folder(GOLDENS / "original")).items()}
+    weights = tensors(checkpoint)
+    expected = to_hub(tensors(GOLDENS / "original"))
     dropped = {key for key in expected if key.startswith("model.vision_tower.encoder.layers.23.")}
     assert dropped and weights.keys() == expected.keys() - dropped
     for name, tensor in weights.items():
@@ -57,8 +77,8 @@ def test_every_tensor_arrives(checkpoint):
 
 
 def test_placeholder_row_is_the_mean(checkpoint):
-    weights = hub_weights(checkpoint)
-    for name in ("lm_head.weight", "model.language_model.embed_tokens.weight"):
+    weights = tensors(checkpoint)
+    for name in TABLES:
         torch.testing.assert_close(weights[name][-1], weights[name][:-1].mean(0))
 
 
@@ -66,14 +86,12 @@ def test_full_tower_is_kept_on_request(tmp_path, checkpoint):
     full = convert(GOLDENS / "original", tmp_path / "full", keep_full_tower=True)
     config = json.loads((full / "config.json").read_text())
     assert config["vision_config"]["num_hidden_layers"] == 24
-    extra = hub_weights(full).keys() - hub_weights(checkpoint).keys()
+    extra = tensors(full).keys() - tensors(checkpoint).keys()
     assert extra and all(name.startswith("model.vision_tower.encoder.layers.23.") for name in extra)
 
 
 def test_a_checkpoint_without_tower_takes_it_from_clip(checkpoints):
-    with_tower, without = hub_weights(checkpoints("original")), hub_weights(checkpoints("original_no_tower"))
-    assert with_tower.keys() == without.keys()
-    assert all(torch.equal(with_tower[name], without[name]) for name in with_tower)
+    assert_same(tensors(checkpoints("original")), tensors(checkpoints("original_no_tower")))
 
 
 def test_derived_settings(checkpoint):
@@ -89,7 +107,7 @@ def edited(tmp_path, edit, name="original"):
     """A copy of a golden run, single-file, with its state dict edited."""
     folder = tmp_path / name
     shutil.copytree(GOLDENS / name, folder)
-    state = dict(read_folder(folder))
+    state = {key: tensor.clone() for key, tensor in tensors(folder).items()}
     for file in folder.glob("pytorch_model*"):
         file.unlink()
     edit(state)
@@ -165,17 +183,101 @@ def test_bad_sources_are_refused_and_nothing_is_written(edit, message, tmp_path)
 def test_missing_parts_are_named(tmp_path):
     with pytest.raises(ConversionError, match="--base"):
         convert(GOLDENS / "pretrain", tmp_path / "out")
-    with pytest.raises(ConversionError, match="'nowhere' is not a folder.*--vision-tower"):
+    with pytest.raises(ConversionError, match="'nowhere' is neither a folder here nor the id"):
         convert(GOLDENS / "original", tmp_path / "out", vision_tower="nowhere")
-    source = tmp_path / "sharded"
-    shutil.copytree(GOLDENS / "original", source)
-    (source / "pytorch_model-00002-of-00003.bin").unlink()
-    with pytest.raises(ConversionError, match="pytorch_model-00002-of-00003.bin"):
-        convert(source, tmp_path / "out", vision_tower=GOLDENS / "clip")
-    (source / "pytorch_model-00002-of-00003.bin").write_bytes(b"cut")
-    with pytest.raises(ConversionError, match="pytorch_model-00002-of-00003.bin"):
-        convert(source, tmp_path / "out", vision_tower=GOLDENS / "clip")
     assert not (tmp_path / "out").exists()
+
+
+def sharded(tmp_path):
+    folder = tmp_path / "original"
+    shutil.copytree(GOLDENS / "original", folder)
+    return folder
+
+
+def cut(folder):
+    file = folder / "pytorch_model-00002-of-00003.bin"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def garbage(folder):
+    (folder / "pytorch_model-00002-of-00003.bin").write_bytes(b"not a checkpoint")
+
+
+def pickled_code(folder):
+    torch.save({"model.norm.weight": Path("/")}, folder / "pytorch_model-00002-of-00003.bin")
+
+
+def without_shard(folder):
+    (folder / "pytorch_model-00002-of-00003.bin").unlink()
+
+
+def index_lists_more(folder):
+    edit_index(folder, lambda weight_map: weight_map.update({"model.extra.weight": "pytorch_model-00001-of-00003.bin"}))
+
+
+def edit_index(folder, edit):
+    file = folder / "pytorch_model.bin.index.json"
+    index = json.loads(file.read_text())
+    edit(index["weight_map"])
+    file.write_text(json.dumps(index))
+
+
+def broken_index(folder):
+    (folder / "pytorch_model.bin.index.json").write_text("{")
+
+
+def same_key_in_two_shards(folder):
+    files = [folder / f"pytorch_model-0000{index}-of-00003.bin" for index in (1, 2)]
+    states = [torch.load(file, weights_only=True) for file in files]
+    key = next(iter(states[0]))
+    torch.save({**states[1], key: states[0][key]}, files[1])
+
+
+def tied(folder):
+    file = folder / "pytorch_model-00003-of-00003.bin"
+    state = torch.load(file, weights_only=True)
+    state["model.norm.weight"] = state["model.norm.bias"] = torch.ones(64)
+    torch.save(state, file)
+
+
+def tied_config(folder):
+    edit_config(folder, tie_word_embeddings=True)
+
+
+def edit_config(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "word"),
+    [
+        (cut, "pytorch_model-00002-of-00003.bin"),
+        (garbage, "pytorch_model-00002-of-00003.bin"),
+        (pickled_code, "pytorch_model-00002-of-00003.bin"),
+        (without_shard, "pytorch_model-00002-of-00003.bin, which is missing"),
+        (index_lists_more, "'model.extra.weight' in pytorch_model-00001-of-00003.bin, which lacks it"),
+        (broken_index, "pytorch_model.bin.index.json"),
+        (same_key_in_two_shards, "and again in pytorch_model-00002-of-00003.bin"),
+        (tied, "'model.norm.bias' and 'model.norm.weight' are one tensor"),
+        (tied_config, "tie_word_embeddings"),
+        (no_config, "holds no run"),
+    ],
+)
+def test_damaged_files_end_in_one_line_and_exit_code_2(damage, word, tmp_path, monkeypatch, capsys):
+    source = sharded(tmp_path)
+    damage(source)
+    before = sorted(tmp_path.iterdir())
+    command = ["conversion", str(source), str(tmp_path / "out"), "--vision-tower", str(GOLDENS / "clip")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert main() == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and word in error
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_full_destination_is_refused(tmp_path):
@@ -183,3 +285,306 @@ def test_a_full_destination_is_refused(tmp_path):
     with pytest.raises(ConversionError, match="not empty"):
         convert(GOLDENS / "original", tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_an_empty_destination_is_filled(tmp_path, checkpoint):
+    (tmp_path / "out").mkdir()
+    assert_same(tensors(convert(GOLDENS / "original", tmp_path / "out")), tensors(checkpoint))
+
+
+# Sources
+
+
+def test_safetensors_and_bin_whole_and_sharded_are_equal(tmp_path, checkpoint):
+    expected = tensors(checkpoint)
+    whole = edited(tmp_path, lambda state: None)
+    clip = {"vision_tower": GOLDENS / "clip"}
+    assert_same(tensors(convert(whole, tmp_path / "bin", **clip)), expected)
+    save_file(tensors(whole), whole / "model.safetensors")
+    (whole / "pytorch_model.bin").unlink()
+    assert_same(tensors(convert(whole, tmp_path / "safetensors", max_shard_size="200KB", **clip)), expected)
+    assert len(list((tmp_path / "safetensors").glob("model-*.safetensors"))) > 3
+
+
+def test_nested_layout(tmp_path, checkpoint):
+    repository = tmp_path / "repository"
+    shutil.copytree(GOLDENS / "original", repository / "full-parameter-finetune")
+    shutil.copytree(GOLDENS / "pretrain", repository / "pretrain" / "any-name")
+    converted = convert(repository, tmp_path / "out", vision_tower=GOLDENS / "clip")
+    assert_same(tensors(converted), tensors(checkpoint))
+    shutil.copytree(GOLDENS / "original", repository / "another")
+    with pytest.raises(ConversionError, match="several runs .*another, full-parameter-finetune"):
+        convert(repository, tmp_path / "out2", vision_tower=GOLDENS / "clip")
+
+
+def test_old_buffers_are_tolerated(tmp_path, checkpoint):
+    def edit(state):
+        state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+        state["model.vision_tower.vision_tower.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+
+    converted = convert(edited(tmp_path, edit), tmp_path / "out", vision_tower=GOLDENS / "clip")
+    assert_same(tensors(converted), tensors(checkpoint))
+
+
+def test_adapter_is_kept_on_a_converted_base(tmp_path, checkpoints, processor, picture):
+    from peft import PeftModel
+
+    kept = convert(GOLDENS / "lora", tmp_path / "kept", base=GOLDENS / "base", keep_adapter=True)
+    base = json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = PeftModel.from_pretrained(LlavaSTFForConditionalGeneration.from_pretrained(base), kept).eval()
+    adapted = {name.split(".lora_A")[0] for name, _ in model.named_parameters() if ".lora_A" in name}
+    assert len(adapted) == 14 and all(".language_model." in name for name in adapted)
+    merged = LlavaSTFForConditionalGeneration.from_pretrained(checkpoints("lora")).eval()
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, merged(**inputs).logits, rtol=0, atol=1e-5)
+        with model.disable_adapter():
+            assert (model(**inputs).logits - merged(**inputs).logits).abs().max() > 0.1
+
+
+def test_initialisation_takes_tower_and_language_model(tmp_path, checkpoints):
+    """From a language model, and from a plain LLaVA in the original's and in llava-hf's names; seeded."""
+    base = tensors(GOLDENS / "base")
+    tower = {f"model.vision_tower.vision_tower.{key}": value for key, value in tensors(GOLDENS / "clip").items()}
+    projector = {"model.mm_projector.0.weight": torch.ones(64, 32), "model.mm_projector.0.bias": torch.ones(64)}
+    plain = tmp_path / "plain"
+    shutil.copytree(GOLDENS / "base", plain)
+    (plain / "model.safetensors").unlink()
+    save_file({**base, **tower, **projector}, plain / "model.safetensors")
+    with pytest.raises(ConversionError, match="not a LLaVA-STF checkpoint.*--init-fusion"):
+        convert(plain, tmp_path / "refused", vision_tower=GOLDENS / "clip")
+    llava_hf = tmp_path / "llava_hf"
+    shutil.copytree(plain, llava_hf)
+    renamed = {
+        re.sub("^model", "language_model.model", re.sub("^lm_head", "language_model.lm_head", key)): value
+        for key, value in base.items()
+    }
+    renamed |= {f"vision_tower.{key}": value for key, value in tensors(GOLDENS / "clip").items()}
+    save_file({**renamed, "multi_modal_projector.linear_1.weight": torch.ones(64, 32)}, llava_hf / "model.safetensors")
+
+    options = {"vision_tower": GOLDENS / "clip", "init_fusion": True}
+    results = [
+        tensors(convert(source, tmp_path / f"out{index}", **options))
+        for index, source in enumerate((GOLDENS / "base", plain, llava_hf))
+    ]
+    for result in results[1:]:
+        assert_same(result, results[0])
+    trained = tensors(checkpoints("pretrain"))
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, trained[name]) == (".multi_modal_projector." not in name), name
+    other = tensors(convert(plain, tmp_path / "seed", seed=1, **options))
+    fusion = "model.multi_modal_projector.spatial_fusion.linear_1.weight"
+    assert not torch.equal(other[fusion], results[0][fusion])
+    assert 0 < results[0][fusion].std() < 0.1
+
+
+# Target
+
+
+def test_the_folder_is_complete(checkpoint):
+    assert {file.name for file in checkpoint.iterdir()} == {
+        "LICENSE",
+        "NOTICE",
+        "README.md",
+        "additional_chat_templates",
+        "chat_template.jinja",
+        "config.json",
+        "configuration_llava_stf.py",
+        "generation_config.json",
+        "model.safetensors",
+        "modeling_llava_stf.py",
+        "original_config.json",
+        "processing_llava_stf.py",
+        "processor_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+
+
+def test_dtype(tmp_path, checkpoint):
+    half = convert(GOLDENS / "original", tmp_path / "half", dtype=torch.bfloat16)
+    expected = {name: tensor.to(torch.bfloat16) for name, tensor in tensors(checkpoint).items()}
+    assert_same(
+        {n: t for n, t in tensors(half).items() if n not in TABLES},
+        {n: t for n, t in expected.items() if n not in TABLES},
+    )
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_vocabulary_is_padded_only_when_asked(tmp_path, checkpoint, load_model, processor, picture):
+    padded = convert(GOLDENS / "original", tmp_path / "padded", pad_vocabulary=64)
+    config = json.loads((padded / "config.json").read_text())
+    assert config["text_config"]["vocab_size"] == 448 and config["image_token_index"] == 420
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt")
+    with torch.no_grad():
+        logits = LlavaSTFForConditionalGeneration.from_pretrained(padded).eval()(**inputs).logits
+        assert torch.equal(logits[..., :420], load_model()(**inputs).logits[..., :420])
+
+
+def test_reading_by_transformers_is_strict(checkpoint):
+    _, info = LlavaSTFForConditionalGeneration.from_pretrained(checkpoint, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_files_are_plain_safetensors(checkpoint):
+    with safe_open(checkpoint / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert_same(load_file(checkpoint / "model.safetensors"), tensors(checkpoint))
+
+
+# Checks
+
+
+def run(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "conversion", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=GOLDENS.parents[1],
+    )
+
+
+@pytest.mark.parametrize("source", ["original", "original_no_tower", "pretrain", "lora", "lora --keep-adapter"])
+def test_verify_compares_checksums_and_logits(source, tmp_path):
+    name, *flags = source.split()
+    base = ["--base", GOLDENS / "base"] if name in ("pretrain", "lora") else []
+    outputs = GOLDENS / "goldens.safetensors"
+    result = run(GOLDENS / name, tmp_path / "out", *base, *flags, "--verify", "--outputs", outputs)
+    assert result.returncode == 0, result.stderr
+    assert "404 tensors have the checksums of their sources" in result.stdout
+    assert re.search(r"logits equal those of '(original|pretrain|lora)'", result.stdout)
+
+
+def test_verify_tells_a_wrong_mapping(tmp_path, monkeypatch):
+    """The control: two fusion layers of one shape swapped; only the logits can tell."""
+    from conversion import keys
+
+    def swap(state):
+        weight = state["model.layers.0.self_attn.k_proj.weight"], state["model.layers.0.self_attn.q_proj.weight"]
+        state["model.layers.0.self_attn.q_proj.weight"], state["model.layers.0.self_attn.k_proj.weight"] = weight
+
+    source = edited(tmp_path, swap)
+    with pytest.raises(ConversionError, match="logits differ"):
+        convert(source, tmp_path / "out", vision_tower=GOLDENS / "clip", outputs=GOLDENS / "goldens.safetensors")
+    target = "model.multi_modal_projector.spatial_fusion.linear_2.{}"
+    wrong = {**keys.KEY_MAP, "model.mm_projector_crosslayer.2.{}": target}
+    monkeypatch.setattr(keys, "KEY_MAP", wrong)
+    with pytest.raises(ConversionError, match="both become"):
+        convert(GOLDENS / "original", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_recorded_outputs(tmp_path, model, processor, picture, checkpoint):
+    inputs = processor(images=picture("text.png"), text="<image> Read it.", return_tensors="pt")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    record = {"input_ids": inputs["input_ids"], "pixel_values": inputs["pixel_values"], "logits": logits}
+    save_file(record, tmp_path / "recorded.safetensors")
+    convert(GOLDENS / "original", tmp_path / "out", outputs=tmp_path / "recorded.safetensors")
+    save_file({**record, "logits": logits + 0.01}, tmp_path / "other.safetensors")
+    with pytest.raises(ConversionError, match="differ"):
+        convert(GOLDENS / "original", tmp_path / "out2", outputs=tmp_path / "other.safetensors")
+    assert not (tmp_path / "out2").exists()
+
+
+def test_dry_run_prints_the_table_and_writes_nothing(tmp_path):
+    result = run(GOLDENS / "original", tmp_path / "out", "--dry-run", "--max-shard-size", "500KB")
+    assert result.returncode == 0
+    line = "model.mm_projector.0.weight -> model.multi_modal_projector.spatial_fusion.linear_1.weight  512x128 float32"
+    assert line in result.stdout and "would write model-00001-of-0000" in result.stdout
+    assert not list(tmp_path.iterdir())
+
+
+# The way back
+
+
+def test_there_and_back_is_bit_identical(tmp_path, checkpoint):
+    back = convert_back(checkpoint, tmp_path / "back", vision_tower=GOLDENS / "clip", tokenizer=GOLDENS / "original")
+    assert_same(tensors(back), tensors(GOLDENS / "original"))
+    for name in ("config.json", "tokenizer.model"):
+        assert json_or_bytes(back / name) == json_or_bytes(GOLDENS / "original" / name)
+    full = convert(GOLDENS / "original", tmp_path / "full", keep_full_tower=True)
+    assert_same(tensors(convert_back(full, tmp_path / "back2")), tensors(GOLDENS / "original"))
+    again = convert(back, tmp_path / "again", vision_tower=GOLDENS / "clip")
+    assert_same(tensors(again), tensors(checkpoint))
+
+
+def json_or_bytes(path):
+    return json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
+
+
+def test_way_back_after_training(tmp_path, model, checkpoint):
+    """A checkpoint saved by transformers has no original_config.json: the config is made from ours."""
+    model.save_pretrained(tmp_path / "trained")
+    back = convert_back(tmp_path / "trained", tmp_path / "back", vision_tower=GOLDENS / "clip")
+    assert_same(tensors(back), tensors(GOLDENS / "original"))
+    made, real = (json_or_bytes(folder / "config.json") for folder in (back, GOLDENS / "original"))
+    ignored = {
+        "transformers_version",
+        "_name_or_path",
+        "freeze_mm_mlp_adapter",
+        "tune_mm_mlp_adapter",
+        "mm_vision_tower",
+    }
+    different = {name for name in real.keys() - ignored if made.get(name) != real[name]}
+    assert different <= {"mm_projector_lr", "tokenizer_model_max_length"}
+
+
+def test_way_back_is_refused_without_the_tower_s_last_layer(tmp_path, checkpoint):
+    with pytest.raises(ConversionError, match=r"without its layers behind the last tap \(23\).*--vision-tower"):
+        convert_back(checkpoint, tmp_path / "back")
+    with pytest.raises(ConversionError, match="expected a converted LLaVA-STF"):
+        convert_back(GOLDENS / "original", tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+# Killed
+
+
+def test_killed_at_any_moment_nothing_is_half_written(tmp_path, checkpoint):
+    """SIGKILL at random moments: the destination is absent or whole; what is left over goes with the next run."""
+    target = tmp_path / "out"
+    expected = {file.name for file in checkpoint.iterdir()}
+    generator, killed = random.Random(0), 0
+    command = [sys.executable, "-c", FORKING_WORKER, str(GOLDENS / "original"), str(target)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True, cwd=GOLDENS.parents[1]
+    )
+    for _ in range(20):
+        process.stdin.write("go\n")
+        process.stdin.flush()
+        child = int(process.stdout.readline())
+        time.sleep(generator.uniform(0, 1.2))
+        try:
+            os.kill(child, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        killed += int(process.stdout.readline()) == signal.SIGKILL
+        if target.exists():
+            assert {file.name for file in target.iterdir()} == expected
+            assert_same(tensors(target), tensors(checkpoint))
+            shutil.rmtree(target)
+    process.stdin.close()
+    process.wait()
+    assert killed >= 10  # most runs were really interrupted
+    convert(GOLDENS / "original", target)
+    assert [file.name for file in tmp_path.iterdir()] == ["out"]
+
+
+FORKING_WORKER = """
+import os, sys, time
+from conversion import convert, weights
+
+whole = weights.tensor_bytes
+weights.tensor_bytes = lambda tensor: (time.sleep(0.001), whole(tensor))[1]
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        os.close(1)
+        os.open(os.devnull, os.O_WRONLY)
+        convert(sys.argv[1], sys.argv[2])
+        os._exit(0)
+    print(child, flush=True)
+    _, status = os.waitpid(child, 0)
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0, flush=True)
+"""

@@ -1,0 +1,221 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Weights that stay on disk until they are written: reading folders and writing shards, one tensor at a time."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from tqdm import tqdm
+
+from .keys import ConversionError
+
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor that is not in memory: its shape and dtype, and how to get it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+    origin: str  # the file it comes from, or how it is made
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, origin: str) -> "Weight":
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor, origin)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def to(self, dtype: torch.dtype) -> "Weight":
+        if dtype == self.dtype:
+            return self
+        return Weight(self.shape, dtype, lambda: self.load().to(dtype), f"{self.origin}, as {dtype}")
+
+
+Weights = dict[str, Weight]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ConversionError(f"Cannot read {path}: {error}") from error
+
+
+def read_file(path: Path) -> Weights:
+    """The weights of one .safetensors or .bin file, memory-mapped; nothing in a .bin is executed."""
+    try:
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except ConversionError:
+        raise
+    except Exception as error:  # each format has its own exceptions for a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConversionError(
+            f"Cannot read {path}: {reason} (damaged, incomplete, or not a file of tensors)"
+        ) from error
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ConversionError(f"{path} holds something else than named tensors.")
+    _refuse_shared(state, path)
+    return {key: Weight.of(tensor.contiguous(), path.name) for key, tensor in state.items()}
+
+
+def _read_safetensors(path: Path) -> Weights:
+    file = safe_open(path, framework="pt")
+    weights = {}
+    for key in file.keys():  # noqa: SIM118 (not a dict)
+        view = file.get_slice(key)
+        dtype = next((dtype for dtype, name in SAFETENSORS_DTYPES.items() if name == view.get_dtype()), None)
+        if dtype is None:
+            raise ConversionError(f"{path}: {key!r} has the dtype {view.get_dtype()}, expected F32, F16 or BF16.")
+        weights[key] = Weight(tuple(view.get_shape()), dtype, partial(file.get_tensor, key), path.name)
+    return weights
+
+
+def _refuse_shared(state: Mapping[str, torch.Tensor], path: Path) -> None:
+    seen: dict[tuple, str] = {}
+    for key, tensor in state.items():
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        if tensor.numel() and place in seen:
+            raise ConversionError(f"{path}: {key!r} and {seen[place]!r} are one tensor (tied); untie them first.")
+        seen[place] = key
+
+
+def read_folder(folder: Path) -> Weights:
+    """All weights of a checkpoint folder, single or sharded, .safetensors or .bin."""
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        index = folder / f"{stem}.{suffix}.index.json"
+        if index.exists():
+            return _read_shards(index)
+        if (folder / f"{stem}.{suffix}").exists():
+            return read_file(folder / f"{stem}.{suffix}")
+    raise ConversionError(
+        f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, whole or with an index of shards."
+    )
+
+
+def _read_shards(index: Path) -> Weights:
+    weight_map = read_json(index).get("weight_map", {})
+    weights: Weights = {}
+    for name in sorted(set(weight_map.values())):
+        if not (index.parent / name).exists():
+            raise ConversionError(f"{index} names {name}, which is missing.")
+        shard = read_file(index.parent / name)
+        twice = weights.keys() & shard.keys()
+        if twice:
+            key = min(twice)
+            raise ConversionError(f"{index.parent}: {key!r} stands in {weights[key].origin} and again in {name}.")
+        weights |= shard
+    for key, name in weight_map.items():
+        if key not in weights or weights[key].origin != name:
+            raise ConversionError(f"{index} lists {key!r} in {name}, which lacks it.")
+    return weights
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `200MB` or a number of bytes."""
+    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise ConversionError(f"{text!r} is no size: expected a number of bytes, or one with KB, MB or GB.")
+    return int(match[1]) * 1000 ** " KMG".index(match[2].upper() or " ")
+
+
+def plan_shards(weights: Weights, max_shard_size: int) -> list[list[str]]:
+    """The names of each shard's weights, in order; a shard is larger than the limit only for one larger tensor."""
+    shards: list[list[str]] = []
+    size = 0
+    for name, weight in weights.items():
+        if not shards or size + weight.nbytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += weight.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{index:05d}-of-{count:05d}.safetensors" for index in range(1, count + 1)]
+
+
+def write_folder(folder: Path, weights: Weights, max_shard_size: int) -> None:
+    """Writes safetensors shards and their index, one tensor in memory at a time, with a progress bar.
+
+    Raises:
+        ConversionError: for a tensor with NaN or infinite values.
+    """
+    shards = plan_shards(weights, max_shard_size)
+    total = sum(weight.nbytes for weight in weights.values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as progress:
+        for names, file in zip(shards, shard_names(len(shards)), strict=True):
+            _write_shard(folder / file, {name: weights[name] for name in names}, progress)
+    if len(shards) > 1:
+        weight_map = {
+            name: file for names, file in zip(shards, shard_names(len(shards)), strict=True) for name in names
+        }
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shard(path: Path, weights: Weights, progress: tqdm) -> None:
+    """The safetensors layout: length of the header, header, then the bytes of the tensors, one after the other."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, weight in weights.items():
+        start, end = end, end + weight.nbytes
+        header[name] = {
+            "dtype": SAFETENSORS_DTYPES[weight.dtype],
+            "shape": weight.shape,
+            "data_offsets": [start, end],
+        }
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, weight in weights.items():
+            tensor = weight.load()
+            check_finite(name, tensor)
+            file.write(tensor_bytes(tensor))
+            progress.update(weight.nbytes)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    array = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return array.data
+
+
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    # Both ends of the range in one pass; a NaN anywhere is both ends.
+    if not all(math.isfinite(end) for end in torch.aminmax(tensor)):
+        raise ConversionError(f"{name!r} has NaN or infinite values.")
+
+
+def compare(folder: Path, weights: Weights, checksum: Callable[[memoryview], int]) -> None:
+    """Reads the written folder again and compares each tensor's checksum with that of its source.
+
+    Raises:
+        ConversionError: naming the first difference.
+    """
+    written = read_folder(folder)
+    if written.keys() != weights.keys():
+        raise ConversionError(f"{folder} differs in {min(written.keys() ^ weights.keys())!r}: one side lacks it.")
+    with tqdm(total=sum(w.nbytes for w in weights.values()), unit="B", unit_scale=True, desc="verifying") as progress:
+        for name, weight in weights.items():
+            copy = written[name]
+            same = (copy.shape, copy.dtype) == (weight.shape, weight.dtype)
+            if not same or checksum(tensor_bytes(copy.load())) != checksum(tensor_bytes(weight.load())):
+                raise ConversionError(f"{folder}: {name!r} differs from its source ({weight.origin}).")
+            progress.update(weight.nbytes)
