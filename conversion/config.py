@@ -49,7 +49,7 @@ def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
     if taps not in INNER_TAPS or block_in != taps * width or spatial_in != window**2 * width:
         raise ConversionError(
             f"{MBTF}0.weight takes {block_in} channels and {STF}0.weight {spatial_in}, but the vision tower has "
-            f"{width}: expected {' or '.join(str(count) for count in INNER_TAPS)} times that, and a square number of times."
+            f"{width}: expected {' or '.join(map(str, INNER_TAPS))} times that, and a square number of times."
         )
     return {
         "taps": taps,

@@ -14,6 +14,13 @@ AUTO_MAP = {
     "AutoModelForImageTextToText": "modeling_llava_stf.LlavaSTFForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_llava_stf.LlavaSTFForConditionalGeneration",
 }
+FUSION_FIELDS = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "fusion_window",
+    "block_fusion_hidden_size",
+    "spatial_fusion_hidden_size",
+)
 
 
 @strict
@@ -53,7 +60,7 @@ class LlavaSTFConfig(LlavaConfig):
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
         self.vision_feature_layer = self.taps
-        self._check_fusion()
+        self.check_fusion()
         self.image_seq_length = self.tokens_per_image
 
     @classmethod
@@ -65,7 +72,9 @@ class LlavaSTFConfig(LlavaConfig):
                 f"This is the configuration of a `{found}` model, expected `{cls.model_type}`. The weights of another "
                 "model have no fusion modules: convert the checkpoint first (python -m conversion SOURCE DESTINATION)."
             )
-        return super().from_dict(config_dict, **kwargs)
+        # Overrides go through the constructor, to be checked with the rest; transformers would set them afterwards.
+        overrides = {name: kwargs.pop(name) for name in FUSION_FIELDS if name in kwargs}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
     def grid_size(self) -> int:
@@ -92,7 +101,8 @@ class LlavaSTFConfig(LlavaConfig):
             )
         return [tap % (depth + 1) for tap in taps]
 
-    def _check_fusion(self) -> None:
+    def check_fusion(self) -> None:
+        """Raises a `ValueError` if window and strategy do not fit the tower; also run when a model is built."""
         if self.fusion_window < 1 or self.grid_size % self.fusion_window:
             raise ValueError(
                 f"`fusion_window` is {self.fusion_window}, but the vision tower has a grid of {self.grid_size} x "

@@ -9,6 +9,7 @@ Everything but the two fusion modules is the stock LLaVA of transformers. Shapes
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -18,10 +19,13 @@ from transformers import AutoModel, GenerationMixin, LlavaForConditionalGenerati
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
-from transformers.utils import torch_compilable_check
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .configuration_llava_stf import LlavaSTFConfig
+
+logger = logging.get_logger(__name__)
 
 # Images, or video frames, that go through the vision tower together: bounds its activations, and 32 keep a GPU busy.
 IMAGES_PER_PASS = 32
@@ -87,14 +91,25 @@ class LlavaSTFMultiModalProjector(nn.Module):
 
 
 class _BlocksUpToLastTap(nn.ModuleList):
-    """The tower's blocks, all of them stored and indexable; a forward pass iterates no further than the last tap."""
+    """The tower's blocks, all of them stored and indexable; a forward pass iterates no further than the last tap.
+
+    Only a caller who asks for all hidden states or attentions gets those of the blocks behind it, too.
+    """
 
     def __init__(self, blocks: Iterable[nn.Module], last_tap: int):
         super().__init__(blocks)
-        self.last_tap = last_tap
+        self.last_tap: int | None = last_tap
 
     def __iter__(self) -> Iterator[nn.Module]:
         return islice(super().__iter__(), self.last_tap)
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        last_tap, self.last_tap = self.last_tap, None
+        try:
+            yield
+        finally:
+            self.last_tap = last_tap
 
 
 class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
@@ -115,6 +130,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
 
     def __init__(self, config: LlavaSTFConfig):
         # Not LlavaModel.__init__, which would build the stock projector.
+        config.check_fusion()
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
         blocks = self.vision_tower.encoder.layers
@@ -148,11 +164,13 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         return passes[0] if len(passes) == 1 else _concatenate(passes)
 
     def _encode(self, images: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        taps = self.config.taps
-        all_hidden_states = kwargs.pop("output_hidden_states", None)
+        taps, vision = self.config.taps, self.config.vision_config
+        all_hidden_states = kwargs.pop("output_hidden_states", None) or getattr(vision, "output_hidden_states", False)
+        attentions = kwargs.get("output_attentions") or getattr(vision, "output_attentions", False)
+        blocks = self.vision_tower.encoder.layers.all() if all_hidden_states or attentions else nullcontext()
         # A frozen tower never runs backward, not even where gradient checkpointing makes its inputs require gradients.
         tower_learns = images.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
-        with torch.set_grad_enabled(tower_learns and torch.is_grad_enabled()):
+        with blocks, torch.set_grad_enabled(tower_learns and torch.is_grad_enabled()):
             # Since transformers 5.23 a list keeps only the hidden states that it names; before, all are kept.
             outputs = self.vision_tower(
                 images, output_hidden_states=all_hidden_states or taps, return_dict=True, **kwargs
@@ -182,16 +200,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
 
         `image_features` is (images*T, D) or (images, T, D). A `ValueError` if there are more or fewer placeholders.
         """
-        if input_ids is None:
-            image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            mask = (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
-        else:
-            mask = input_ids == self.config.image_token_id
-        self._check_placeholders(mask, image_features.numel() // image_features.shape[-1])
-        return mask.unsqueeze(-1).to(inputs_embeds.device)
-
-    def _check_placeholders(self, mask: torch.Tensor, features: int) -> None:
-        per_image = self.config.tokens_per_image
+        mask = self.find_placeholders(input_ids, inputs_embeds)
+        features, per_image = image_features.numel() // image_features.shape[-1], self.config.tokens_per_image
         torch_compilable_check(
             mask.sum() == features,
             lambda: (
@@ -201,6 +211,14 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 "the inputs come from the processor of another model (LLaVA-1.5 writes 576 tokens per image)."
             ),
         )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the image tokens are, (batch, sequence), in ids or else in embeddings."""
+        if inputs_embeds is None or (input_ids is not None and input_ids.numel()):
+            return input_ids == self.config.image_token_id
+        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
 
     def forward(
         self,
@@ -210,17 +228,16 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
-        """As [`LlavaModel.forward`]; a prompt with image tokens but no image is refused with a `ValueError`.
+        """As [`LlavaModel.forward`]; a prompt with image tokens but no image draws a warning.
 
         In training a batch without images sends a blank image through tower and fusion and uses none of it, so that
         every rank of a distributed run touches the same parameters (original: the dummy image of its collator).
         """
         has_images = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
         if not has_images:
-            if input_ids is not None and input_ids.shape[1] > 1:
-                self._check_placeholders(input_ids == self.config.image_token_id, features=0)
+            self._warn_of_missing_images(input_ids)
             if self.training and torch.is_grad_enabled():
                 if inputs_embeds is None:
                     inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
@@ -234,6 +251,16 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    def _warn_of_missing_images(self, input_ids: torch.Tensor | None) -> None:
+        # Not an error: with a cache the images may be in it, and an assistant model drafts without them.
+        if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+            return
+        if (input_ids == self.config.image_token_id).any():
+            logger.warning_once(
+                "The text has image tokens, but no `pixel_values` were given: unless a cache holds the images, the "
+                "model does not see them."
+            )
 
     def _blank_image_features(self, like: torch.Tensor) -> torch.Tensor:
         vision = self.config.vision_config
@@ -274,13 +301,12 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         # For beams and several answers. Before transformers 5.18 pixels arrive here, and the stock method repeats them
         # image by image, which mixes up the images of a prompt that has several: they belong together.
-        pixel_values = model_kwargs.pop("pixel_values", None)
-        if pixel_values is not None:
-            if input_ids is None:
-                raise ValueError("Beams with `pixel_values` need `input_ids`: they tell which image is whose.")
-            image_tokens = (input_ids == self.config.image_token_id).sum(1)
-            per_prompt = pixel_values.split((image_tokens // self.config.tokens_per_image).tolist())
-            pixel_values = torch.cat([images for images in per_prompt for _ in range(expand_size)])
+        pixel_values = model_kwargs.get("pixel_values")
+        if expand_size > 1 and pixel_values is not None:
+            placeholders = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
+            images = pixel_values.flatten(0, -4).split((placeholders // self.config.tokens_per_image).tolist())
+            pixel_values = torch.cat([own for own in images for _ in range(expand_size)])
+            del model_kwargs["pixel_values"]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
@@ -291,11 +317,10 @@ def _concatenate(passes: list[BaseModelOutputWithPooling]) -> BaseModelOutputWit
     """One output of several passes through the tower."""
 
     def layers(name: str) -> tuple | None:
-        if passes[0][name] is None:
+        if getattr(passes[0], name) is None:
             return None
-        return tuple(
-            None if states[0] is None else torch.cat(states) for states in zip(*(p[name] for p in passes), strict=True)
-        )
+        by_layer = zip(*(getattr(output, name) for output in passes), strict=True)
+        return tuple(None if states[0] is None else torch.cat(states) for states in by_layer)
 
     return BaseModelOutputWithPooling(
         last_hidden_state=torch.cat([p.last_hidden_state for p in passes]),

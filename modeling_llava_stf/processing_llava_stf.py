@@ -13,7 +13,7 @@ import torch
 from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import load_image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.processing_utils import ImagesKwargs, MultiModalData
+from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 from transformers.video_utils import load_video
 
 # Frames per second that are read from a video file, as the original's evaluation does.
@@ -36,12 +36,19 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
 
     def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
         """One picture, of any kind, as (channels, height, width)."""
-        if do_convert_rgb:
-            image = _decoded(image) if isinstance(image, PIL.Image.Image) else _three_channels(np.asarray(image))
+        if do_convert_rgb and isinstance(image, PIL.Image.Image):
+            image = _decoded(image)
+        elif do_convert_rgb and kwargs.get("input_data_format") is None:
+            image = _three_channels(np.asarray(image))
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
         if not np.isfinite(array).all():
             raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
         return array
+
+    def to_dict(self) -> dict[str, Any]:
+        """As [`ImageProcessingMixin.to_dict`]; the reference to the code never names another repository."""
+        reference = {"AutoImageProcessor": "processing_llava_stf.LlavaSTFImageProcessor"}
+        return {**super().to_dict(), "auto_map": reference}
 
     def _preprocess(self, images: list[np.ndarray], do_rescale: bool, **kwargs: Any) -> BatchFeature:
         for image in images:
@@ -103,15 +110,23 @@ class LlavaSTFProcessor(LlavaProcessor):
             image_token=image_token,
             **kwargs,
         )
-        self._check_settings()
+        if self.tokenizer.convert_tokens_to_ids(self.image_token) in (None, self.tokenizer.unk_token_id):
+            raise ValueError(
+                f"The tokenizer does not know {self.image_token!r}. Use the tokenizer of a converted checkpoint, or "
+                "add it as a special token."
+            )
 
-    def _check_settings(self) -> None:
-        settings = {
-            "patch_size": self.patch_size,
-            "fusion_window": self.fusion_window,
-            "vision_feature_select_strategy": self.vision_feature_select_strategy,
-        }
-        missing = [name for name, value in settings.items() if value is None]
+    @classmethod
+    def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As [`ProcessorMixin.from_args_and_dict`], the last step of loading; incomplete settings are refused."""
+        loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
+        (loaded[0] if isinstance(loaded, tuple) else loaded).check_settings()
+        return loaded
+
+    def check_settings(self) -> None:
+        """Raises a `ValueError` if a setting is missing, without which tokens cannot be counted, or does not fit."""
+        settings = ("patch_size", "fusion_window", "vision_feature_select_strategy")
+        missing = [name for name in settings if getattr(self, name) is None]
         if missing:
             raise ValueError(
                 f"The processor lacks {', '.join(missing)}: without them it cannot count image tokens. A complete "
@@ -129,18 +144,15 @@ class LlavaSTFProcessor(LlavaProcessor):
                 f"{self.patch_size} give a grid of {crop['height'] // self.patch_size} x "
                 f"{crop['width'] // self.patch_size}, which it does not divide."
             )
-        if self.tokenizer.convert_tokens_to_ids(self.image_token) in (None, self.tokenizer.unk_token_id):
-            raise ValueError(
-                f"The tokenizer does not know {self.image_token!r}. Use the tokenizer of a converted checkpoint, or "
-                "add it as a special token."
-            )
 
     @property
     def video_processor(self) -> LlavaSTFImageProcessor:
         """A video is its frames, and a frame is a picture: there is no other processor (and no torchvision needed)."""
         return self.image_processor
 
-    def __call__(self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Any) -> BatchFeature:
+    def __call__(
+        self, images: Any = None, text: Any = None, videos: Any = None, **kwargs: Unpack[ProcessingKwargs]
+    ) -> BatchFeature:
         """Prepares a batch for the model.
 
         Args:
@@ -178,6 +190,7 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     def num_image_tokens(self, height: int, width: int) -> int:
         """Tokens of an image, or of a frame, of `height` x `width` pixels as it enters the vision tower."""
+        self.check_settings()
         patch_and_window = self.patch_size * self.fusion_window
         return (height // patch_and_window) * (width // patch_and_window)
 
@@ -231,9 +244,9 @@ class LlavaSTFProcessor(LlavaProcessor):
             return
         crop = self.image_processor.crop_size
         raise ValueError(
-            f"The prompts have {sum(expected)} {token} placeholders ({expected} by prompt), but {sum(given)} were "
-            f"given ({given} by prompt or in all); each image or frame takes "
-            f"{self.num_image_tokens(crop['height'], crop['width'])} tokens. Write one {token} for each, in order. "
+            f"The number of {token} tokens in the prompts should be the same as the number of images or videos given: "
+            f"found {sum(expected)} ({expected} by prompt) and {sum(given)} ({given} by prompt or in all). Each image "
+            f"or frame takes {self.num_image_tokens(crop['height'], crop['width'])} tokens; write one {token} for it. "
             "Usual causes: the chat template was not applied, or a placeholder is missing from the text or twice in it."
         )
 
@@ -271,15 +284,8 @@ class LlavaSTFProcessor(LlavaProcessor):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`ProcessorMixin.to_dict`]; the references to the code are those of this file, wherever it was loaded."""
-        output = super().to_dict()
-        if self._auto_class is not None:
-            module = type(self).__module__.split(".")[-1]
-            output["auto_map"] = {"AutoProcessor": f"{module}.{type(self).__name__}"}
-            output["image_processor"]["auto_map"] = {
-                "AutoImageProcessor": f"{module}.{type(self.image_processor).__name__}"
-            }
-        return output
+        """As [`ProcessorMixin.to_dict`]; the reference to the code never names another repository."""
+        return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
 
 
 def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -57,6 +57,14 @@ def test_refuses_a_plain_llava(tmp_path):
         LlavaSTFConfig.from_pretrained(tmp_path)
 
 
+def test_overrides_at_loading_are_checked(tmp_path):
+    LlavaSTFConfig().save_pretrained(tmp_path)
+    config = LlavaSTFConfig.from_pretrained(tmp_path, fusion_window=3)
+    assert config.tokens_per_image == config.image_seq_length == 64
+    with pytest.raises(ValueError, match="`fusion_window` is 5"):
+        LlavaSTFConfig.from_pretrained(tmp_path, fusion_window=5)
+
+
 def test_round_trip(tmp_path):
     config = LlavaSTFConfig(fusion_window=3, block_fusion_hidden_size=100, vision_feature_layer=[4, 2])
     config.save_pretrained(tmp_path)
