@@ -23,6 +23,7 @@ from statistics import median
 
 import torch
 import transformers
+from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,13 +112,13 @@ def _layer(key: str) -> int:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """The golden tokenizer, filled up to the 32000 tokens of the real one, so that `<image>` is a new row."""
-    shutil.copy(GOLDENS / "original" / "tokenizer.model", folder)
-    settings = json.loads((GOLDENS / "original" / "tokenizer_config.json").read_text(encoding="utf-8"))
-    filler = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": False}
-    for index in range(420, LLAMA["vocab_size"]):
-        settings["added_tokens_decoder"][str(index)] = {"content": f"<filler_{index}>", **filler}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    """The golden tokenizer, filled up to the 32000 pieces of the real one, so that `<image>` is a new row."""
+    model = sentencepiece_model_pb2.ModelProto()
+    model.ParseFromString((GOLDENS / "original" / "tokenizer.model").read_bytes())
+    for index in range(len(model.pieces), LLAMA["vocab_size"]):
+        model.pieces.add(piece=f"▁filler{index}", score=-index)
+    (folder / "tokenizer.model").write_bytes(model.SerializeToString())
+    shutil.copy(GOLDENS / "original" / "tokenizer_config.json", folder)
 
 
 def measure(source: Path, scratch: Path, rounds: int) -> dict:

@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights that stay on disk until they are written: reading folders and writing shards, one tensor at a time."""
 
+import ctypes
 import json
 import math
-import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from .keys import ConversionError
 
+LIBC, PAGE, MADV_WILLNEED = ctypes.CDLL(None), 4096, 3
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -57,9 +59,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_file(path: Path) -> Weights:
     """The weights of one .safetensors or .bin file, memory-mapped; nothing in a .bin is executed."""
     try:
-        with path.open("rb") as file:
-            # Read ahead as a copy does: page faults on the memory map alone would fetch a few pages at a time.
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
@@ -189,11 +188,31 @@ def _write_shard(path: Path, weights: Weights, progress: tqdm) -> None:
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, weight in weights.items():
-            tensor = weight.load()
-            check_finite(name, tensor)
+        for tensor in _read_ahead(weights):
             file.write(tensor_bytes(tensor))
-            progress.update(weight.nbytes)
+            progress.update(tensor.nbytes)
+
+
+def _read_ahead(weights: Weights) -> Iterator[torch.Tensor]:
+    """The finite tensors in order; while one is written, the next is read and checked."""
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        waiting = None
+        for name, weight in weights.items():
+            following = reader.submit(_read, name, weight)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = following
+        if waiting is not None:
+            yield waiting.result()
+
+
+def _read(name: str, weight: Weight) -> torch.Tensor:
+    tensor = weight.load()
+    # Fetches a memory-mapped tensor in one go, as a copy would; page faults alone would fetch a few pages at a time.
+    start = tensor.data_ptr() // PAGE * PAGE
+    LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(tensor.data_ptr() + tensor.nbytes - start), MADV_WILLNEED)
+    check_finite(name, tensor)
+    return tensor
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDENS
+from hub_server import COMMIT, hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -317,6 +318,28 @@ def test_nested_layout(tmp_path, checkpoint):
         convert(repository, tmp_path / "out2", vision_tower=GOLDENS / "clip")
 
 
+def test_hub_ids(tmp_path, checkpoint):
+    """The nested repository of the authors, its vision tower and a revision, from a stand-in for the Hub."""
+    repository = tmp_path / "repository"
+    shutil.copytree(GOLDENS / "original_no_tower", repository / "full-parameter-finetune")
+    shutil.copytree(GOLDENS / "pretrain", repository / "pretrain" / "any-name")
+    edit_config(repository / "full-parameter-finetune", mm_vision_tower="some/clip")
+    clip = GOLDENS / "clip"
+    with hub({"some/model": repository, "some/clip": clip}) as endpoint:
+        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+        out = tmp_path / "out"
+        result = run("some/model", out, "--revision", COMMIT, environment=environment)
+        assert result.returncode == 0, result.stderr
+        assert_same(tensors(out), tensors(checkpoint))
+        result = run("some/model", tmp_path / "out2", "--subfolder", "pretrain", environment=environment)
+        assert result.returncode == 2 and "--base" in result.stderr
+        for arguments in (["some/nothing"], ["some/model", "--revision", "no-such"]):
+            result = run(arguments[0], tmp_path / "out3", *arguments[1:], environment=environment)
+            error = result.stderr.strip().splitlines()[-1]
+            assert result.returncode == 2 and error.startswith("error: ") and arguments[0] in error
+    assert not (tmp_path / "out3").exists()
+
+
 def test_old_buffers_are_tolerated(tmp_path, checkpoint):
     def edit(state):
         state["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
@@ -435,13 +458,9 @@ def test_files_are_plain_safetensors(checkpoint):
 # Checks
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "conversion", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=GOLDENS.parents[1],
-    )
+def run(*arguments, environment=None):
+    command = [sys.executable, "-m", "conversion", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=GOLDENS.parents[1], env=environment)
 
 
 @pytest.mark.parametrize("source", ["original", "original_no_tower", "pretrain", "lora", "lora --keep-adapter"])
