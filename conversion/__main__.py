@@ -17,21 +17,34 @@ import torch
 
 from . import ConversionError, convert, convert_back
 
+WAY_BACK = (
+    "source",
+    "destination",
+    "vision_tower",
+    "tokenizer",
+    "revision",
+    "max_shard_size",
+    "verify",
+    "dry_run",
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> int:
-    arguments = vars(_parser().parse_args())
+    parser = _parser()
+    arguments = vars(parser.parse_args())
     if arguments["dtype"] is not None:
         arguments["dtype"] = DTYPES[arguments["dtype"]]
+    way_back = arguments.pop("to_original")
+    if way_back:
+        for name in [name for name in arguments if name not in WAY_BACK]:
+            if arguments.pop(name) != parser.get_default(name):
+                parser.error(f"--to-original does not go with --{name.replace('_', '-')}")
     try:
-        if arguments.pop("to_original"):
-            names = ("source", "destination", "vision_tower", "tokenizer", "revision", "max_shard_size", "verify")
-            folder = convert_back(**{name: arguments[name] for name in names})
-        else:
-            folder = convert(**arguments)
-    except (ConversionError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        folder = (convert_back if way_back else convert)(**arguments)
+    except Exception as error:  # a ConversionError, or what transformers says of a config that fits no model
+        name = "" if isinstance(error, ConversionError) else f"{type(error).__name__}: "
+        print(f"error: {name}{' '.join(str(error).split())}", file=sys.stderr)
         return 2
     if not arguments["dry_run"]:
         print(f"wrote {folder}")

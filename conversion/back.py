@@ -8,6 +8,8 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from modeling_llava_stf import LlavaSTFConfig
 
 from .convert import EMBEDDINGS, HEAD, ORIGINAL_CONFIG_FILE, complete_or_absent, require_empty
@@ -27,6 +29,7 @@ def convert_back(
     revision: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Writes the original's layout: its names, its config, its vocabulary.
 
@@ -38,6 +41,7 @@ def convert_back(
         revision: of a Hub id.
         max_shard_size: size of a weight file.
         verify: read the result again and compare checksums.
+        dry_run: only print what would be written.
 
     Raises:
         ConversionError: if the tower lacks layers and there is no CLIP folder to take them from, or if the CLIP folder
@@ -58,17 +62,21 @@ def convert_back(
     weights = _with_whole_tower(weights, config, None if vision_tower is None else fetch(vision_tower))
     if original is None:
         original = _original_config(config, rows, vision_tower)
-    with complete_or_absent(destination) as partial:
-        write_folder(partial, weights, parse_size(max_shard_size))
-        (partial / "config.json").write_text(json.dumps(original, indent=2) + "\n", encoding="utf-8")
+    if dry_run:
+        for name, weight in weights.items():
+            print(f"{name}  {'x'.join(map(str, weight.shape))} {weight.dtype}  ({weight.origin})")
+        return destination
+    with complete_or_absent(destination) as unfinished:
+        write_folder(unfinished, weights, parse_size(max_shard_size))
+        (unfinished / "config.json").write_text(json.dumps(original, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             for name in TOKENIZER_FILES:
                 if (fetch(tokenizer) / name).exists():
-                    shutil.copyfile(fetch(tokenizer) / name, partial / name)
+                    shutil.copyfile(fetch(tokenizer) / name, unfinished / name)
         else:
             print("- no tokenizer was written: ours does not hold the original's tokenizer.model (--tokenizer FOLDER)")
         if verify:
-            compare(partial, weights, zlib.crc32)
+            compare(read_folder(unfinished), weights, zlib.crc32)
             print(f"- verified: {len(weights)} tensors have the checksums of their sources")
     return destination
 
@@ -83,7 +91,7 @@ def _first_rows(table: Weight, rows: int) -> Weight:
 
 
 def _with_whole_tower(weights: Weights, config: LlavaSTFConfig, clip_folder: Path | None) -> Weights:
-    """Adds the layers behind the last tap again, from CLIP; the layers that are there must be CLIP's."""
+    """Adds the layers behind the last tap again, from CLIP, whose other layers must be those that are here."""
     depth = config.vision_config.num_hidden_layers
     if clip_folder is None:
         if depth == max(config.taps):
@@ -96,6 +104,9 @@ def _with_whole_tower(weights: Weights, config: LlavaSTFConfig, clip_folder: Pat
     for key in sorted(weights.keys() & tower.keys()):
         if weights[key].shape != tower[key].shape:
             raise ConversionError(f"{clip_folder} holds another tower: {key!r} is {tower[key].shape} there.")
+    known = TOWER_PREFIX + "vision_model.embeddings.position_embedding.weight"
+    if not torch.equal(weights[known].load(), tower[known].load().to(weights[known].dtype)):
+        raise ConversionError(f"{clip_folder} holds another tower: its weights are not those of {known!r} here.")
     missing = {key: weight for key, weight in tower.items() if key not in weights and "position_ids" not in key}
     dtype = weights[TOWER_PREFIX + "vision_model.post_layernorm.weight"].dtype
     return weights | {key: weight.to(dtype) for key, weight in missing.items()}

@@ -80,7 +80,11 @@ def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) 
 
 def build_image_processor(original: dict[str, Any], clip_folder: Path) -> LlavaSTFImageProcessor:
     """CLIP's preprocessing, with the padding that the run was trained with (`image_aspect_ratio`)."""
-    settings = read_json(clip_folder / "preprocessor_config.json")
+    file = clip_folder / "preprocessor_config.json"
+    if not file.exists():  # transformers 5 saves it as a part of the processor's
+        file = clip_folder / "processor_config.json"
+    settings = read_json(file)
+    settings = settings.get("image_processor", settings)
     names = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
     return LlavaSTFImageProcessor(
         do_pad=original.get("image_aspect_ratio", "pad") == "pad",

@@ -4,7 +4,6 @@
 
 import json
 import os
-import re
 import shutil
 import zlib
 from collections.abc import Iterator
@@ -29,17 +28,30 @@ from .source import (
     Source,
     fetch,
     find_run,
-    lora_target,
+    lora_pairs,
     merge_lora,
     read_source,
     read_tower,
 )
 from .tokenizer import load_tokenizer
 from .verify import check_logits
-from .weights import Weight, Weights, compare, parse_size, plan_shards, read_json, shard_names, write_folder
+from .weights import (
+    Weight,
+    Weights,
+    check_dtypes,
+    compare,
+    parse_size,
+    plan_shards,
+    read_file,
+    read_folder,
+    read_json,
+    shard_names,
+    write_folder,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATES = Path(__file__).parent / "chat_templates"
+ADAPTER_FILE = "adapter_model.safetensors"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
@@ -106,6 +118,8 @@ def convert(
         ConversionError: if anything is missing, unknown, damaged or of the wrong shape. Nothing is written then.
     """
     destination = require_empty(destination)
+    if outputs and not Path(outputs).is_file():
+        raise ConversionError(f"{outputs} is not a file of recorded outputs.")
     limit = parse_size(max_shard_size)
     plan = make_plan(source, **options)  # type: ignore[arg-type]
     for note in plan.notes:
@@ -113,21 +127,24 @@ def convert(
     if dry_run:
         print_table(plan, limit)
         return destination
-    with complete_or_absent(destination) as partial:
-        model_folder = partial if plan.adapter is None else partial / "base"
+    with complete_or_absent(destination) as unfinished:
+        model_folder = unfinished if plan.adapter is None else unfinished / "base"
         _write_model(model_folder, plan, limit)
         if plan.adapter is not None:
-            _write_adapter(partial, destination, plan)
+            _write_adapter(unfinished, destination, plan)
         if verify or outputs:
-            compare(model_folder, plan.weights, zlib.crc32)
-            print(f"- verified: {len(plan.weights)} tensors have the checksums of their sources")
+            compare(read_folder(model_folder), plan.weights, zlib.crc32)
+            if plan.adapter is not None:
+                compare(read_file(unfinished / ADAPTER_FILE), plan.adapter, zlib.crc32)
+            count = len(plan.weights) + len(plan.adapter or {})
+            print(f"- verified: {count} tensors have the checksums of their sources")
         if outputs:
-            print(f"- {check_logits(model_folder, partial if plan.adapter else None, Path(outputs))}")
+            print(f"- {check_logits(model_folder, unfinished if plan.adapter else None, Path(outputs))}")
     return destination
 
 
 def require_empty(destination: str | Path) -> Path:
-    destination = Path(destination)
+    destination = Path(destination).resolve()
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(f"{destination} is not empty, or not a folder. Choose another; nothing was written.")
     return destination
@@ -168,13 +185,20 @@ def make_plan(
     base_folder = None if base is None else fetch(base)
     run = read_source(folder, base_folder, init_fusion)
     notes = [f"{run.folder}: {run.kind}"]
-    clip_folder = _tower_folder(run, vision_tower)
     weights = run.weights
-    if not any(key.startswith(TOWER_PREFIX) for key in weights):
+    has_tower = any(key.startswith(TOWER_PREFIX) for key in weights)
+    clip_folder = _tower_folder(run, vision_tower, weights=not has_tower)
+    if keep_adapter and run.adapter is None:
+        raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
+    if not has_tower:
         weights = weights | read_tower(clip_folder)
         notes.append(f"vision tower: {clip_folder}")
-    if run.adapter is not None and run.adapter_config is not None and not keep_adapter:
-        weights = merge_lora(weights, run.adapter, run.adapter_config)
+    adapter = None
+    if run.adapter is not None and run.adapter_config is not None:
+        if keep_adapter:
+            adapter = _adapter_weights(lora_pairs(run.adapter, weights, run.adapter_config))
+        else:
+            weights = merge_lora(weights, run.adapter, run.adapter_config)
 
     text = build_text_config(run.config)
     text_tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, run, base_folder), text.max_position_embeddings)
@@ -192,7 +216,11 @@ def make_plan(
     notes.append(note)
     if dtype is not None:
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        adapter = None if adapter is None else {name: weight.to(dtype) for name, weight in adapter.items()}
         config.dtype = dtype
+    if adapter is not None:
+        adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
+    check_dtypes(weights)
 
     with torch.device("meta"):
         model = LlavaSTFForConditionalGeneration(config)
@@ -208,12 +236,23 @@ def make_plan(
             "plain": (TEMPLATES / "plain.jinja").read_text(encoding="utf-8"),
         },
     )
-    return Plan(run, model, weights, processor, run.adapter if keep_adapter else None, notes)
+    return Plan(run, model, weights, processor, adapter, notes)
 
 
-def _tower_folder(run: Source, vision_tower: str | Path | None) -> Path:
+def _adapter_weights(pairs: dict[str, tuple[Weight, Weight]]) -> Weights:
+    """LoRA matrices under PEFT's names for our modules."""
+    weights: Weights = {}
+    for target, (down, up) in pairs.items():
+        (name,) = to_hub({target: None})
+        prefix = PEFT_PREFIX + name.removesuffix(".weight")
+        weights |= {f"{prefix}.lora_A.weight": down, f"{prefix}.lora_B.weight": up}
+    return weights
+
+
+def _tower_folder(run: Source, vision_tower: str | Path | None, weights: bool) -> Path:
+    """The folder that describes the tower, and holds its weights where they are needed."""
     if vision_tower is not None:
-        return fetch(vision_tower)
+        return fetch(vision_tower, weights=weights)
     if "vision_config" in read_json(run.folder / "config.json"):  # llava-hf describes its tower itself
         return run.folder
     named = run.config.get("mm_vision_tower")
@@ -223,7 +262,7 @@ def _tower_folder(run: Source, vision_tower: str | Path | None) -> Path:
         if (folder / "config.json").exists():
             return folder
     try:
-        return fetch(named)
+        return fetch(named, weights=weights)
     except ConversionError as error:
         raise ConversionError(f"The vision tower of the config: {error} Give it with --vision-tower.") from error
 
@@ -239,7 +278,7 @@ def _tokenizer_folder(tokenizer: str | Path | None, run: Source, base: Path | No
 def new_fusion(config: LlavaSTFConfig, seed: int) -> Weights:
     """New fusion weights under the original's names: PyTorch's initialisation of a linear layer, as in the original."""
     width, window = config.vision_config.hidden_size, config.fusion_window
-    block, spatial = config.block_fusion_hidden_size or 4 * width, config.spatial_fusion_hidden_size or 16 * width
+    block, spatial = config.fusion_widths
     layers = {
         f"{MBTF}0": (len(config.taps) * width, block),
         f"{MBTF}2": (block, width),
@@ -279,6 +318,12 @@ def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, multiple: int) ->
     if EMBEDDINGS not in weights or HEAD not in weights:
         raise ConversionError(f"The source has no weight for {EMBEDDINGS if EMBEDDINGS not in weights else HEAD!r}.")
     rows, image_token_id = weights[EMBEDDINGS].shape[0], config.image_token_id
+    if multiple < 1:
+        raise ConversionError(f"--pad-vocabulary is {multiple}, expected a positive number.")
+    if rows != config.text_config.vocab_size:
+        raise ConversionError(
+            f"The tables have {rows} rows, but config.json says `vocab_size` {config.text_config.vocab_size}."
+        )
     needed = -(-max(rows, image_token_id + 1) // multiple) * multiple
     config.text_config.vocab_size = needed
     weights = {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}
@@ -328,16 +373,26 @@ def complete_or_absent(destination: Path) -> Iterator[Path]:
     """A sibling folder to write into, renamed to the destination at the end; what a killed run left is removed."""
     destination.parent.mkdir(parents=True, exist_ok=True)
     for left in destination.parent.glob(f".{destination.name}.*.partial"):
-        if not Path(f"/proc/{left.name.split('.')[-2]}").exists():
+        if not _runs(int(left.name.split(".")[-2])):
             shutil.rmtree(left, ignore_errors=True)
-    partial = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
-    partial.mkdir()
+    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    unfinished.mkdir()
     try:
-        yield partial
-        os.replace(partial, destination)
+        yield unfinished
+        os.replace(unfinished, destination)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
@@ -367,22 +422,13 @@ def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
 def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:
     """The LoRA run as a PEFT adapter of the converted base in `destination/base`; the fusion modules are in both."""
     assert plan.adapter is not None and plan.source.adapter_config is not None
-    weights: Weights = {}
-    targets = set()
-    for key, weight in plan.adapter.items():
-        (name,) = to_hub({lora_target(key): None})
-        matrix = "lora_A" if ".lora_A." in key else "lora_B"
-        weights[f"{PEFT_PREFIX}{name.removesuffix('.weight')}.{matrix}.weight"] = weight
-        targets.add(name.removesuffix(".weight").rpartition(".")[2])
-    for name, weight in plan.weights.items():
-        if ".multi_modal_projector." in name:
-            weights[PEFT_PREFIX + name] = weight
-    write_folder(folder, weights, max_shard_size=1 << 62)
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    write_folder(folder, plan.adapter, max_shard_size=sum(weight.nbytes for weight in plan.adapter.values()))
+    (folder / "model.safetensors").rename(folder / ADAPTER_FILE)
+    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in plan.adapter if ".lora_" in name}
     settings = {
         **plan.source.adapter_config,
         "base_model_name_or_path": str(destination.resolve() / "base"),
-        "target_modules": rf".*language_model.*\.({'|'.join(sorted(re.escape(name) for name in targets))})",
+        "target_modules": rf".*language_model.*\.({'|'.join(sorted(adapted))})",
         "modules_to_save": ["multi_modal_projector"],
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

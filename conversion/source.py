@@ -39,13 +39,13 @@ class Source:
     adapter_config: dict[str, Any] | None = None
 
 
-def fetch(name: str | Path, revision: str | None = None, subfolder: str | None = None) -> Path:
-    """A local folder as it is, or the files of a Hub repository, downloaded."""
+def fetch(name: str | Path, revision: str | None = None, subfolder: str | None = None, weights: bool = True) -> Path:
+    """A local folder as it is, or the files of a Hub repository, downloaded (without weights, where not needed)."""
     folder = Path(name)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
             raise ConversionError(f"{str(name)!r} is neither a folder here nor the id of a Hub repository.")
-        patterns = ["*.json", "*.bin", "*.safetensors", "*.model"]
+        patterns = ["*.json", "*.model", *(["*.bin", "*.safetensors"] if weights else [])]
         if subfolder:
             patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
         try:
@@ -79,7 +79,11 @@ def find_run(folder: Path) -> Path:
 
 def _has_run(folder: Path) -> bool:
     weights = ("*.safetensors", "*.bin", "*.index.json")
-    return (folder / "config.json").exists() and any(next(folder.glob(pattern), None) for pattern in weights)
+    if not (folder / "config.json").exists() or read_json(folder / "config.json").get("model_type", "").startswith(
+        "clip"
+    ):
+        return False
+    return any(next(folder.glob(pattern), None) for pattern in weights)
 
 
 def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
@@ -101,6 +105,10 @@ def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
         weights = _base(base, folder, "a stage-1 projector") | projector
         return Source("stage-1 projector", folder, config, weights)
     weights = read_folder(folder)
+    if base is not None:
+        raise ConversionError(f"{folder} is a whole model, neither a projector nor a LoRA run: leave out --base.")
+    if init_fusion and any(key.startswith(MBTF) for key in weights):
+        raise ConversionError(f"{folder} has fusion weights; --init-fusion would throw them away. Leave it out.")
     if init_fusion:
         weights = _initialisation(weights)
         return Source("initialisation", folder, _language_config(config), weights)
@@ -145,24 +153,37 @@ def lora_target(key: str) -> str:
     return match[1] + ".weight"
 
 
+def lora_pairs(adapter: Weights, weights: Weights, config: dict[str, Any]) -> dict[str, tuple[Weight, Weight]]:
+    """The matrices A and B of each adapted weight, checked against it."""
+    special = [name for name in ("alpha_pattern", "rank_pattern", "fan_in_fan_out", "use_dora") if config.get(name)]
+    if special or "r" not in config or "lora_alpha" not in config:
+        raise ConversionError(
+            f"{ADAPTER_CONFIG_FILE}: expected plain LoRA with `r` and `lora_alpha`"
+            + (f", found {', '.join(special)}." if special else ".")
+        )
+    found: dict[str, dict[str, Weight]] = {}
+    for key, weight in adapter.items():
+        found.setdefault(lora_target(key), {})["A" if ".lora_A." in key else "B"] = weight
+    for target, pair in found.items():
+        if pair.keys() != {"A", "B"}:
+            raise ConversionError(f"The adapter has only the matrix {min(pair)} of {target!r}.")
+        rows, columns = weights[target].shape
+        if pair["A"].shape != (config["r"], columns) or pair["B"].shape != (rows, config["r"]):
+            raise ConversionError(
+                f"The LoRA matrices of {target!r} have the shapes {pair['A'].shape} and {pair['B'].shape}, expected "
+                f"{(config['r'], columns)} and {(rows, config['r'])}."
+            )
+    return {target: (pair["A"], pair["B"]) for target, pair in found.items()}
+
+
 def merge_lora(weights: Weights, adapter: Weights, config: dict[str, Any]) -> Weights:
     """`W + scale * B @ A` for each adapted weight, computed in float32 when it is written, in the weight's dtype."""
+    pairs = lora_pairs(adapter, weights, config)
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    pairs: dict[str, dict[str, Weight]] = {}
-    for key, weight in adapter.items():
-        pairs.setdefault(lora_target(key), {})["A" if ".lora_A." in key else "B"] = weight
-    merged = dict(weights)
-    for target, pair in pairs.items():
-        if pair.keys() != {"A", "B"}:
-            raise ConversionError(f"The adapter has only matrix {min(pair)} for {target!r}.")
-        merged[target] = _merged(weights[target], pair["A"], pair["B"], scale)
-    return merged
+    return weights | {target: _merged(weights[target], *pair, scale) for target, pair in pairs.items()}
 
 
 def _merged(weight: Weight, down: Weight, up: Weight, scale: float) -> Weight:
-    if (up.shape[0], down.shape[1]) != weight.shape or up.shape[1] != down.shape[0]:
-        raise ConversionError(f"LoRA matrices {up.shape} and {down.shape} do not fit a weight of {weight.shape}.")
-
     def load() -> torch.Tensor:
         update = torch.mm(up.load().float(), down.load().float()).mul_(scale)
         return update.add_(weight.load()).to(weight.dtype)

@@ -51,9 +51,12 @@ Weights = dict[str, Weight]
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConversionError(f"Cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, expected an object with named fields.")
+    return content
 
 
 def read_file(path: Path) -> Weights:
@@ -80,9 +83,9 @@ def _read_safetensors(path: Path) -> Weights:
     weights = {}
     for key in file.keys():  # noqa: SIM118 (not a dict)
         view = file.get_slice(key)
-        dtype = next((dtype for dtype, name in SAFETENSORS_DTYPES.items() if name == view.get_dtype()), None)
-        if dtype is None:
-            raise ConversionError(f"{path}: {key!r} has the dtype {view.get_dtype()}, expected F32, F16 or BF16.")
+        names = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
+        # Other dtypes are those of buffers, which are dropped; see `check_dtypes`.
+        dtype = names.get(view.get_dtype()) or file.get_tensor(key).dtype
         weights[key] = Weight(tuple(view.get_shape()), dtype, partial(file.get_tensor, key), path.name)
     return weights
 
@@ -127,12 +130,20 @@ def _read_shards(index: Path) -> Weights:
     return weights
 
 
+def check_dtypes(weights: Weights) -> None:
+    """Raises a [`ConversionError`] for a weight of another dtype than those of models."""
+    for name, weight in weights.items():
+        if weight.dtype not in SAFETENSORS_DTYPES:
+            expected = ", ".join(str(dtype) for dtype in SAFETENSORS_DTYPES)
+            raise ConversionError(f"{name!r} ({weight.origin}) is {weight.dtype}, expected one of {expected}.")
+
+
 def parse_size(text: str) -> int:
-    """`5GB`, `200MB` or a number of bytes."""
-    match = re.fullmatch(r"(\d+)\s*([KMG]?)B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ConversionError(f"{text!r} is no size: expected a number of bytes, or one with KB, MB or GB.")
-    return int(match[1]) * 1000 ** " KMG".index(match[2].upper() or " ")
+    """`5GB`, `2.5GB`, `500MiB` or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise ConversionError(f"{text!r} is no size: expected a number of bytes, or one with KB, MB, GB or GiB.")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** " KMG".index(match[2].upper() or " "))
 
 
 def plan_shards(weights: Weights, max_shard_size: int) -> list[list[str]]:
@@ -226,19 +237,18 @@ def check_finite(name: str, tensor: torch.Tensor) -> None:
         raise ConversionError(f"{name!r} has NaN or infinite values.")
 
 
-def compare(folder: Path, weights: Weights, checksum: Callable[[memoryview], int]) -> None:
-    """Reads the written folder again and compares each tensor's checksum with that of its source.
+def compare(written: Weights, weights: Weights, checksum: Callable[[memoryview], int]) -> None:
+    """Compares each written tensor's checksum with that of its source.
 
     Raises:
         ConversionError: naming the first difference.
     """
-    written = read_folder(folder)
     if written.keys() != weights.keys():
-        raise ConversionError(f"{folder} differs in {min(written.keys() ^ weights.keys())!r}: one side lacks it.")
+        raise ConversionError(f"The result differs in {min(written.keys() ^ weights.keys())!r}: one side lacks it.")
     with tqdm(total=sum(w.nbytes for w in weights.values()), unit="B", unit_scale=True, desc="verifying") as progress:
         for name, weight in weights.items():
             copy = written[name]
             same = (copy.shape, copy.dtype) == (weight.shape, weight.dtype)
             if not same or checksum(tensor_bytes(copy.load())) != checksum(tensor_bytes(weight.load())):
-                raise ConversionError(f"{folder}: {name!r} differs from its source ({weight.origin}).")
+                raise ConversionError(f"{name!r} in {copy.origin} differs from its source ({weight.origin}).")
             progress.update(weight.nbytes)

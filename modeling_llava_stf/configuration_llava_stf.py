@@ -87,6 +87,12 @@ class LlavaSTFConfig(LlavaConfig):
         return (self.grid_size // self.fusion_window) ** 2
 
     @property
+    def fusion_widths(self) -> tuple[int, int]:
+        """Hidden widths of Multi-Block and of Spatial Token Fusion; by default the paper's 4C and 16C."""
+        width = self.vision_config.hidden_size
+        return self.block_fusion_hidden_size or 4 * width, self.spatial_fusion_hidden_size or 16 * width
+
+    @property
     def taps(self) -> list[int]:
         """`vision_feature_layer` as a list of absolute indices into the tower's hidden states, in fusion order."""
         layers = self.vision_feature_layer

@@ -39,7 +39,7 @@ class MultiBlockTokenFusion(nn.Module):
     def __init__(self, config: LlavaSTFConfig):
         super().__init__()
         width = config.vision_config.hidden_size
-        hidden = config.block_fusion_hidden_size or 4 * width
+        hidden, _ = config.fusion_widths
         self.linear_1 = nn.Linear(len(config.taps) * width, hidden, config.multimodal_projector_bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(hidden, width, config.multimodal_projector_bias)
@@ -55,7 +55,7 @@ class SpatialTokenFusion(nn.Module):
     def __init__(self, config: LlavaSTFConfig):
         super().__init__()
         width = config.vision_config.hidden_size
-        hidden = config.spatial_fusion_hidden_size or 16 * width
+        _, hidden = config.fusion_widths
         self.grid, self.window = config.grid_size, config.fusion_window
         self.linear_1 = nn.Linear(self.window**2 * width, hidden, config.multimodal_projector_bias)
         self.act = ACT2FN[config.projector_hidden_act]
@@ -280,15 +280,19 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
     @LlavaForConditionalGeneration.loss_function.getter
     def loss_function(self) -> Callable[..., torch.Tensor]:
-        """The stock loss over all tokens but `<image>`, which is never an answer.
+        """The stock loss over all tokens but `<image>`, which is never an answer: neither in the softmax nor a target.
 
-        The original has no such token in its vocabulary: with it in the softmax the loss would be another one.
+        The original has no such token in its vocabulary, and ignores the labels of images.
         """
         stock_loss = LlavaForConditionalGeneration.loss_function.fget(self)
 
         def loss(logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            placeholder = torch.arange(logits.shape[-1], device=logits.device) == self.config.image_token_id
-            return stock_loss(logits=logits.masked_fill(placeholder, NO_ANSWER_LOGIT), **kwargs)
+            image_token = self.config.image_token_id
+            for name in ("labels", "shift_labels"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name].masked_fill(kwargs[name] == image_token, -100)
+            column = torch.arange(logits.shape[-1], device=logits.device) == image_token
+            return stock_loss(logits=logits.masked_fill(column, NO_ANSWER_LOGIT), **kwargs)
 
         return loss
 

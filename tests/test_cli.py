@@ -160,7 +160,7 @@ def no_fusion_weights(folder, checkpoint):
     ("make", "word"),
     [
         (nothing, "folder"),
-        (no_checkpoint, "config.json"),
+        (no_checkpoint, " config.json"),
         (another_model, "llava_stf"),
         (cut_weights, "weights"),
         (no_fusion_weights, "spatial_fusion"),

@@ -246,3 +246,13 @@ def test_loss_and_connector_gradients(name, goldens, golden_tensors, processor, 
         if f"loss.{name}.grad.{key}" in golden_tensors:
             expected = golden_tensors[f"loss.{name}.grad.{key}"]
             torch.testing.assert_close(gradients[key], expected, atol=1e-5, rtol=1e-3)
+
+
+def test_labels_of_images_are_ignored(processor, model, picture):
+    """Collators that only mask the padding leave them in."""
+    inputs = processor(images=picture("wide.png"), text="<image> What is it?", return_tensors="pt")
+    everything = inputs["input_ids"].clone()
+    text = everything.masked_fill(everything == processor.image_token_id, -100)
+    assert model(**inputs, labels=everything).loss == model(**inputs, labels=text).loss
+    shifted = torch.nn.functional.pad(everything, (0, 1), value=-100)[:, 1:]
+    assert model(**inputs, labels=everything, shift_labels=shifted).loss == model(**inputs, labels=text).loss
