@@ -490,7 +490,7 @@ def test_half_precision_there_and_back(tmp_path):
 
 
 def test_tokenizer_shorter_than_the_tables(tmp_path, load_model, processor, picture):
-    """`<image>` takes a row that is there and has no token yet; nothing is added, nothing changes, nor on the way back."""
+    """`<image>` takes a row that is there and has no token yet; nothing is added, nothing changes, there and back."""
 
     def edit(state):
         for name in ("model.embed_tokens.weight", "lm_head.weight"):
