@@ -43,7 +43,7 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
     for token_id, token in settings.get("added_tokens_decoder", {}).items():
         if backend.token_to_id(token["content"]) != int(token_id):
             raise ConversionError(
-                f"{folder}: the added token {token['content']!r} has the id {token_id}, with a gap in the ids before it."
+                f"{folder}: the added token {token['content']!r} has the id {token_id}, but the ids before have a gap."
             )
     backend.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
     bos_id = backend.token_to_id(bos)
