@@ -8,6 +8,8 @@ FLOOR_VENV := .venv-floor
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
 PYTEST := -m pytest tests -q -n 2
+# Two workers, a thread each: more would fight for two cores.
+export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-floor lint format clean
@@ -44,7 +46,7 @@ define install
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is older than Python 3.11: name another one with PYTHON=...")'
 $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch
-$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) -e ".[dev,video]" $(3)
+$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) -e ".[dev]" $(3)
 $(1)/bin/python -m pip check
 @touch $@
 endef

@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 IMAGES_PER_PASS = 32
 # So far below any logit that its probability is zero, and still finite.
 NO_ANSWER_LOGIT = -1e4
+# Fetched here, because torch.compile cannot trace `property.fget`.
+_STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
 
 
 class MultiBlockTokenFusion(nn.Module):
@@ -96,9 +98,9 @@ class _BlocksUpToLastTap(nn.ModuleList):
     Only a caller who asks for all hidden states or attentions gets those of the blocks behind it, too.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], last_tap: int):
+    def __init__(self, blocks: Iterable[nn.Module], last_tap: int | None = None):  # None: a slice of blocks
         super().__init__(blocks)
-        self.last_tap: int | None = last_tap
+        self.last_tap = last_tap
 
     def __iter__(self) -> Iterator[nn.Module]:
         return islice(super().__iter__(), self.last_tap)
@@ -284,7 +286,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
         The original has no such token in its vocabulary, and ignores the labels of images.
         """
-        stock_loss = LlavaForConditionalGeneration.loss_function.fget(self)
+        stock_loss = _STOCK_LOSS(self)
 
         def loss(logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
             image_token = self.config.image_token_id
@@ -295,6 +297,25 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             return stock_loss(logits=logits.masked_fill(column, NO_ANSWER_LOGIT), **kwargs)
 
         return loss
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # transformers drops the images from all passes but the first, and takes an assistant's first one and (before
+        # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image.
+        unseen = past_key_values is not None and inputs_embeds is None and past_key_values.get_seq_length() == 0
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration or unseen,
+            **kwargs,
+        )
 
     def _expand_inputs_for_generation(
         self,

@@ -480,8 +480,8 @@ def test_embeddings_resize(model, inputs):
 
 def test_class_flags_are_those_of_stock_llava():
     names = {name for name in dir(LlavaForConditionalGeneration) if name.startswith("_supports_")}
-    names |= {"_can_compile_fullgraph", "supports_gradient_checkpointing", "_tied_weights_keys", "_tp_plan", "_pp_plan"}
-    names |= {"input_modalities", "_skip_keys_device_placement", "base_model_prefix", "main_input_name"}
+    names |= {"_can_compile_fullgraph", "supports_gradient_checkpointing", "_tied_weights_keys", "_tp_plan"}
+    names |= {"_pp_plan", "input_modalities", "_skip_keys_device_placement", "base_model_prefix", "main_input_name"}
     assert {"_supports_sdpa", "_supports_flex_attn", "_supports_flash_attn", "_supports_attention_backend"} <= names
     for ours, stock in (
         (LlavaSTFForConditionalGeneration, LlavaForConditionalGeneration),
