@@ -14,13 +14,15 @@ from itertools import islice
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from torch import nn
 from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging, torch_compilable_check
+from transformers.utils import TransformersKwargs, is_tracing, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
 from .configuration_llava_stf import LlavaSTFConfig
@@ -29,6 +31,8 @@ logger = logging.get_logger(__name__)
 
 # Images, or video frames, that go through the vision tower together: bounds its activations, and 32 keep a GPU busy.
 IMAGES_PER_PASS = 32
+# Given a list, transformers 5.23 keeps just the hidden states that it names; 5.17 to 5.22 count them in another way.
+SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
 # So far below any logit that its probability is zero, and still finite.
 NO_ANSWER_LOGIT = -1e4
 # Fetched here, because torch.compile cannot trace `property.fget`.
@@ -173,16 +177,16 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         # A frozen tower never runs backward, not even where gradient checkpointing makes its inputs require gradients.
         tower_learns = images.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
         with blocks, torch.set_grad_enabled(tower_learns and torch.is_grad_enabled()):
-            # Since transformers 5.23 a list keeps only the hidden states that it names; before, all are kept.
-            outputs = self.vision_tower(
-                images, output_hidden_states=all_hidden_states or taps, return_dict=True, **kwargs
-            )
+            wanted = taps if SELECTS_HIDDEN_STATES and not all_hidden_states else True
+            outputs = self.vision_tower(images, output_hidden_states=wanted, return_dict=True, **kwargs)
         features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
         tokens = self.multi_modal_projector(torch.cat(features, dim=-1))  # (B, T, D)
-        outputs.pooler_output = list(tokens)
-        if not all_hidden_states:
-            outputs.hidden_states = None
-        return outputs
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(tokens),
+            hidden_states=outputs.hidden_states if all_hidden_states else None,
+            attentions=outputs.attentions,
+        )
 
     def _check_pixels(self, pixel_values: torch.Tensor) -> None:
         size = self.config.vision_config.image_size
@@ -256,7 +260,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
 
     def _warn_of_missing_images(self, input_ids: torch.Tensor | None) -> None:
         # Not an error: with a cache the images may be in it, and an assistant model drafts without them.
-        if input_ids is None or input_ids.shape[1] == 1 or torch.compiler.is_compiling():
+        if input_ids is None or input_ids.shape[1] == 1 or is_tracing(input_ids):
             return
         if (input_ids == self.config.image_token_id).any():
             logger.warning_once(
