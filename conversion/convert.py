@@ -218,6 +218,7 @@ def make_plan(
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         adapter = None if adapter is None else {name: weight.to(dtype) for name, weight in adapter.items()}
         config.dtype = dtype
+    config.text_config.dtype = config.vision_config.dtype = config.dtype  # as `save_pretrained` writes it
     if adapter is not None:
         adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
     check_dtypes(weights)

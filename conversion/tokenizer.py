@@ -56,7 +56,7 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
         bos_token=bos,
         eos_token=eos,
         pad_token=source.pad_token or unk,
-        extra_special_tokens={"image_token": IMAGE_TOKEN},
+        model_specific_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="left",
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,

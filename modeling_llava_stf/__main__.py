@@ -7,15 +7,18 @@ python -m modeling_llava_stf demo
 """
 
 import argparse
+import io
+import shutil
 import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
-from PIL import UnidentifiedImageError
+from safetensors import SafetensorError
 from transformers.utils import logging
 
-from . import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 CLONE = Path(__file__).resolve().parents[1]
 DEMO_SOURCE = CLONE / "tests" / "goldens" / "original"
@@ -32,8 +35,8 @@ def main() -> int:
         if arguments.command == "demo":
             return ask(str(DEMO_IMAGE), DEMO_QUESTION, max_new_tokens=12)
         return ask(arguments.image, arguments.question, arguments.model, arguments.revision, arguments.max_new_tokens)
-    except (OSError, ValueError, UnidentifiedImageError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 
@@ -56,8 +59,8 @@ def ask(
     """Prints picture, question, answer, vision tokens and time."""
     folder = model or str(_demo_model())
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
-    network = LlavaSTFForConditionalGeneration.from_pretrained(folder, revision=revision, dtype="auto").to(device)
+    processor, network = _load(folder, revision)
+    network.to(device)
     conversation = [
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
     ]
@@ -82,15 +85,36 @@ def ask(
     return 0
 
 
+def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
+    if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
+        raise ValueError(f"There is no folder {folder!r}.")
+    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
+        raise ValueError(f"{folder} is not a checkpoint: it has no config.json.")
+    # The configuration comes first: it says best what a folder is, if it is not ours.
+    LlavaSTFConfig.from_pretrained(folder, revision=revision)
+    processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
+    try:
+        network, found = LlavaSTFForConditionalGeneration.from_pretrained(
+            folder, revision=revision, dtype="auto", output_loading_info=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"Cannot read the weights in {folder}: {error}. Are they complete?") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
+    return processor, network
+
+
 def _demo_model() -> Path:
     if not DEMO_SOURCE.exists():
         raise ValueError("There is no demo model outside a clone of the repository: name a checkpoint with --model.")
-    if not DEMO_MODEL.exists():
-        sys.path.insert(0, str(CLONE))
-        from conversion import convert
+    sys.path.insert(0, str(CLONE))
+    from conversion import convert
 
-        convert(DEMO_SOURCE, DEMO_MODEL)
-    return DEMO_MODEL
+    if DEMO_MODEL.exists():  # made by another version of the converter, perhaps
+        shutil.rmtree(DEMO_MODEL)
+    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        return convert(DEMO_SOURCE, DEMO_MODEL)
 
 
 if __name__ == "__main__":

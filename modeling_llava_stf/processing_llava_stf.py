@@ -120,7 +120,11 @@ class LlavaSTFProcessor(LlavaProcessor):
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As [`ProcessorMixin.from_args_and_dict`], the last step of loading; incomplete settings are refused."""
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
-        (loaded[0] if isinstance(loaded, tuple) else loaded).check_settings()
+        processor = loaded[0] if isinstance(loaded, tuple) else loaded
+        processor.check_settings()
+        # How the tokenizer was loaded, not what it is: saved, it would differ from load to load.
+        for name in ("dtype", "is_local", "local_files_only"):
+            processor.tokenizer.init_kwargs.pop(name, None)
         return loaded
 
     def check_settings(self) -> None:
@@ -312,7 +316,7 @@ def _loaded(images: Any) -> Any:
         return images
     try:
         return load_image(str(images))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
         raise ValueError(f"Cannot read the picture {str(images)!r}: {error}") from error
 
 
