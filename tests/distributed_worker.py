@@ -4,6 +4,7 @@ torchrun --nproc-per-node=2 distributed_worker.py CHECKPOINT {ddp,fsdp2,none} OU
 """
 
 import json
+import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -66,7 +67,8 @@ def main(checkpoint: str, strategy: str, output: str) -> None:
         optimizer.zero_grad()
     if rank == 0:
         Path(output).write_text(json.dumps(losses))
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # the work is done; taking gloo's process group down was once seen to hang
 
 
 if __name__ == "__main__":
