@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from conversion import ConversionError, convert, convert_back, to_hub, to_original
 from conversion.__main__ import main
 from conversion.keys import KEY_MAP
-from conversion.weights import read_folder
+from conversion.weights import Weight, read_folder, write_folder
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 TABLES = ("lm_head.weight", "model.language_model.embed_tokens.weight")
@@ -611,6 +613,24 @@ def test_files_are_plain_safetensors(checkpoint):
     with safe_open(checkpoint / "model.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}
     assert_same(load_file(checkpoint / "model.safetensors"), tensors(checkpoint))
+
+
+def test_few_tensors_are_in_memory_however_many_there_are(tmp_path):
+    """What is made on the way (merged, cast, new rows) is let go as soon as it is written."""
+    alive, peak = set(), 0
+
+    def load(index):
+        nonlocal peak
+        tensor = torch.full((8, 8), float(index))
+        weakref.finalize(tensor, alive.discard, index)
+        alive.add(index)
+        peak = max(peak, len(alive))
+        return tensor
+
+    weights = {f"w{i}": Weight((8, 8), torch.float32, partial(load, i), "made") for i in range(40)}
+    write_folder(tmp_path, weights, max_shard_size=1 << 30)
+    assert peak <= 3
+    assert all((tensor == int(name[1:])).all() for name, tensor in tensors(tmp_path).items())
 
 
 # Checks
