@@ -70,9 +70,10 @@ def convert_back(
         write_folder(unfinished, weights, parse_size(max_shard_size))
         (unfinished / "config.json").write_text(json.dumps(original, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
+            tokenizer_folder = fetch(tokenizer)
             for name in TOKENIZER_FILES:
-                if (fetch(tokenizer) / name).exists():
-                    shutil.copyfile(fetch(tokenizer) / name, unfinished / name)
+                if (tokenizer_folder / name).exists():
+                    shutil.copyfile(tokenizer_folder / name, unfinished / name)
         else:
             print("- no tokenizer was written: ours does not hold the original's tokenizer.model (--tokenizer FOLDER)")
         if verify:

@@ -65,8 +65,6 @@ def read_file(path: Path) -> Weights:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except ConversionError:
-        raise
     except Exception as error:  # each format has its own exceptions for a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ConversionError(
@@ -80,10 +78,10 @@ def read_file(path: Path) -> Weights:
 
 def _read_safetensors(path: Path) -> Weights:
     file = safe_open(path, framework="pt")
+    names = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
     weights = {}
     for key in file.keys():  # noqa: SIM118 (not a dict)
         view = file.get_slice(key)
-        names = {name: dtype for dtype, name in SAFETENSORS_DTYPES.items()}
         # Other dtypes are those of buffers, which are dropped; see `check_dtypes`.
         dtype = names.get(view.get_dtype()) or file.get_tensor(key).dtype
         weights[key] = Weight(tuple(view.get_shape()), dtype, partial(file.get_tensor, key), path.name)
@@ -166,20 +164,19 @@ def shard_names(count: int) -> list[str]:
 
 
 def write_folder(folder: Path, weights: Weights, max_shard_size: int) -> None:
-    """Writes safetensors shards and their index, one tensor in memory at a time, with a progress bar.
+    """Writes safetensors shards and their index, two tensors in memory at most, with a progress bar.
 
     Raises:
         ConversionError: for a tensor with NaN or infinite values.
     """
     shards = plan_shards(weights, max_shard_size)
+    files = dict(zip(shard_names(len(shards)), shards, strict=True))
     total = sum(weight.nbytes for weight in weights.values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="writing") as progress:
-        for names, file in zip(shards, shard_names(len(shards)), strict=True):
+        for file, names in files.items():
             _write_shard(folder / file, {name: weights[name] for name in names}, progress)
-    if len(shards) > 1:
-        weight_map = {
-            name: file for names, file in zip(shards, shard_names(len(shards)), strict=True) for name in names
-        }
+    if len(files) > 1:
+        weight_map = {name: file for file, names in files.items() for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
