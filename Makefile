@@ -4,6 +4,7 @@ PYTHON ?= python3
 PIP_FLAGS ?= --quiet
 
 VENV := .venv
+comma := ,
 FLOOR_VENV := .venv-floor
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
@@ -41,21 +42,21 @@ clean: ## remove environments, caches and builds
 	rm -rf $(VENV) $(FLOOR_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# $(call install,venv,constraints,more requirements). torch goes first, so that no later step picks another build of it.
+# $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.
 define install
 @$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("$(PYTHON) is older than Python 3.11: name another one with PYTHON=...")'
 $(PYTHON) -m venv $(1)
 $(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) torch
-$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) -e ".[dev]" $(3)
+$(1)/bin/python -m pip install $(PIP_FLAGS) -c $(2) -e ".[$(3)]" $(4)
 $(1)/bin/python -m pip check
 @touch $@
 endef
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt)
+	$(call install,$(VENV),constraints.txt,dev$(comma)train)
 
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
-	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,transformers==$(FLOOR_TRANSFORMERS))
+	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))
 
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)
