@@ -1,0 +1,213 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Trains LLaVA-STF with TRL.
+
+python -m training --config training/recipes/pretrain.yaml --model_name_or_path MODEL --data_path DATA --output_dir DIR
+accelerate launch --config_file training/accelerate/ddp.yaml -m training --config training/recipes/finetune.yaml ...
+python -m training check DATA [--model_name_or_path MODEL]
+python -m training merge ADAPTER DESTINATION
+
+DATA is LLaVA's JSON, or a dataset with `messages` and `images` (a folder, a parquet file or a Hub id). An option on the
+command line goes before that of the recipe. `python -m training --help` lists all options.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from datasets import Dataset, IterableDataset
+from transformers import BitsAndBytesConfig, ProcessorMixin
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+from trl import ModelConfig, TrlParser, get_peft_config
+
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+
+from .data import Checker, Report, check_rows, fit_rows, fit_stream, load_rows
+from .merge import merge
+from .report import draw_curves, draw_lengths, start_lines
+from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, template_text
+
+logger = logging.get_logger(__name__)
+
+# What stays in 16 bit when the language model is quantised.
+NOT_QUANTISED = ["vision_tower", "multi_modal_projector", "lm_head"]
+
+
+@dataclass
+class DataArguments:
+    """Where the data is, and what to do with rows that cannot be trained on."""
+
+    data_path: str = field(metadata={"help": "LLaVA's .json or .jsonl, a .parquet, a folder, or a Hub id."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where relative paths of images begin (default: beside the data)."}
+    )
+    eval_data_path: str | None = field(default=None, metadata={"help": "Data to evaluate on, of the same kinds."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset while it trains (set max_steps)."})
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "'skip': open every image before training, count and name the rows with bad ones, leave them out. "
+            "'error': stop at the first.",
+            "choices": ["error", "skip"],
+        },
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "The same for rows that are too long, have nothing to train or whose placeholders do not fit.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+
+def main() -> int:
+    commands = {"check": check_command, "merge": merge_command}
+    command, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    try:
+        if command in commands:
+            return commands[command](arguments)
+        return train_command(sys.argv[1:] or ["--help"])
+    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+
+
+def train_command(arguments: list[str]) -> int:
+    parser = TrlParser((DataArguments, LlavaSTFTrainingArguments, ModelConfig), prog="python -m training")
+    data, args, choice = parser.parse_args_and_config(arguments)
+    resume = resume_from(args)
+    trainer, report = make_trainer(data, args, choice)
+    if args.should_save:
+        print("\n".join(start_lines(trainer, report)), flush=True)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if args.should_save:
+        trainer.save_state()
+        curves = Path(args.output_dir) / "curves.png"
+        draw_curves(trainer.state.log_history, curves)
+        print(f"wrote {args.output_dir}; curves: {curves}")
+    return 0
+
+
+def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
+    """The checkpoint to go on from. A folder with checkpoints is not written to unless that is asked for."""
+    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    wanted = args.resume_from_checkpoint
+    if wanted is None:
+        if last is not None:
+            raise ValueError(
+                f"{args.output_dir} has the checkpoints of an earlier run. Go on from {last} with "
+                "`--resume_from_checkpoint last`, or choose another `--output_dir`."
+            )
+        return None
+    if str(wanted).lower() in ("last", "true"):
+        if last is None:
+            raise ValueError(f"{args.output_dir} has no complete checkpoint to go on from.")
+        return last
+    if not (Path(wanted) / "trainer_state.json").is_file():
+        raise ValueError(f"{wanted} is not a checkpoint of a training: it has no trainer_state.json.")
+    return wanted
+
+
+def make_trainer(
+    data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
+) -> tuple[LlavaSTFTrainer, Report | None]:
+    """The trainer of a run, and what is known of its rows."""
+    if choice.model_name_or_path is None:
+        raise ValueError("Name the checkpoint to begin with: `--model_name_or_path`.")
+    processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=choice.model_revision)
+    rows, report = prepare(data.data_path, data, args, processor)
+    eval_rows = prepare(data.eval_data_path, data, args, processor)[0] if data.eval_data_path else None
+    trainer = LlavaSTFTrainer(
+        load_model(choice),
+        args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        processing_class=processor,
+        peft_config=get_peft_config(choice),
+    )
+    return trainer, report
+
+
+def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
+    """The checkpoint to train; with `load_in_4bit` or `load_in_8bit` its language model is quantised."""
+    quantisation = None
+    dtype = getattr(torch, choice.dtype) if choice.dtype not in (None, "auto") else choice.dtype
+    if choice.load_in_4bit or choice.load_in_8bit:
+        quantisation = BitsAndBytesConfig(
+            load_in_4bit=choice.load_in_4bit,
+            load_in_8bit=choice.load_in_8bit,
+            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_quant_type=choice.bnb_4bit_quant_type,
+            bnb_4bit_use_double_quant=choice.use_bnb_nested_quant,
+            llm_int8_skip_modules=NOT_QUANTISED,
+        )
+    return LlavaSTFForConditionalGeneration.from_pretrained(
+        choice.model_name_or_path,
+        revision=choice.model_revision,
+        dtype=dtype,
+        attn_implementation=choice.attn_implementation,
+        quantization_config=quantisation,
+    )
+
+
+def prepare(
+    path: str, data: DataArguments, args: LlavaSTFTrainingArguments, processor: ProcessorMixin
+) -> tuple[Dataset | IterableDataset, Report | None]:
+    """Rows that can be trained on. All ranks get the same; the first one checks them."""
+    checker = Checker(
+        processor,
+        template_text(processor, args.chat_template_name),
+        args.max_length,
+        decode=data.on_bad_image == "skip",
+    )
+    with args.main_process_first(desc="checking the data"):
+        rows = load_rows(
+            path, data.image_folder, config=data.dataset_config, split=data.split, streaming=data.streaming
+        )
+        if isinstance(rows, IterableDataset):
+            return fit_stream(rows, checker, data.on_bad_image, data.on_bad_row), None
+        checked = check_rows(rows, checker, args.dataset_num_proc, reuse=args.process_index > 0)
+        rows = fit_rows(checked, data.on_bad_image, data.on_bad_row)
+    return rows, Report.of(rows)
+
+
+def check_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training check", description="Find what is wrong with the data.")
+    parser.add_argument("data_path", metavar="DATA", help="LLaVA's .json or .jsonl, a .parquet, a folder, or a Hub id")
+    parser.add_argument("--model_name_or_path", "--model-name-or-path", "--model", required=True, metavar="MODEL")
+    parser.add_argument("--image_folder", "--image-folder", help="where relative paths of images begin")
+    parser.add_argument("--dataset_config", "--dataset-config", help="configuration of a Hub dataset")
+    parser.add_argument("--split", default="train", help="of a folder or a Hub dataset (default: train)")
+    parser.add_argument("--max_length", "--max-length", type=int, default=2048, help="in tokens (default: 2048)")
+    parser.add_argument("--chat_template_name", "--chat-template-name", default="default", help="default or plain")
+    parser.add_argument("--num_proc", "--num-proc", type=int, help="processes")
+    parser.add_argument("--plot", metavar="FILE", help="draw the lengths as a PNG")
+    chosen = parser.parse_args(arguments)
+    processor = LlavaSTFProcessor.from_pretrained(chosen.model_name_or_path)
+    rows = load_rows(chosen.data_path, chosen.image_folder, config=chosen.dataset_config, split=chosen.split)
+    checker = Checker(processor, template_text(processor, chosen.chat_template_name), chosen.max_length, decode=True)
+    report = Report.of(check_rows(rows, checker, chosen.num_proc))
+    print("\n".join(report.lines(chosen.max_length)))
+    if chosen.plot and report.lengths:
+        draw_lengths(report.lengths, chosen.max_length, Path(chosen.plot))
+        print(f"wrote {chosen.plot}")
+    return 1 if report.problems else 0
+
+
+def merge_command(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m training merge", description="Merge an adapter into its base.")
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder of a LoRA run")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--base", help="folder or Hub id of its base (default: the one that the adapter names)")
+    print(f"wrote {merge(**vars(parser.parse_args(arguments)))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of one modality and of similar lengths."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+
+class ModalityLengthSampler(Sampler[int]):
+    """Orders rows so that a global batch is either all images or all text, and long rows stand beside long ones.
+
+    The order is that of the original (`group_by_modality_length`), but for its random numbers: they depend on seed
+    and epoch only, so that all ranks agree and a resumed run goes on as the unbroken one.
+
+    Args:
+        lengths: tokens of each row.
+        has_images: whether a row has images; as many as `lengths`.
+        batch_size: rows of one device in one step.
+        batches: batches of a global batch: devices times accumulation steps.
+        seed: of the run; the epoch is added to it.
+    """
+
+    def __init__(self, lengths: Sequence[int], has_images: Sequence[bool], batch_size: int, batches: int, seed: int):
+        if len(lengths) != len(has_images):
+            raise ValueError(f"{len(lengths)} lengths and {len(has_images)} modalities: expected as many of each.")
+        self.lengths, self.has_images = lengths, has_images
+        self.batch_size, self.batches = batch_size, batches
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(modality_length_order(self.lengths, self.has_images, self.batch_size, self.batches, generator))
+
+
+def modality_length_order(
+    lengths: Sequence[int], has_images: Sequence[bool], batch_size: int, batches: int, generator: torch.Generator | None
+) -> list[int]:
+    """Indices of all rows: global batches of one modality in random order, and the rest of both at the end."""
+    modalities = [
+        [index for index, image in enumerate(has_images) if bool(image) == wanted] for wanted in (True, False)
+    ]
+    if not all(modalities):
+        return length_order(lengths, batch_size, batches, generator)
+    size = batch_size * batches
+    full, rest = [], []
+    for rows in modalities:
+        order = length_order([lengths[row] for row in rows], batch_size, batches, generator)
+        ordered = [rows[index] for index in order]
+        chunks = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        full += chunks[:-1]
+        rest += chunks[-1]
+    shuffled = torch.randperm(len(full), generator=generator).tolist()
+    return [row for index in shuffled for row in full[index]] + sorted(rest)
+
+
+def length_order(lengths: Sequence[int], batch_size: int, batches: int, generator: torch.Generator | None) -> list[int]:
+    """A random order in which each global batch is dealt out to its batches, so that they are of similar size."""
+    size = batch_size * batches
+    shuffled = torch.randperm(len(lengths), generator=generator).tolist()
+    order = []
+    for start in range(0, len(shuffled), size):
+        chunk = sorted(shuffled[start : start + size], key=lambda row: lengths[row], reverse=True)
+        order += [row for batch in deal(chunk, lengths, batches) for row in batch]
+    return order
+
+
+def deal(rows: list[int], lengths: Sequence[int], batches: int) -> list[list[int]]:
+    """Deals rows, longest first, to the batch that is shortest so far and not full."""
+    if len(rows) % batches:
+        return [rows[start::batches] for start in range(batches)]
+    hands: list[list[int]] = [[] for _ in range(batches)]
+    totals = [0.0] * batches
+    for row in rows:
+        shortest = totals.index(min(totals))
+        hands[shortest].append(row)
+        full = len(hands[shortest]) == len(rows) // batches
+        totals[shortest] = math.inf if full else totals[shortest] + lengths[row]
+    return hands

@@ -1,0 +1,431 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's SFT with what LLaVA's recipe adds: what trains, at which rates, in which order, and saved whole."""
+
+import copy
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel
+from transformers.dynamic_module_utils import custom_object_save
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from trl import SFTConfig, SFTTrainer
+
+from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
+
+from .data import Collator
+from .sampler import ModalityLengthSampler
+
+CONNECTOR = "multi_modal_projector"
+TOWER = "vision_tower"
+# In the output folder while something is being saved. The leading underscore keeps it from being pushed.
+UNFINISHED = "_unfinished"
+
+
+@dataclass
+class LlavaSTFTrainingArguments(SFTConfig):
+    """TRL's `SFTConfig` with the settings of LLaVA's recipe.
+
+    Raises:
+        ValueError: if the global batch is no multiple of what the devices take in one step.
+    """
+
+    trainable: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression: parameters whose name it matches are trained, all others are frozen. By "
+            "default all but the vision tower. Not with LoRA, which has `lora_target_modules` and "
+            "`lora_modules_to_save`."
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the fusion modules; by default `learning_rate`."},
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of one optimizer step, on all devices together. `gradient_accumulation_steps` follows from "
+            "it, so that a recipe is the same on any number of devices."
+        },
+    )
+    group_by_modality_length: bool = field(
+        default=False,
+        metadata={"help": "Make each global batch of rows with images or of text rows, of similar lengths."},
+    )
+    loss_reduction: str = field(
+        default="token",
+        metadata={
+            "help": "'token': mean over all trained tokens of a global batch. 'microbatch': mean of the means of its "
+            "micro-batches, as the original.",
+            "choices": ["token", "microbatch"],
+        },
+    )
+    chat_template_name: str = field(
+        default="default",
+        metadata={"help": "Chat template of the processor to train with: 'default' (vicuna_v1), or 'plain' (stage 1)."},
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "TFLOP/s of one device, to measure model FLOPs utilisation (MFU) by. By default the speed of a "
+            "large matrix product, measured at the start."
+        },
+    )
+    image_aspect_ratio: str = field(
+        default="pad",
+        metadata={
+            "help": "'pad': pictures are padded to a square, as the processor does. 'square': they are cut to one, as "
+            "in the original's stage 1.",
+            "choices": ["pad", "square"],
+        },
+    )
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
+    )
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the answers only."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Not needed: batches without images send a blank one through the tower and the fusion."},
+    )
+
+    def __post_init__(self) -> None:
+        if self.global_batch_size is not None:
+            devices = int(os.environ.get("WORLD_SIZE", "1"))
+            step = self.per_device_train_batch_size * devices
+            if self.global_batch_size % step:
+                raise ValueError(
+                    f"`global_batch_size` is {self.global_batch_size}, but {devices} device(s) with "
+                    f"{self.per_device_train_batch_size} rows each take {step} rows at a time, which does not divide "
+                    "it. Change `per_device_train_batch_size`."
+                )
+            self.gradient_accumulation_steps = self.global_batch_size // step
+        super().__post_init__()
+
+
+class LlavaSTFTrainer(SFTTrainer):
+    """[`~trl.SFTTrainer`] for LLaVA-STF, and for the stock LLaVA: rows of `training.data` in, loadable folders out.
+
+    Frozen weights keep the dtype that they were loaded in; what is trained is float32, or else small steps would be
+    lost in bfloat16 (DeepSpeed keeps float32 copies itself).
+
+    Raises:
+        ValueError: if a pattern matches no parameter, an adapter would change the vision tower, or the dtypes do not
+            fit the way of distribution.
+        FloatingPointError: if the loss or a weight is no longer finite.
+    """
+
+    args: LlavaSTFTrainingArguments
+    _tag_names = ["llava-stf"]
+    _name = "SFT"
+
+    def __init__(self, model: PreTrainedModel | PeftModel, args: LlavaSTFTrainingArguments, **kwargs: Any):
+        processor = kwargs["processing_class"]
+        template = template_text(processor, args.chat_template_name)
+        if args.image_aspect_ratio == "square":  # in training only: the saved processor pads
+            processor = copy.deepcopy(processor)
+            processor.image_processor.do_pad = False
+        # Rows are checked against `max_length` before training; a collator that truncates could cut an image.
+        collator = Collator(
+            processor,
+            assistant_only_loss=args.assistant_only_loss,
+            chat_template=template,
+        )
+        super().__init__(model, args, data_collator=kwargs.pop("data_collator", collator), **kwargs)
+        self._choose_trained()
+        self._images = self._tokens = 0
+        self._clock = time.perf_counter()
+        self._staging = False
+
+    # What trains
+
+    def _choose_trained(self) -> None:
+        if isinstance(self.model, PeftModel):
+            if self.args.trainable is not None:
+                raise ValueError("`trainable` is not for LoRA: name `lora_target_modules` and `lora_modules_to_save`.")
+            adapted = [name for name, _ in self.model.named_parameters() if "lora_" in name and TOWER in name]
+            if adapted:
+                raise ValueError(
+                    f"The adapter would change the frozen vision tower ({len(adapted)} matrices, such as "
+                    f"{adapted[0]}). Let `lora_target_modules` match the language model only: "
+                    r"'.*language_model.*\.(q|k|v|o)_proj'."
+                )
+        else:
+            pattern = self.args.trainable or rf"^(?!.*\b{TOWER}\b)"
+            for name, parameter in self.model.named_parameters():
+                parameter.requires_grad_(re.search(pattern, name) is not None)
+        trained = {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        if not trained:
+            parts = sorted({".".join(name.split(".")[:2]) for name, _ in self.model.named_parameters()})
+            raise ValueError(f"`trainable` {self.args.trainable!r} matches no parameter of {', '.join(parts)}.")
+        if not self.is_deepspeed_enabled:
+            for weight in trained.values():
+                weight.data = weight.data.float()
+        dtypes = {weight.dtype for weight in self.model.parameters()}
+        if self.is_fsdp_enabled and len(dtypes) > 1:
+            raise ValueError(
+                f"FSDP shards weights of one dtype only, found {', '.join(sorted(map(str, dtypes)))}. Load the model "
+                "with `--dtype float32`; `bf16: true` still computes in bfloat16."
+            )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As [`Trainer.create_optimizer`], the fusion modules in groups of their own rate."""
+        created = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        rate = self.args.projector_learning_rate
+        if not created or rate is None:
+            return optimizer
+        network = self.model if model is None else model
+        connector = {id(weight) for name, weight in network.named_parameters() if CONNECTOR in name}
+        groups = []
+        for group in optimizer.param_groups:
+            own = [weight for weight in group["params"] if id(weight) in connector]
+            others = [weight for weight in group["params"] if id(weight) not in connector]
+            groups += [{**group, "params": others}, {**group, "params": own, "lr": rate}]
+        optimizer.param_groups[:] = [group for group in groups if group["params"]]
+        if not any(group["lr"] == rate for group in optimizer.param_groups):
+            raise ValueError(f"`projector_learning_rate` is {rate}, but no parameter of {CONNECTOR} is trained.")
+        return optimizer
+
+    # Order and loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.group_by_modality_length:
+            return super()._get_train_sampler(rows)
+        if not {"length", "vision"} <= set(rows.column_names or ()):
+            raise ValueError(
+                "`group_by_modality_length` needs the columns `length` and `vision`: check the rows first (see "
+                "`training.data.check_rows`). A streamed dataset has none: set it to false."
+            )
+        return ModalityLengthSampler(
+            rows["length"][:],
+            [vision > 0 for vision in rows["vision"][:]],
+            self.args.train_batch_size,
+            self.args.world_size * self.args.gradient_accumulation_steps,
+            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
+        if self.args.loss_reduction == "microbatch":
+            return None  # each micro-batch is averaged by itself
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`SFTTrainer.compute_loss`]; `<image>` is no answer, as in the model's own loss."""
+        with image_token_masked(self.accelerator.unwrap_model(self.model)):
+            return super().compute_loss(*args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As [`Trainer.training_step`]; stops at a loss that is not finite, before the weights change."""
+        pixels = inputs.get("pixel_values")
+        self._images += 0 if pixels is None else pixels.shape[0]
+        self._tokens += int(inputs["attention_mask"].sum())
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"The loss is {loss.item()} in step {self.state.global_step + 1}; nothing was changed by it. "
+                f"{self._way_back()} Usual causes: a learning rate that is too high, or float16 (use bfloat16)."
+            )
+        return loss
+
+    # Speed
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
+            if self.args.push_to_hub:
+                # Pushes in between copy the weights, but not the code, which must be there already.
+                os.makedirs(self.args.output_dir, exist_ok=True)
+                network = self.accelerator.unwrap_model(self.model)
+                network = network.get_base_model() if isinstance(network, PeftModel) else network
+                custom_object_save(network, self.args.output_dir, config=network.config)
+        if self.args.peak_tflops is None:
+            self.args.peak_tflops = measure_tflops(self.args.device, self.args.bf16)
+        self._clock = time.perf_counter()
+        return super().train(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As [`SFTTrainer.log`], with the throughput of all devices since the last line."""
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._clock
+            counts = torch.tensor([self._images, self._tokens], device=self.args.device, dtype=torch.float64)
+            images, tokens = self.accelerator.reduce(counts.float(), "sum").tolist()
+            flops = training_flops(self.accelerator.unwrap_model(self.model), images, tokens)
+            peak = self.args.peak_tflops * 1e12 * self.args.world_size
+            logs |= {
+                "images_per_second": images / seconds,
+                "tokens_per_second": tokens / seconds,
+                "mfu": flops / seconds / peak,
+            }
+            self._images = self._tokens = 0
+            self._clock = time.perf_counter()
+        super().log(logs, start_time)
+
+    # Saving: complete or absent
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._staging else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
+        run = Path(self._get_output_dir(trial))
+        staging, name = run / UNFINISHED, f"checkpoint-{self.state.global_step}"
+        self._staging = True
+        try:
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._name_best(staging, run, name)
+                _replace(staging / name, run / name)
+        except Exception as error:
+            raise RuntimeError(f"Could not save {run / name}: {error}. {self._way_back()}") from error
+        finally:
+            self._staging = False
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(run / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not yet: the checkpoint has still to get its name, see [`_save_checkpoint`]."""
+
+    def _name_best(self, staging: Path, run: Path, name: str) -> None:
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(run / name)
+            self.state.save_to_json(str(staging / name / "trainer_state.json"))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self._staging:
+            return super()._save(str(folder), state_dict)
+        staging = folder / UNFINISHED
+        try:
+            super()._save(str(staging), state_dict)
+            if self.args.should_save:
+                # A folder without its config does not load: it comes last.
+                for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
+                    os.replace(path, folder / path.name)
+        except Exception as error:
+            raise RuntimeError(f"Could not save {folder}: {error}. {self._way_back()}") from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(staging, ignore_errors=True)
+
+    def _check_finite(self) -> None:
+        for name, weight in self.model.named_parameters():
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            if weight.requires_grad and not torch.isfinite(local).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.state.global_step}; it was not saved. {self._way_back()}"
+                )
+
+    def _way_back(self) -> str:
+        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        if last is None:
+            return "No checkpoint was saved yet."
+        return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Gives a folder its name; one that had it goes."""
+    if old.exists():
+        shutil.rmtree(old)
+    os.replace(new, old)
+
+
+def template_text(processor: Any, name: str) -> str:
+    """The chat template of this name; a `ValueError` that lists the names if there is none."""
+    templates = processor.chat_template
+    templates = templates if isinstance(templates, dict) else {"default": templates}
+    if name not in templates:
+        raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
+    return templates[name]
+
+
+@contextmanager
+def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Within it, TRL's fused head sees a bias that takes `<image>` out of the softmax.
+
+    TRL multiplies by the head's weight itself, so that the model's own loss, which leaves `<image>` out, is not used.
+    The original has no such token.
+    """
+    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    head_of = type(network).get_output_embeddings
+
+    def masked_head() -> SimpleNamespace:
+        weight = head_of(network).weight
+        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        bias = weight.new_zeros(network.config.get_text_config().vocab_size)
+        bias[network.config.image_token_id] = NO_ANSWER_LOGIT
+        if is_deepspeed_zero3_enabled():
+            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+            bias.ds_status = ZeroParamStatus.AVAILABLE  # TRL gathers weights and biases that are not
+        return SimpleNamespace(weight=weight, bias=bias)
+
+    network.get_output_embeddings = masked_head
+    try:
+        yield
+    finally:
+        del network.get_output_embeddings
+
+
+def training_flops(model: nn.Module, images: float, tokens: float) -> float:
+    """FLOPs of training on so many images and tokens, recomputation of checkpointed layers not counted.
+
+    For each weight of a linear layer and each position two in the forward pass, two for the gradient of the inputs
+    (but in the frozen tower), and two for the weight's own, if it is trained. Attention scores are left out.
+    """
+    config = model.config
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    flops = 0.0
+    for name, layer in model.named_modules():
+        if not isinstance(layer, nn.Linear) or "original_module" in name:  # PEFT keeps the untrained copy there
+            continue
+        learns = layer.weight.requires_grad
+        passes = 2 + 2 * (TOWER not in name or learns) + 2 * learns
+        if "spatial_fusion" in name:
+            positions = images * config.tokens_per_image
+        elif TOWER in name or CONNECTOR in name:
+            positions = images * patches
+        else:
+            positions = tokens
+        flops += passes * positions * layer.in_features * layer.out_features
+    return flops
+
+
+def measure_tflops(device: torch.device, bf16: bool, size: int = 2048, repeats: int = 5) -> float:
+    """The speed of a `size` x `size` matrix product, in TFLOP/s: the best of `repeats`."""
+    factor = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
+    best = math.inf
+    for _ in range(repeats):
+        started = time.perf_counter()
+        (factor @ factor)[0, 0].item()  # waits for the device
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best / 1e12
