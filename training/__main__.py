@@ -90,7 +90,8 @@ def train_command(arguments: list[str]) -> int:
         trainer.save_state()
         curves = Path(args.output_dir) / "curves.png"
         draw_curves(trainer.state.log_history, curves)
-        print(f"wrote {args.output_dir}; curves: {curves}")
+        print(f"wrote {args.output_dir}; curves: {curves}", flush=True)
+    trainer.accelerator.end_training()
     return 0
 
 

@@ -374,24 +374,26 @@ class Report:
         return report
 
     def lines(self, max_length: int) -> Iterator[str]:
-        yield f"{self.rows} rows, {self.kept} fit to train on: {self.kept - self.text_only} with images "
-        yield f"({self.several_images} with more than one, or with a video; {self.images} images or frames in all), "
-        yield f"{self.text_only} text only; {self.targets} trained tokens"
+        yield f"{self.rows} rows, {self.kept} of them fit to train on, with {self.targets} trained tokens"
+        yield (
+            f"with images: {self.kept - self.text_only} ({self.several_images} with several images or a video, "
+            f"{self.images} images and frames in all); text only: {self.text_only}"
+        )
         for kind, rows in sorted(self.problems.items()):
-            yield f"{kind}: {len(rows)} rows"
+            yield f"{kind}: {len(rows)} row(s)"
             yield from (f"  {row}" for row in rows[:NAMED])
             if len(rows) > NAMED:
                 yield f"  and {len(rows) - NAMED} more"
         yield from self.histogram(max_length)
 
-    def histogram(self, max_length: int, bins: int = 12, width: int = 50) -> Iterator[str]:
-        """Lengths of the rows that fit, in `bins` bins up to `max_length`."""
+    def histogram(self, max_length: int, bins: int = 16, width: int = 50) -> Iterator[str]:
+        """Lengths of the rows that fit; a bin is a share of `max_length`."""
         if not self.lengths:
             return
         step = -(-max_length // bins)
         counts = Counter(length // step for length in self.lengths)
-        yield f"length in tokens (longest {max(self.lengths)}, allowed {max_length})"
-        for index in range(max(counts) + 1):
+        yield f"length in tokens: {min(self.lengths)} to {max(self.lengths)}, {max_length} allowed"
+        for index in range(min(counts), max(counts) + 1):
             bar = "#" * round(width * counts[index] / max(counts.values()))
             yield f"  {index * step:6d}-{(index + 1) * step - 1:<6d} {counts[index]:8d} {bar}"
 

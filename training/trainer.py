@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
@@ -26,6 +27,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
+from conversion.convert import ROOT
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
 from .data import Collator
@@ -323,10 +325,10 @@ class LlavaSTFTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if self._staging:
-            return super()._save(str(folder), state_dict)
+            return self._write(folder, state_dict)
         staging = folder / UNFINISHED
         try:
-            super()._save(str(staging), state_dict)
+            self._write(staging, state_dict)
             if self.args.should_save:
                 # A folder without its config does not load: it comes last.
                 for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
@@ -336,6 +338,13 @@ class LlavaSTFTrainer(SFTTrainer):
         finally:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
+
+    def _write(self, folder: Path, state_dict: dict | None) -> None:
+        with own_class(self.model):
+            super()._save(str(folder), state_dict)
+        if self.args.should_save:
+            for name in ("LICENSE", "NOTICE"):  # of the code that stands beside the weights
+                shutil.copyfile(ROOT / name, folder / name)
 
     def _check_finite(self) -> None:
         for name, weight in self.model.named_parameters():
@@ -350,6 +359,18 @@ class LlavaSTFTrainer(SFTTrainer):
         if last is None:
             return "No checkpoint was saved yet."
         return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
+
+
+@contextmanager
+def own_class(model: nn.Module) -> Iterator[None]:
+    """Within it, a model that FSDP2 gave another class has its own: its code is saved, not that of torch."""
+    sharded = type(model)
+    if isinstance(model, FSDPModule):
+        model.__class__ = sharded.__bases__[1]
+    try:
+        yield
+    finally:
+        model.__class__ = sharded
 
 
 def _replace(new: Path, old: Path) -> None:
@@ -380,7 +401,8 @@ def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
     def masked_head() -> SimpleNamespace:
         weight = head_of(network).weight
-        weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if isinstance(weight, DTensor):  # FSDP2: averaged over the ranks on the way back (by TRL itself it is not)
+            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
         bias = weight.new_zeros(network.config.get_text_config().vocab_size)
         bias[network.config.image_token_id] = NO_ANSWER_LOGIT
         if is_deepspeed_zero3_enabled():
