@@ -111,7 +111,7 @@ def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
             raise ValueError(f"{args.output_dir} has no complete checkpoint to go on from.")
         return last
     if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(f"{wanted} is not a checkpoint of a training: it has no trainer_state.json.")
+        raise ValueError(f"{wanted} is not a checkpoint of a run: it has no trainer_state.json.")
     return wanted
 
 

@@ -1,0 +1,97 @@
+"""A run that is stopped and goes on is the run that was never stopped, to the bit."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, history, options, run, trainer_of, weights_of
+
+# Four steps of four rows, with a checkpoint within the first epoch: the captions have three rows, the eight
+# conversations have two steps an epoch. Dropout makes the random state matter.
+RUNS = {
+    "pretrain": {},
+    "finetune": {},
+    "finetune_lora": {"lora_r": 4, "lora_dropout": 0.3},
+}
+
+
+@pytest.mark.parametrize("stop", [1, 3])
+@pytest.mark.parametrize("recipe", RUNS)
+def test_resume_is_exact_also_across_an_epoch(recipe, stop, checkpoint, tmp_path):
+    data = CAPTIONS if recipe == "pretrain" else eight_rows(tmp_path)
+    settings = {**RUNS[recipe], "save_steps": 1, "save_total_limit": 4}
+    whole = trainer_of(recipe, checkpoint, data, tmp_path / "whole", **settings)
+    whole.train()
+    stopped = tmp_path / "whole" / f"checkpoint-{stop}"
+    resumed = trainer_of(recipe, checkpoint, data, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(stopped))
+    assert history(tmp_path / "resumed" / "checkpoint-4") == history(tmp_path / "whole" / "checkpoint-4")
+    expected = weights_of(tmp_path / "whole" / "checkpoint-4")
+    for name, weight in weights_of(tmp_path / "resumed" / "checkpoint-4").items():
+        assert torch.equal(weight, expected[name]), name
+    assert any(not torch.equal(weight, expected[name]) for name, weight in weights_of(stopped).items())
+
+
+def test_two_ranks_resume_exactly(checkpoint, tmp_path):
+    def ranks(output, **settings):
+        settings |= {"per_device_train_batch_size": 1, "save_steps": 3}
+        arguments = options("finetune", checkpoint, eight_rows(tmp_path), output, **settings)
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/training_rank.py")
+        result = run(*arguments, launcher=launcher)
+        assert result.returncode == 0, result.stderr
+
+    ranks(tmp_path / "whole")
+    ranks(tmp_path / "resumed", resume_from_checkpoint=tmp_path / "whole" / "checkpoint-3")
+    assert history(tmp_path / "resumed") == history(tmp_path / "whole")
+    expected = weights_of(tmp_path / "whole")
+    for name, weight in weights_of(tmp_path / "resumed").items():
+        assert torch.equal(weight, expected[name]), name
+
+
+def test_a_killed_run_goes_on(checkpoint, tmp_path):
+    """Killed with something half saved, it refuses to start over, and goes on from the last whole checkpoint."""
+    out = tmp_path / "out"
+    arguments = options("finetune", checkpoint, CONVERSATIONS, out, save_steps=1, save_total_limit=3, max_steps=10_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "training", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(out.glob("checkpoint-*"))) < 2 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    last = max(int(path.name.split("-")[1]) for path in out.glob("checkpoint-*"))
+    for path in out.glob("checkpoint-*"):
+        assert (path / "trainer_state.json").exists() and weights_of(path)
+    (out / "_unfinished" / f"checkpoint-{last + 1}").mkdir(parents=True, exist_ok=True)
+
+    changes = {"save_steps": 1, "max_steps": last + 2}
+    refused = run("-m", "training", *options("finetune", checkpoint, CONVERSATIONS, out, **changes), launcher=())
+    assert refused.returncode == 2 and "has the checkpoints of an earlier run" in refused.stderr
+    wanted = options("finetune", checkpoint, CONVERSATIONS, out, resume_from_checkpoint="last", **changes)
+    result = run(*wanted)
+    assert result.returncode == 0, result.stderr
+    assert [row["step"] for row in history(out)] == list(range(1, last + 3))
+    assert not (out / "_unfinished").exists()
+    assert (out / "curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    "wanted, message",
+    [("last", "has no complete checkpoint"), ("nowhere", "nowhere is not a checkpoint of a training")],
+)
+def test_nothing_to_resume(wanted, message, checkpoint, tmp_path, monkeypatch, capsys):
+    from training.__main__ import main
+
+    arguments = options("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", resume_from_checkpoint=wanted)
+    monkeypatch.setattr(sys, "argv", ["training", *arguments])
+    assert main() == 2
+    assert message in capsys.readouterr().err

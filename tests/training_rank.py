@@ -1,0 +1,41 @@
+"""One rank of `python -m training` on CPU; with accelerate's FSDP, where accelerate itself would fall back to DDP.
+
+torchrun --nproc-per-node=2 training_rank.py OPTIONS
+accelerate launch --config_file training/accelerate/fsdp2.yaml --num_processes 2 training_rank.py OPTIONS
+"""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from training.__main__ import main  # noqa: E402
+
+create = AcceleratorState.__init__
+
+
+def create_with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+    create(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        self.distributed_type = DistributedType.FSDP
+        self.fsdp_plugin = fsdp_plugin
+
+
+def leave(self: Accelerator) -> None:
+    """The work is done; taking gloo's process group down was seen to hang, and to abort, once in many runs."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+AcceleratorState.__init__ = create_with_fsdp  # type: ignore[method-assign]
+Accelerator.end_training = leave  # type: ignore[method-assign]
+status = main()  # comes back from an error only
+sys.stdout.flush()
+sys.stderr.flush()
+os._exit(status)
