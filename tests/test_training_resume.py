@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on(checkpoint, tmp_path):
 
 @pytest.mark.parametrize(
     "wanted, message",
-    [("last", "has no complete checkpoint"), ("nowhere", "nowhere is not a checkpoint of a training")],
+    [("last", "has no complete checkpoint"), ("nowhere", "nowhere is not a checkpoint of a run")],
 )
 def test_nothing_to_resume(wanted, message, checkpoint, tmp_path, monkeypatch, capsys):
     from training.__main__ import main

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -217,13 +217,15 @@ class LlavaSTFTrainer(SFTTrainer):
                 "`group_by_modality_length` needs the columns `length` and `vision`: check the rows first (see "
                 "`training.data.check_rows`). A streamed dataset has none: set it to false."
             )
-        return ModalityLengthSampler(
+        sampler = ModalityLengthSampler(
             rows["length"][:],
             [vision > 0 for vision in rows["vision"][:]],
             self.args.train_batch_size,
             self.args.world_size * self.args.gradient_accumulation_steps,
             self.args.data_seed if self.args.data_seed is not None else self.args.seed,
         )
+        self.add_callback(SamplerEpoch(sampler))
+        return sampler
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if self.args.loss_reduction == "microbatch":
@@ -359,6 +361,16 @@ class LlavaSTFTrainer(SFTTrainer):
         if last is None:
             return "No checkpoint was saved yet."
         return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
+
+
+class SamplerEpoch(TrainerCallback):
+    """Tells the sampler its epoch. Where a resumed run skips batches on several ranks, accelerate does not."""
+
+    def __init__(self, sampler: ModalityLengthSampler):
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
 
 
 @contextmanager
