@@ -8,8 +8,8 @@ comma := ,
 FLOOR_VENV := .venv-floor
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
-PYTEST := -m pytest tests -q -n 2 --dist loadgroup
-# Two workers, a thread each: more would fight for two cores.
+PYTEST := -m pytest tests -q -n 2 --dist loadfile
+# Two workers, a thread each: more would fight for two cores. A file stays on one worker, which makes its fixtures once.
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
@@ -53,7 +53,7 @@ $(1)/bin/python -m pip check
 endef
 
 $(VENV)/.stamp: pyproject.toml constraints.txt
-	$(call install,$(VENV),constraints.txt,dev$(comma)train)
+	$(call install,$(VENV),constraints.txt,dev$(comma)train$(comma)qlora)
 
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
 	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))

@@ -33,7 +33,7 @@ from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, template_text
 logger = logging.get_logger(__name__)
 
 # What stays in 16 bit when the language model is quantised.
-NOT_QUANTISED = ["vision_tower", "multi_modal_projector", "lm_head"]
+NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 @dataclass
