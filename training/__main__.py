@@ -15,6 +15,7 @@ import argparse
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset, IterableDataset
@@ -78,7 +79,8 @@ def main() -> int:
 
 
 def train_command(arguments: list[str]) -> int:
-    parser = TrlParser((DataArguments, LlavaSTFTrainingArguments, ModelConfig), prog="python -m training")
+    kinds: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
+    parser = TrlParser(kinds, prog="python -m training")
     data, args, choice = parser.parse_args_and_config(arguments)
     resume = resume_from(args)
     trainer, report = make_trainer(data, args, choice)
@@ -164,7 +166,7 @@ def prepare(
     checker = Checker(
         processor,
         template_text(processor, args.chat_template_name),
-        args.max_length,
+        args.max_length or processor.tokenizer.model_max_length,
         decode=data.on_bad_image == "skip",
     )
     with args.main_process_first(desc="checking the data"):

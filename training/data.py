@@ -337,8 +337,10 @@ def count_frames(video: list[str], decode: bool) -> int:
     try:
         with av.open(video[0]) as container:
             stream = container.streams.video[0]
+            if not stream.average_rate:
+                raise DataError(f"{BAD_IMAGE}: {video[0]}: a video without a frame rate")
             return int(stream.frames / stream.average_rate * VIDEO_FPS)
-    except (OSError, IndexError, ZeroDivisionError, av.FFmpegError) as error:
+    except (OSError, IndexError, av.FFmpegError) as error:
         raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
 
 

@@ -262,7 +262,7 @@ class LlavaSTFTrainer(SFTTrainer):
                 network = network.get_base_model() if isinstance(network, PeftModel) else network
                 custom_object_save(network, self.args.output_dir, config=network.config)
         if self.args.peak_tflops is None:
-            self.args.peak_tflops = measure_tflops(self.args.device, self.args.bf16)
+            self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
         self._clock = time.perf_counter()
         return super().train(*args, **kwargs)
 
@@ -273,6 +273,7 @@ class LlavaSTFTrainer(SFTTrainer):
             counts = torch.tensor([self._images, self._tokens], device=self.args.device, dtype=torch.float64)
             images, tokens = self.accelerator.reduce(counts.float(), "sum").tolist()
             flops = training_flops(self.accelerator.unwrap_model(self.model), images, tokens)
+            assert self.args.peak_tflops is not None  # measured at the start
             peak = self.args.peak_tflops * 1e12 * self.args.world_size
             logs |= {
                 "images_per_second": images / seconds,
@@ -408,7 +409,7 @@ def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     TRL multiplies by the head's weight itself, so that the model's own loss, which leaves `<image>` out, is not used.
     The original has no such token.
     """
-    network = model.get_base_model() if isinstance(model, PeftModel) else model
+    network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     head_of = type(network).get_output_embeddings
 
     def masked_head() -> SimpleNamespace:
@@ -430,13 +431,13 @@ def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         del network.get_output_embeddings
 
 
-def training_flops(model: nn.Module, images: float, tokens: float) -> float:
+def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: float) -> float:
     """FLOPs of training on so many images and tokens, recomputation of checkpointed layers not counted.
 
     For each weight of a linear layer and each position two in the forward pass, two for the gradient of the inputs
     (but in the frozen tower), and two for the weight's own, if it is trained. Attention scores are left out.
     """
-    config = model.config
+    config: Any = model.config
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     flops = 0.0
     for name, layer in model.named_modules():
