@@ -1,0 +1,229 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""FLOPs, bytes and the roofline of LLaVA-STF beside the stock LLaVA, counted from their configs.
+
+python benchmarks/count.py [CONFIG ...] [--text 50] [--answer 16] [--tflops 790] [--bandwidth 4.3]
+
+CONFIG is a checkpoint's folder, or one of the names below. One multiply-add is two FLOPs, attention is causal, the head
+is computed for the last token only, weights and cache take two bytes a number. The roofline takes the larger of
+compute and traffic for each component, and leaves out norms, softmax, activations and the launching of kernels.
+"""
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
+
+from modeling_llava_stf import LlavaSTFConfig
+
+BYTES = 2  # of a number in bfloat16
+Config = LlavaSTFConfig | LlavaConfig
+
+
+def _vicuna(size: str) -> LlamaConfig:
+    if size == "7b":
+        return LlamaConfig(vocab_size=32001)
+    return LlamaConfig(
+        vocab_size=32001, hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40
+    )
+
+
+def _clip(layers: int) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=layers,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+
+
+NAMED: dict[str, Callable[[], Config]] = {
+    "llava-1.5-7b": lambda: LlavaConfig(vision_config=_clip(24), text_config=_vicuna("7b")),
+    "stf-7b": lambda: LlavaSTFConfig(vision_config=_clip(23), text_config=_vicuna("7b")),
+    "llava-1.5-13b": lambda: LlavaConfig(vision_config=_clip(24), text_config=_vicuna("13b")),
+    "stf-13b": lambda: LlavaSTFConfig(
+        vision_config=_clip(23), text_config=_vicuna("13b"), spatial_fusion_hidden_size=20 * 1024
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component: FLOPs of one image or sequence, and its weights, which a batch reads once."""
+
+    name: str
+    flops: float
+    weights: int
+
+    def seconds(self, batch: int, tflops: float, bandwidth: float) -> float:
+        return max(self.flops * batch / (tflops * 1e12), self.weights * BYTES / (bandwidth * 1e12))
+
+
+def image_tokens(config: Config) -> int:
+    """Tokens that an image takes in the language model."""
+    if isinstance(config, LlavaSTFConfig):
+        return config.tokens_per_image
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def vision_parts(config: Config) -> list[Part]:
+    """Tower and connector, for one image."""
+    vision = config.vision_config
+    width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
+    per_layer = 4 * width**2 + 2 * width * vision.intermediate_size
+    embedding = vision.num_channels * vision.patch_size**2 * width
+    # Stock LLaVA of transformers runs every layer; ours stops at the last tap.
+    layers = max(config.taps) if isinstance(config, LlavaSTFConfig) else vision.num_hidden_layers
+    sequence = patches + 1  # with the class token
+    attention = 2 * sequence**2 * width
+    tower = 2 * (patches * embedding + layers * (sequence * per_layer + attention))
+    parts = [Part("vision tower", tower, embedding + vision.num_hidden_layers * per_layer)]
+    text_width = config.text_config.hidden_size
+    if isinstance(config, LlavaSTFConfig):
+        block, spatial = config.fusion_widths
+        mbtf = len(config.taps) * width * block + block * width
+        stf = config.fusion_window**2 * width * spatial + spatial * text_width
+        tokens = config.tokens_per_image
+        return [*parts, Part("MBTF", 2 * patches * mbtf, mbtf), Part("STF", 2 * tokens * stf, stf)]
+    projector = width * text_width + text_width**2
+    return [*parts, Part("projector", 2 * patches * projector, projector)]
+
+
+def decoder_weights(config: Config) -> int:
+    """Weights of the linear layers of the language model, without its tables."""
+    text = config.text_config
+    head = text.hidden_size // text.num_attention_heads
+    attention = 2 * text.hidden_size * head * (text.num_attention_heads + text.num_key_value_heads)
+    return text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size)
+
+
+def head_weights(config: Config) -> int:
+    return config.text_config.hidden_size * config.text_config.vocab_size
+
+
+def prefill(config: Config, text: int, heads: int = 1) -> Part:
+    """The language model over an image and `text` tokens; the head for `heads` of them."""
+    sequence = image_tokens(config) + text
+    settings = config.text_config
+    attention = sequence**2 * settings.hidden_size * settings.num_hidden_layers  # causal: half of the square, twice
+    linear = sequence * decoder_weights(config) + heads * head_weights(config)
+    return Part("language model", 2 * (linear + attention), decoder_weights(config) + head_weights(config))
+
+
+def first_token(config: Config, text: int) -> list[Part]:
+    """All components on the way to the first token."""
+    return [*vision_parts(config), prefill(config, text)]
+
+
+def cache_bytes(config: Config, text: int) -> int:
+    """Key-value cache of an image and `text` tokens."""
+    settings = config.text_config
+    head = settings.hidden_size // settings.num_attention_heads
+    per_token = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head * BYTES
+    return per_token * (image_tokens(config) + text)
+
+
+def decode_seconds(config: Config, context: int, batch: int, tflops: float, bandwidth: float) -> float:
+    """One more token for each of `batch` sequences with an image and `context` tokens of text and answer."""
+    weights = decoder_weights(config) + head_weights(config)
+    traffic = weights * BYTES + batch * cache_bytes(config, context)
+    return max(2 * weights * batch / (tflops * 1e12), traffic / (bandwidth * 1e12))
+
+
+def training_flops(config: Config, text: int, decoder_learns: bool) -> float:
+    """A training step on one row with gradient checkpointing of the language model; the tower is frozen."""
+    tower, *connector = vision_parts(config)
+    sequence = prefill(config, text, heads=image_tokens(config) + text).flops
+    # Forward, forward again, gradient of the inputs, and of the weights where they learn.
+    return tower.flops + 3 * sum(part.flops for part in connector) + (3 + decoder_learns) * sequence
+
+
+def weight_bytes(config: Config) -> int:
+    """All matrices, the embedding table included; norms, biases and positions are left out."""
+    parts = first_token(config, 0)
+    return BYTES * (sum(part.weights for part in parts) + head_weights(config))
+
+
+def rows(configs: dict[str, Config], options: argparse.Namespace) -> list[tuple[str, list[float]]]:
+    """The table: what is counted, and its number for each config."""
+    text, answer = options.text, options.answer
+    table: list[tuple[str, list[float]]] = []
+
+    def add(name: str, of: Callable[[Config], float]) -> None:
+        table.append((name, [of(config) for config in configs.values()]))
+
+    add("tokens of an image", image_tokens)
+    for name in ("vision tower", "projector", "MBTF", "STF", "language model"):
+        add(f"GFLOP, {name}", lambda config, name=name: _sum(first_token(config, text), name) / 1e9)
+    add("GFLOP to the first token", lambda config: sum(part.flops for part in first_token(config, text)) / 1e9)
+    add("GB of weights", lambda config: weight_bytes(config) / 1e9)
+    add("KV KiB a token", lambda config: (cache_bytes(config, 1) - cache_bytes(config, 0)) / 1024)
+    add(f"KV MB, image + {text} + {answer}", lambda config: cache_bytes(config, text + answer) / 1e6)
+    add("training TFLOP, full fine-tune", lambda config: training_flops(config, text, True) / 1e12)
+    add("training TFLOP, connector only", lambda config: training_flops(config, text, False) / 1e12)
+    for batch in options.batch:
+        first = partial(first_seconds, batch=batch, options=options)
+        step = partial(step_seconds, batch=batch, options=options)
+        add(f"roofline: first token, ms, batch {batch}", lambda config, first=first: 1e3 * first(config))
+        add(f"roofline: tokens/s in decoding, batch {batch}", lambda config, b=batch, step=step: b / step(config))
+        add(
+            f"roofline: requests/s, {text} in {answer} out, batch {batch}",
+            lambda config, b=batch, first=first, step=step: b / (first(config) + (answer - 1) * step(config)),
+        )
+    return table
+
+
+def first_seconds(config: Config, batch: int, options: argparse.Namespace) -> float:
+    return sum(part.seconds(batch, options.tflops, options.bandwidth) for part in first_token(config, options.text))
+
+
+def step_seconds(config: Config, batch: int, options: argparse.Namespace) -> float:
+    """Of decoding, in the middle of the answer."""
+    return decode_seconds(config, options.text + options.answer // 2, batch, options.tflops, options.bandwidth)
+
+
+def _sum(parts: list[Part], name: str) -> float:
+    return sum(part.flops for part in parts if part.name == name)
+
+
+def read(name: str) -> Config:
+    if name in NAMED:
+        return NAMED[name]()
+    if not (Path(name) / "config.json").is_file():
+        raise SystemExit(f"error: {name} is no folder of a checkpoint, and none of {', '.join(NAMED)}")
+    config: Any = AutoConfig.from_pretrained(name)
+    if not isinstance(config, LlavaSTFConfig | LlavaConfig):
+        raise SystemExit(f"error: {name} is a {config.model_type}, expected llava_stf or llava")
+    return config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "configs", nargs="*", default=["llava-1.5-7b", "stf-7b"], metavar="CONFIG", help=", ".join(NAMED)
+    )
+    parser.add_argument("--text", type=int, default=50, help="tokens of the prompt beside the image's (default: 50)")
+    parser.add_argument("--answer", type=int, default=16, help="tokens of the answer (default: 16)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="default: 1 8 32 128")
+    parser.add_argument("--tflops", type=float, default=790, help="of the device in bfloat16 (default: an H200's)")
+    parser.add_argument("--bandwidth", type=float, default=4.3, help="of its memory, in TB/s (default: an H200's)")
+    options = parser.parse_args()
+    configs = {name: read(name) for name in options.configs}
+    print("| |" + "".join(f" {name} |" for name in configs))
+    print("| --- |" + " --: |" * len(configs))
+    for name, numbers in rows(configs, options):
+        print(f"| {name} |" + "".join(f" {number:,.{_digits(number)}f} |" for number in numbers))
+
+
+def _digits(number: float) -> int:
+    return 0 if number >= 1000 or number == int(number) else 1 if number >= 100 else 2
+
+
+if __name__ == "__main__":
+    main()

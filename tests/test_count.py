@@ -1,0 +1,98 @@
+"""The count of FLOPs, weights and cache is that of PyTorch, for small and for full-width models."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlavaForConditionalGeneration
+
+from benchmarks import count
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXT = 50
+
+
+@pytest.fixture(params=["golden", *count.NAMED])
+def config(request, model):
+    if request.param == "golden":
+        return model.config
+    config = count.NAMED[request.param]()
+    config.text_config.num_hidden_layers = 2
+    return config
+
+
+def on_meta(config):
+    """A model without numbers: shapes are enough to count."""
+    kind = LlavaSTFForConditionalGeneration if isinstance(config, LlavaSTFConfig) else LlavaForConditionalGeneration
+    with torch.device("meta"):
+        return kind(config).eval()
+
+
+def counted(module, *args, **kwargs):
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        module(*args, **kwargs)
+    return counter.get_total_flops()
+
+
+def test_vision_side(config):
+    parts = {part.name: part for part in count.vision_parts(config)}
+    model = on_meta(config).model
+    size = config.vision_config.image_size
+    pixels = torch.empty(1, 3, size, size, device="meta")
+    assert counted(model.vision_tower, pixels) == parts["vision tower"].flops
+    patches = (size // config.vision_config.patch_size) ** 2
+    layers = len(config.taps) if isinstance(config, LlavaSTFConfig) else 1
+    features = torch.empty(1, patches, layers * config.vision_config.hidden_size, device="meta")
+    connector = sum(part.flops for name, part in parts.items() if name != "vision tower")
+    assert counted(model.multi_modal_projector, features) == connector
+
+
+def test_language_model(config):
+    network = on_meta(config)
+    settings = config.text_config
+    length = count.image_tokens(config) + TEXT
+    embeddings = torch.empty(1, length, settings.hidden_size, device="meta")
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")  # one that is not looked into
+    found = counted(network.model.language_model, inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+    found += counted(network.lm_head, embeddings[:, -1:])
+    # PyTorch counts the whole square of attention scores, of which a causal model needs half.
+    half_square = 2 * length**2 * settings.hidden_size * settings.num_hidden_layers
+    assert found == count.prefill(config, TEXT).flops + half_square
+
+
+def test_weights(config):
+    network = on_meta(config)
+    matrices = sum(
+        weight.numel() for name, weight in network.named_parameters() if weight.ndim > 1 and "position" not in name
+    )
+    assert count.weight_bytes(config) == count.BYTES * matrices
+
+
+def test_cache(model, processor, picture):
+    inputs = processor(images=picture("wide.png"), text="<image> What is it?", return_tensors="pt")
+    cache = model(**inputs, use_cache=True).past_key_values
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    text = inputs["input_ids"].shape[1] - model.config.tokens_per_image
+    assert count.cache_bytes(model.config, text) == count.BYTES * numbers
+
+
+def test_published_counts_of_the_7b():
+    """The GFLOP of the method's description: 8617 against 2971 to the first token, a cache 3.06 times smaller."""
+    stock, stf = count.NAMED["llava-1.5-7b"](), count.NAMED["stf-7b"]()
+    total = [round(sum(part.flops for part in count.first_token(config, 50)) / 1e9) for config in (stock, stf)]
+    assert total == [8617, 2971]
+    assert round(count.cache_bytes(stock, 66) / count.cache_bytes(stf, 66), 2) == 3.06
+
+
+def test_command(checkpoint):
+    command = [sys.executable, str(ROOT / "benchmarks" / "count.py"), "stf-7b", str(checkpoint)]
+    printed = subprocess.run(
+        command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    lines = printed.stdout.splitlines()
+    assert lines[2] == "| tokens of an image | 144 | 4 |"
+    assert len({line.count("|") for line in lines}) == 1
