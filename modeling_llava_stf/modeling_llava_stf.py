@@ -35,6 +35,8 @@ IMAGES_PER_PASS = 32
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
 # So far below any logit that its probability is zero, and still finite.
 NO_ANSWER_LOGIT = -1e4
+# For `llm_int8_skip_modules` and the like: what stays in 16 bit when the language model is quantised.
+NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 # Fetched here, because torch.compile cannot trace `property.fget`.
 _STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
 

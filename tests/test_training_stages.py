@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Image, List
 from peft import PeftModel
 from PIL import Image as Picture
@@ -75,6 +76,12 @@ def test_what_the_runs_print(stages):
 def test_curves_are_a_picture(stages):
     root, _ = stages
     assert Picture.open(root / "stage2" / "curves.png").size[0] == 1000
+
+
+def test_the_recipe_is_kept_as_it_was_used(stages):
+    root, _ = stages
+    recipe = yaml.safe_load((root / "stage2" / "recipe.yaml").read_text(encoding="utf-8"))
+    assert (recipe["learning_rate"], recipe["global_batch_size"], recipe["lr_scheduler_type"]) == (2e-5, 4, "cosine")
 
 
 def inputs_of(processor):

@@ -13,11 +13,12 @@ command line goes before that of the recipe. `python -m training --help` lists a
 
 import argparse
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,6 +26,7 @@ from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .data import Checker, Report, check_rows, fit_rows, fit_stream, load_rows
 from .merge import merge
@@ -32,9 +34,6 @@ from .report import draw_curves, draw_lengths, start_lines
 from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, template_text
 
 logger = logging.get_logger(__name__)
-
-# What stays in 16 bit when the language model is quantised.
-NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 @dataclass
@@ -90,11 +89,20 @@ def train_command(arguments: list[str]) -> int:
     trainer.save_model()
     if args.should_save:
         trainer.save_state()
+        save_recipe(arguments, {**asdict(data), **asdict(choice), **args.to_dict()}, Path(args.output_dir))
         curves = Path(args.output_dir) / "curves.png"
         draw_curves(trainer.state.log_history, curves)
         print(f"wrote {args.output_dir}; curves: {curves}", flush=True)
     trainer.accelerator.end_training()
     return 0
+
+
+def save_recipe(arguments: list[str], used: dict[str, Any], folder: Path) -> None:
+    """The settings that the recipe names, as they were used: for the model card."""
+    if "--config" in arguments:
+        names = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
+        settings = yaml.safe_dump({name: used[name] for name in names}, sort_keys=False)
+        (folder / "recipe.yaml").write_text(settings, encoding="utf-8")
 
 
 def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
