@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import GOLDENS
-from hub_server import COMMIT, hub
+from hub_server import Hub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -430,10 +430,12 @@ def test_hub_ids(tmp_path, checkpoint):
     shutil.copytree(GOLDENS / "pretrain", repository / "pretrain" / "any-name")
     edit_config(repository / "full-parameter-finetune", mm_vision_tower="some/clip")
     clip = GOLDENS / "clip"
-    with hub({"some/model": repository, "some/clip": clip}) as endpoint:
-        environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0"}
+    with Hub() as hub:
+        commit = hub.add("some/model", repository)
+        hub.add("some/clip", clip)
+        environment = hub.environment(tmp_path / "cache", token="")
         out = tmp_path / "out"
-        result = run("some/model", out, "--revision", COMMIT, environment=environment)
+        result = run("some/model", out, "--revision", commit, environment=environment)
         assert result.returncode == 0, result.stderr
         assert_same(tensors(out), tensors(checkpoint))
         result = run("some/model", tmp_path / "out2", "--subfolder", "pretrain", environment=environment)

@@ -1,0 +1,12 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Model cards out of the facts in a folder, checks, and publishing on the Hub.
+
+python -m hub_card --help
+"""
+
+from .card import Card, Facts, gather, write_card
+from .check import check
+from .publish import HubError, Upload, plan, publish
+
+__all__ = ["Card", "Facts", "HubError", "Upload", "check", "gather", "plan", "publish", "write_card"]

@@ -1,0 +1,171 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the card of a checkpoint, checks its folder, and publishes it on the Hub.
+
+python -m hub_card render DIR USER/NAME --license cc-by-nc-4.0    README.md with its pictures, LICENSE, NOTICE
+python -m hub_card check DIR                                      what is wrong, one line each
+python -m hub_card publish DIR USER/NAME --dry-run                checks, and shows what would be sent where
+
+DIR is a checkpoint of LLaVA-STF, or a PEFT adapter of one. Exit codes: 0, done; 2, refused, with the reasons; 3, the
+Hub refused; 4, the Hub or the connection failed, and the same command may be run again.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.utils import logging as hub_logging
+from transformers.utils import logging
+
+from .card import (
+    CARD_FILE,
+    FIRST_TAG,
+    Facts,
+    earlier_facts,
+    gather,
+    is_adapter,
+    name_base,
+    named_in,
+    snippet_of,
+    write_card,
+)
+from .check import check, use
+from .publish import HubError, plan, publish
+
+REFUSED, HUB_REFUSED, TRY_AGAIN = 2, 3, 4
+
+
+def main() -> int:
+    arguments = vars(_parser().parse_args())
+    commands: dict[str, Callable[..., int]] = {"render": _render, "check": _check, "publish": _publish}
+    command = commands[arguments.pop("command")]
+    logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()  # its warnings are about retries, and show signed addresses
+    try:
+        return command(**arguments)
+    except HubError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return TRY_AGAIN if error.again else HUB_REFUSED
+    except (OSError, ValueError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return REFUSED
+
+
+def _render(
+    folder: Path,
+    repo_id: str | None,
+    tag: str | None,
+    base: str | None,
+    base_revision: str,
+    run: bool,
+    results: list[Path],
+    speeds: list[Path],
+    **facts: Any,
+) -> int:
+    adapter = is_adapter(folder)
+    if base is not None and not adapter:
+        raise ValueError(
+            f"{folder} is a whole model: --base is for adapters (--base-model names what it was made from)."
+        )
+    repo_id, tag = _place(folder, repo_id, tag)
+    known = {**earlier_facts(folder), **{name: value for name, value in facts.items() if value}}
+    if "license" not in known:
+        raise ValueError("Name the licence of the weights: --license cc-by-nc-4.0 (as the authors'), llama2, ...")
+    if base is not None:
+        name_base(folder, base, base_revision)
+        known["base_model"] = (base,)
+    card = gather(folder, repo_id, Facts(**known), tag, results, speeds)
+    write_card(folder, card)
+    if run:
+        found = use(folder, snippet_of(card.render())[0])
+        write_card(folder, replace(card, printed=found["printed"], printed_on=f"on {found['on']}"))
+    print(f"wrote {folder / CARD_FILE}")
+    return 0
+
+
+def _place(folder: Path, repo_id: str | None, tag: str | None) -> tuple[str, str]:
+    """Repository and tag, as asked for or as in the card that is there."""
+    try:
+        named, tagged = named_in(snippet_of((folder / CARD_FILE).read_text(encoding="utf-8"))[0])
+    except (OSError, ValueError):
+        if repo_id is None:
+            raise ValueError(f"Say where it will be published: python -m hub_card render {folder} USER/NAME") from None
+        named, tagged = repo_id, FIRST_TAG
+    return repo_id or named, tag or tagged
+
+
+def _check(folder: Path) -> int:
+    problems = check(folder)
+    if not problems:
+        print(f"{folder} may be published")
+        return 0
+    for problem in problems:
+        print(f"- {problem}", file=sys.stderr)
+    print(f"error: {folder} may not be published; wrong: {len(problems)}, see above", file=sys.stderr)
+    return REFUSED
+
+
+def _publish(folder: Path, dry_run: bool, **target: Any) -> int:
+    refused = _check(folder)
+    if refused:
+        return refused
+    upload = plan(folder, **target)
+    for line in upload.describe():
+        print(line, flush=True)
+    if dry_run:
+        print("nothing was sent")
+        return 0
+    print(f"published: {publish(upload)}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m hub_card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    render = commands.add_parser("render", help="write the card and its pictures into the folder")
+    render.add_argument("folder", metavar="DIR", type=Path)
+    render.add_argument(
+        "repo_id", metavar="USER/NAME", nargs="?", help="repository (default: the one of the card there)"
+    )
+    render.add_argument("--tag", help=f"revision that the snippet asks for (default: the card's, else {FIRST_TAG})")
+    render.add_argument("--run", action="store_true", help="run the snippet and show what it prints")
+    said = render.add_argument_group("what no file says (a card that is there keeps the first four)")
+    said.add_argument("--license", metavar="ID", help="of the weights, as the Hub spells it")
+    said.add_argument("--base-model", metavar="ID", action="append", help="what the weights were made from")
+    said.add_argument("--dataset", metavar="ID", action="append", dest="datasets", help="trained on")
+    said.add_argument("--language", metavar="CODE", action="append", help="such as en")
+    said.add_argument("--base-license", metavar="TEXT", help="licence of the base model, in words")
+    said.add_argument("--note", metavar="TEXT", help="a sentence to stand on top")
+    measured = render.add_argument_group("measured")
+    measured.add_argument(
+        "--results", metavar="FILE", type=Path, action="append", default=[], help="evaluation, as JSON"
+    )
+    measured.add_argument(
+        "--speed", metavar="FILE", type=Path, action="append", default=[], dest="speeds", help="as JSON"
+    )
+    adapter = render.add_argument_group("adapters")
+    adapter.add_argument("--base", metavar="ID", help="Hub id of the base; written into adapter_config.json")
+    adapter.add_argument("--base-revision", metavar="TAG", default=FIRST_TAG, help=f"of --base (default: {FIRST_TAG})")
+
+    checked = commands.add_parser("check", help="say what is wrong with a folder")
+    checked.add_argument("folder", metavar="DIR", type=Path)
+
+    published = commands.add_parser("publish", help="check a folder and upload it in one commit")
+    published.add_argument("folder", metavar="DIR", type=Path)
+    published.add_argument("repo_id", metavar="USER/NAME")
+    published.add_argument("--private", action="store_true", help="create the repository as private")
+    published.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
+    published.add_argument("--pr", action="store_true", help="open a pull request instead")
+    published.add_argument("--collection", metavar="TITLE", help="add the repository to this collection of USER")
+    published.add_argument("--dry-run", action="store_true", help="show what would be sent; send nothing")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

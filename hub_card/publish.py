@@ -1,0 +1,207 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Uploads a checked folder to the Hub: one commit, complete or absent, and safe to repeat."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from tqdm import tqdm
+
+from .card import CARD_FILE, named_in, snippet_of
+from .check import files_left_out, published_files
+
+# Old weights beside new ones might be loaded instead of them.
+WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+TRY_AGAIN = "Run the same command again: what has arrived is not sent twice."
+
+
+class HubError(Exception):
+    """The Hub refused, or could not be reached; `again` says whether repeating the command may help."""
+
+    def __init__(self, message: str, again: bool):
+        super().__init__(message)
+        self.again = again
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What will be uploaded, and where."""
+
+    folder: Path
+    repo_id: str
+    tag: str
+    files: list[Path]
+    left_out: dict[str, str]
+    private: bool = False
+    revision: str = "main"
+    pr: bool = False
+    collection: str = ""
+
+    @property
+    def size(self) -> int:
+        return sum((self.folder / path).stat().st_size for path in self.files)
+
+    def describe(self) -> Iterator[str]:
+        """The upload in lines."""
+        for path in self.files:
+            yield f"{_size((self.folder / path).stat().st_size):>10}  {path}"
+        for name, reason in self.left_out.items():
+            yield f"{'not sent':>10}  {name} ({reason})"
+        kind = (
+            "private, if it is new" if self.private else "public, if it is new and the account does not say otherwise"
+        )
+        target = "a pull request on" if self.pr else f"branch {self.revision} of"
+        place = f"{HfApi().endpoint}/{self.repo_id} ({kind})"
+        yield f"{len(self.files)} files, {_size(self.size)}, in one commit to {target} {place}"
+        later = " (publish again when the pull request is merged)" if self.pr else ""
+        yield f"tag {self.tag}, which the card's snippet asks for{later}"
+        if self.collection:
+            yield f"collection {self.collection!r} of {self.repo_id.split('/')[0]}"
+
+
+def _size(number: int) -> str:
+    return tqdm.format_sizeof(number, "B")
+
+
+def plan(
+    folder: Path,
+    repo_id: str,
+    private: bool = False,
+    revision: str | None = None,
+    pr: bool = False,
+    collection: str | None = None,
+) -> Upload:
+    """Says what an upload would do; nothing is sent.
+
+    Raises:
+        ValueError: if the card is about another repository.
+    """
+    named, tag = named_in(snippet_of((folder / CARD_FILE).read_text(encoding="utf-8"))[0])
+    if named != repo_id:
+        raise ValueError(
+            f"The card is about {named}, but you publish to {repo_id}: python -m hub_card render {folder} {repo_id}"
+        )
+    files, left_out = published_files(folder), files_left_out(folder)
+    return Upload(folder, repo_id, tag, files, left_out, private, revision or "main", pr, collection or "")
+
+
+def publish(upload: Upload) -> str:
+    """Creates the repository, uploads in one commit, tags the commit, and adds the repository to the collection.
+
+    Nothing is visible before the commit; a repeated call sends what is not there yet, and commits nothing if all is.
+    Weights on the branch that the folder does not have are deleted by the same commit.
+
+    Returns:
+        The address of the commit or of the pull request.
+
+    Raises:
+        HubError: in words, if the Hub refuses or cannot be reached.
+    """
+    api, name = HfApi(), upload.repo_id
+    if get_token() is None:
+        raise HubError(
+            "You are not logged in: run `hf auth login`, or set HF_TOKEN to a token that may write.", again=False
+        )
+    with _step(f"creating {name}", name):
+        api.create_repo(name, private=upload.private or None, exist_ok=True)
+    with _step(f"looking at {name}", name):
+        if upload.private and not api.repo_info(name).private:
+            raise HubError(f"{name} exists and is public, but --private was asked for. Nothing was sent.", again=False)
+        refs = api.list_repo_refs(name)
+        is_tagged = upload.tag in {tag.name for tag in refs.tags}
+        if is_tagged and not _same_files(api, upload):
+            raise HubError(
+                f"The tag {upload.tag} of {name} is on other files, which others rely on. Nothing was sent: render the "
+                "card with the next tag (--tag).",
+                again=False,
+            )
+    if upload.revision not in {branch.name for branch in refs.branches}:
+        with _step(f"creating the branch {upload.revision}", name):
+            api.create_branch(name, branch=upload.revision, exist_ok=True)
+    with _step(f"uploading to {name}", name):
+        commit = api.create_commit(
+            name,
+            _operations(api, upload),
+            commit_message=f"Publish {upload.tag}",
+            revision=upload.revision,
+            create_pr=upload.pr,
+        )
+    if not upload.pr and not is_tagged:
+        with _step(f"tagging {name} as {upload.tag}", name):
+            api.create_tag(name, tag=upload.tag, revision=commit.oid, exist_ok=True)
+    if upload.collection:
+        with _step(f"adding {name} to the collection {upload.collection!r}", name):
+            owner = name.split("/")[0]
+            slug = api.create_collection(upload.collection, namespace=owner, exists_ok=True).slug
+            api.add_collection_item(slug, item_id=name, item_type="model", exists_ok=True)
+    return commit.pr_url or commit.commit_url
+
+
+def _operations(api: HfApi, upload: Upload) -> list[CommitOperationAdd | CommitOperationDelete]:
+    """All files of the folder (huggingface_hub leaves out what has not changed), without weights of another upload."""
+    names = {path.as_posix() for path in upload.files}
+    there = api.list_repo_files(upload.repo_id, revision=upload.revision)
+    old = [name for name in there if name not in names and name.endswith(WEIGHT_SUFFIXES)]
+    return [
+        *(CommitOperationAdd(name, str(upload.folder / name)) for name in sorted(names)),
+        *(CommitOperationDelete(name) for name in old),
+    ]
+
+
+def _same_files(api: HfApi, upload: Upload) -> bool:
+    """Whether the tag has the files of the folder, by their checksums."""
+    found = api.verify_repo_checksums(upload.repo_id, revision=upload.tag, local_dir=upload.folder)
+    new = {path.as_posix() for path in upload.files} & set(found.extra_paths)
+    old = [path for path in found.missing_paths if path.endswith(WEIGHT_SUFFIXES)]
+    return not (found.mismatches or new or old)
+
+
+@contextmanager
+def _step(doing: str, repo_id: str) -> Iterator[None]:
+    """Turns what goes wrong between us and the Hub into a [`HubError`] that says what was being done."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
+        raise _in_words(error, doing, repo_id) from error
+
+
+def _in_words(error: BaseException, doing: str, repo_id: str) -> HubError:
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading", and why
+        return _in_words(error.__cause__, f"{doing} ({_said(error)})", repo_id)
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    owner = repo_id.split("/")[0]
+    reasons = {
+        401: "the token is not valid (401). Run `hf auth login`, or set HF_TOKEN to a token that may write",
+        403: f"the token may not do that (403). It needs write access to {owner}",
+        404: f"there is no such thing (404). Is {repo_id} spelled right, and may your token see it?",
+        409: "something else is changing it, or has that name already (409). Look at it, and run the command again",
+        412: "somebody else committed in the meantime (412). Look at it, and run the command again",
+        413: "a file is too large for the Hub (413)",
+        429: f"too many requests (429){_wait(error)}. {TRY_AGAIN}",
+    }
+    if isinstance(error, RepositoryNotFoundError) and status == 401:
+        reasons[401] += f"; or {repo_id} does not exist"
+    if status in reasons:
+        return HubError(f"While {doing}: {reasons[status]}.".replace("..", "."), again=status == 429)
+    if status is not None and status >= 500:
+        return HubError(f"While {doing}: the Hub has a problem of its own ({status}). {TRY_AGAIN}", again=True)
+    if status is not None or isinstance(error, ValueError):
+        return HubError(f"While {doing}: the Hub refuses: {_said(error)}", again=False)
+    return HubError(f"While {doing}: the connection broke ({_said(error)}). {TRY_AGAIN}", again=True)
+
+
+def _wait(error: BaseException) -> str:
+    seconds = error.response.headers.get("Retry-After") if isinstance(error, HfHubHTTPError) else None
+    return f"; the Hub asks you to wait {seconds} seconds" if seconds else ""
+
+
+def _said(error: BaseException) -> str:
+    """An error in one line, without the token."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    token = get_token()
+    return text.replace(token, "***") if token else text
