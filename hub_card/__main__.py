@@ -2,15 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the card of a checkpoint, checks its folder, and publishes it on the Hub.
 
-python -m hub_card render DIR USER/NAME --license cc-by-nc-4.0    README.md with its pictures, LICENSE, NOTICE
-python -m hub_card check DIR                                      what is wrong, one line each
-python -m hub_card publish DIR USER/NAME --dry-run                checks, and shows what would be sent where
+python -m hub_card render DIR --repo-id USER/NAME --license cc-by-nc-4.0    README.md with its pictures, LICENSE, NOTICE
+python -m hub_card check DIR                                                what is wrong, one line each
+python -m hub_card publish DIR USER/NAME --dry-run                          checks, and shows what would be sent where
 
 DIR is a checkpoint of LLaVA-STF, or a PEFT adapter of one. Exit codes: 0, done; 2, refused, with the reasons; 3, the
 Hub refused; 4, the Hub or the connection failed, and the same command may be run again.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,17 +25,19 @@ from .card import (
     CARD_FILE,
     FIRST_TAG,
     Facts,
-    earlier_facts,
     gather,
     is_adapter,
     name_base,
-    named_in,
     snippet_of,
     write_card,
 )
 from .check import check, use
 from .publish import HubError, plan, publish
+from .results import read_object
 
+# What was said on the command line, so that rendering again needs to be told what is new only. Never published.
+MEMORY_FILE = ".hub_card.json"
+NEEDED = {"repo_id": ("--repo-id", "USER/NAME"), "license": ("--license", "cc-by-nc-4.0")}
 REFUSED, HUB_REFUSED, TRY_AGAIN = 2, 3, 4
 
 
@@ -54,47 +57,29 @@ def main() -> int:
         return REFUSED
 
 
-def _render(
-    folder: Path,
-    repo_id: str | None,
-    tag: str | None,
-    base: str | None,
-    base_revision: str,
-    run: bool,
-    results: list[Path],
-    speeds: list[Path],
-    **facts: Any,
-) -> int:
+def _render(folder: Path, run: bool, **options: Any) -> int:
     adapter = is_adapter(folder)
-    if base is not None and not adapter:
-        raise ValueError(
-            f"{folder} is a whole model: --base is for adapters (--base-model names what it was made from)."
-        )
-    repo_id, tag = _place(folder, repo_id, tag)
-    known = {**earlier_facts(folder), **{name: value for name, value in facts.items() if value}}
-    if "license" not in known:
-        raise ValueError("Name the licence of the weights: --license cc-by-nc-4.0 (as the authors'), llama2, ...")
+    memory = folder / MEMORY_FILE
+    known = (read_object(memory) if memory.exists() else {}) | {name: value for name, value in options.items() if value}
+    missing = [f"{option} {example}" for name, (option, example) in NEEDED.items() if name not in known]
+    if missing:
+        raise ValueError(f"The card needs more: python -m hub_card render {folder} {' '.join(missing)}")
+    memory_text = json.dumps(known, indent=2) + "\n"
+    base, base_revision = known.pop("base", None), known.pop("base_revision", FIRST_TAG)
     if base is not None:
+        if not adapter:
+            raise ValueError(f"{folder} is a whole model: --base is for adapters (see --base-model).")
         name_base(folder, base, base_revision)
-        known["base_model"] = (base,)
-    card = gather(folder, repo_id, Facts(**known), tag, results, speeds)
+        known["base_model"] = [base]
+    place = {name: known.pop(name) for name in ("repo_id", "tag", "results", "speeds", "recipe") if name in known}
+    card = gather(folder, facts=Facts(**known), **place)
     write_card(folder, card)
+    memory.write_text(memory_text, encoding="utf-8")
     if run:
         found = use(folder, snippet_of(card.render())[0])
         write_card(folder, replace(card, printed=found["printed"], printed_on=f"on {found['on']}"))
     print(f"wrote {folder / CARD_FILE}")
     return 0
-
-
-def _place(folder: Path, repo_id: str | None, tag: str | None) -> tuple[str, str]:
-    """Repository and tag, as asked for or as in the card that is there."""
-    try:
-        named, tagged = named_in(snippet_of((folder / CARD_FILE).read_text(encoding="utf-8"))[0])
-    except (OSError, ValueError):
-        if repo_id is None:
-            raise ValueError(f"Say where it will be published: python -m hub_card render {folder} USER/NAME") from None
-        named, tagged = repo_id, FIRST_TAG
-    return repo_id or named, tag or tagged
 
 
 def _check(folder: Path) -> int:
@@ -122,36 +107,35 @@ def _publish(folder: Path, dry_run: bool, **target: Any) -> int:
     return 0
 
 
+def _file(name: str) -> str:
+    return str(Path(name).resolve())
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m hub_card", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    render = commands.add_parser("render", help="write the card and its pictures into the folder")
+    render = commands.add_parser("render", help="write the card and its pictures; options are remembered")
     render.add_argument("folder", metavar="DIR", type=Path)
-    render.add_argument(
-        "repo_id", metavar="USER/NAME", nargs="?", help="repository (default: the one of the card there)"
-    )
-    render.add_argument("--tag", help=f"revision that the snippet asks for (default: the card's, else {FIRST_TAG})")
+    render.add_argument("--repo-id", metavar="USER/NAME", help="the repository that it will be")
+    render.add_argument("--tag", help=f"revision that the snippet asks for (default: {FIRST_TAG})")
     render.add_argument("--run", action="store_true", help="run the snippet and show what it prints")
-    said = render.add_argument_group("what no file says (a card that is there keeps the first four)")
+    said = render.add_argument_group("what no file says")
     said.add_argument("--license", metavar="ID", help="of the weights, as the Hub spells it")
     said.add_argument("--base-model", metavar="ID", action="append", help="what the weights were made from")
     said.add_argument("--dataset", metavar="ID", action="append", dest="datasets", help="trained on")
     said.add_argument("--language", metavar="CODE", action="append", help="such as en")
     said.add_argument("--base-license", metavar="TEXT", help="licence of the base model, in words")
     said.add_argument("--note", metavar="TEXT", help="a sentence to stand on top")
-    measured = render.add_argument_group("measured")
-    measured.add_argument(
-        "--results", metavar="FILE", type=Path, action="append", default=[], help="evaluation, as JSON"
-    )
-    measured.add_argument(
-        "--speed", metavar="FILE", type=Path, action="append", default=[], dest="speeds", help="as JSON"
-    )
+    measured = render.add_argument_group("how it was trained and measured")
+    measured.add_argument("--results", metavar="FILE", type=_file, action="append", help="evaluation, as JSON")
+    measured.add_argument("--speed", metavar="FILE", type=_file, action="append", dest="speeds", help="as JSON")
+    measured.add_argument("--recipe", metavar="FILE", type=_file, help="settings of the training, as YAML")
     adapter = render.add_argument_group("adapters")
     adapter.add_argument("--base", metavar="ID", help="Hub id of the base; written into adapter_config.json")
-    adapter.add_argument("--base-revision", metavar="TAG", default=FIRST_TAG, help=f"of --base (default: {FIRST_TAG})")
+    adapter.add_argument("--base-revision", metavar="TAG", help=f"of --base (default: {FIRST_TAG})")
 
     checked = commands.add_parser("check", help="say what is wrong with a folder")
     checked.add_argument("folder", metavar="DIR", type=Path)

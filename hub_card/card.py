@@ -7,7 +7,7 @@ import math
 import re
 import shutil
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,8 @@ CARD_FILE = "README.md"
 METHOD_PICTURE, EXAMPLE_PICTURE = "method.png", "example.png"
 LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-RECIPE_FILES = ("recipe.yaml", "recipe.json")
+RECIPE_FILE = "recipe.yaml"
 FIRST_TAG = "v1"
-# What the publisher says once and a card, rendered again, keeps.
-KEPT = ("license", "base_model", "datasets", "language")
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
@@ -41,10 +39,10 @@ class Facts:
     """What the publisher says of a model, because no file does. Empty: unknown, and left out of the card."""
 
     license: str  # the Hub's identifier, such as cc-by-nc-4.0
-    base_model: tuple[str, ...] = ()  # Hub ids
+    base_model: Sequence[str] = ()  # Hub ids
     base_license: str = ""
-    datasets: tuple[str, ...] = ()
-    language: tuple[str, ...] = ()
+    datasets: Sequence[str] = ()
+    language: Sequence[str] = ()
     note: str = ""  # printed on top
 
 
@@ -59,12 +57,12 @@ class Card:
     parameters: int
     dtypes: str
     size: str  # of the weights
+    training: dict[str, str]
     config: LlavaSTFConfig | None = None  # of a whole model
     base: str = ""  # of an adapter
     base_revision: str = ""
     quantisation: str = ""
     converted: bool = False
-    training: dict[str, str] | None = None
     evaluations: tuple[Evaluation, ...] = ()
     speeds: tuple[Speed, ...] = ()
     printed: str = ""  # by the snippet
@@ -88,7 +86,7 @@ class Card:
             library_name="peft" if self.base else "transformers",
             pipeline_tag=TASK,
             tags=["llava_stf", "vision-language", "token-fusion", "custom_code", *(["lora"] if self.base else [])],
-            model_name=self.name,
+            model_name=self.name if results else None,
             eval_results=results or None,
         )
 
@@ -98,7 +96,7 @@ class Card:
             self.metadata,
             template_path=str(TEMPLATE),
             card=self,
-            versions=tested_versions(),
+            versions=pinned_versions(),
             method=METHOD_PICTURE,
             example=EXAMPLE_PICTURE,
         )
@@ -110,8 +108,9 @@ def gather(
     repo_id: str,
     facts: Facts,
     tag: str = FIRST_TAG,
-    results: Iterable[Path] = (),
-    speeds: Iterable[Path] = (),
+    results: Iterable[str | Path] = (),
+    speeds: Iterable[str | Path] = (),
+    recipe: str | Path | None = None,
 ) -> Card:
     """Reads what a folder says about itself.
 
@@ -122,12 +121,16 @@ def gather(
         tag: the revision that the snippet asks for.
         results: evaluation files, see [`read_evaluation`].
         speeds: measurements, see [`read_speed`].
+        recipe: the settings that the weights were trained with, as YAML; by default `recipe.yaml` in the folder.
 
     Raises:
         ValueError: if the folder is neither, or a file in it or of the results is damaged or incomplete.
     """
-    if not HUB_ID.fullmatch(repo_id):
-        raise ValueError(f"{repo_id!r} is no id of a Hub repository: expected USER/NAME.")
+    for name in (repo_id, *facts.base_model):
+        if not HUB_ID.fullmatch(name):
+            raise ValueError(f"{name!r} is no id of a Hub repository: expected USER/NAME.")
+    if recipe is not None and not Path(recipe).is_file():
+        raise ValueError(f"There is no recipe {recipe}.")
     processor = LlavaSTFProcessor.from_pretrained(folder)
     crop = processor.image_processor.crop_size
     about: dict[str, Any] = {"tokens_per_image": processor.num_image_tokens(crop["height"], crop["width"])}
@@ -148,7 +151,7 @@ def gather(
         dtypes=" and ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         size=tqdm.format_sizeof(sum(weight.nbytes for weight in weights.values()), "B"),
         converted=(folder / "original_config.json").exists(),
-        training=read_training(folder),
+        training=read_training(folder, recipe),
         evaluations=tuple(
             read_evaluation(Path(path), {repo_id, str(folder.resolve())}, facts.base_model) for path in results
         ),
@@ -194,17 +197,6 @@ def weights_of(folder: Path) -> Weights:
     return read_file(folder / ADAPTER_WEIGHTS_FILE) if is_adapter(folder) else read_folder(folder)
 
 
-def earlier_facts(folder: Path) -> dict[str, Any]:
-    """What the card that is in the folder says of [`Facts`]; nothing, if there is none."""
-    path = folder / CARD_FILE
-    metadata = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict() if path.exists() else {}
-    kept = {name: metadata[name] for name in KEPT if metadata.get(name)}
-    return {
-        name: value if name == "license" else tuple([value] if isinstance(value, str) else value)
-        for name, value in kept.items()
-    }
-
-
 def snippet_of(readme: str) -> tuple[str, str]:
     """The first Python block of a card, and the text block right behind it: what it prints, or nothing."""
     found = re.search(r"```python\n(.*?)```(?:\n\n[^\n]+\n\n```text\n(.*?)\n?```)?", readme, re.DOTALL)
@@ -221,26 +213,24 @@ def named_in(snippet: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def read_training(folder: Path) -> dict[str, str] | None:
+def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, str]:
     """The recipe and the state that a run left in its folder, as lines of a table; paths are left out."""
-    lines = _recipe(folder)
+    path = Path(recipe or folder / RECIPE_FILE)
+    lines = _settings(path) if path.exists() else {}
     if (folder / "trainer_state.json").exists():
         lines |= _state(read_object(folder / "trainer_state.json"))
-    return lines or None
+    return lines
 
 
-def _recipe(folder: Path) -> dict[str, str]:
-    for name in RECIPE_FILES:
-        if (folder / name).exists():
-            recipe = yaml.safe_load((folder / name).read_text(encoding="utf-8"))  # JSON is YAML, too
-            if not isinstance(recipe, dict):
-                raise ValueError(f"{folder / name} holds a {type(recipe).__name__}, expected an object of settings.")
-            return {
-                key.replace("_", " "): _in_words(value)
-                for key, value in recipe.items()
-                if value not in (None, "", [], {}) and not isinstance(value, dict) and "/" not in str(value)
-            }
-    return {}
+def _settings(path: Path) -> dict[str, str]:
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds a {type(recipe).__name__}, expected settings with names.")
+    return {
+        f"`{name}`": f"`{_in_words(value)}`"
+        for name, value in recipe.items()
+        if value not in (None, "", [], {}) and not isinstance(value, dict) and "/" not in str(value)
+    }
 
 
 def _state(state: dict[str, Any]) -> dict[str, str]:
@@ -266,7 +256,7 @@ def _in_words(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def tested_versions() -> dict[str, str]:
+def pinned_versions() -> dict[str, str]:
     """The versions that the tests run with, read from `constraints.txt` and, for the oldest, `pyproject.toml`."""
     pinned = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():

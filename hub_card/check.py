@@ -27,7 +27,7 @@ from .card import (
     EXAMPLE_PICTURE,
     HUB_ID,
     METHOD_PICTURE,
-    RECIPE_FILES,
+    RECIPE_FILE,
     is_adapter,
     named_in,
     snippet_of,
@@ -39,7 +39,7 @@ PROBE = Path(__file__).with_name("probe.py")
 # What a trainer leaves in its folder to go on with: of no use to others, and partly pickles. It stays at home.
 RUN_STATE = re.compile(
     r"trainer_state\.json|training_args\.(bin|json)|(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|"
-    + "|".join(map(re.escape, RECIPE_FILES))
+    + re.escape(RECIPE_FILE)
 )
 PROCESSOR_FILES = (
     "processing_llava_stf.py",
@@ -290,17 +290,22 @@ CHECKS: tuple[Callable[[Path], Iterator[str]], ...] = (
 def check_use(folder: Path) -> Iterator[str]:
     """In a process of its own and offline: the folder loads, the snippet runs, and both do what the card says."""
     card = _card(folder) or ""
-    snippet, printed = snippet_of(card)
     try:
-        found = use(folder, snippet)
+        found = use(folder, snippet_of(card)[0])
     except ValueError as error:
         yield f"use: {error}"
         return
+    yield from compare_use(card, found)
+
+
+def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
+    """What the card says, against what [`use`] found."""
     yield from (f"use: {problem}" for problem in found["wrong"])
     tokens = re.search(r"\*\*(\d+) vision tokens\*\*", card)
     if tokens is None or int(tokens[1]) != found["tokens_per_image"]:
         said = f"says {tokens[1]}" if tokens else "does not say how many"
         yield f"tokens: an image takes {found['tokens_per_image']} vision tokens, the card {said}"
+    printed = snippet_of(card)[1]
     if printed and printed != found["printed"]:
         yield f"snippet: it prints {found['printed']!r}, the card shows {printed!r} (render again with --run)"
 

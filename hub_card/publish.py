@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Uploads a checked folder to the Hub: one commit, complete or absent, and safe to repeat."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def plan(
     named, tag = named_in(snippet_of((folder / CARD_FILE).read_text(encoding="utf-8"))[0])
     if named != repo_id:
         raise ValueError(
-            f"The card is about {named}, but you publish to {repo_id}: python -m hub_card render {folder} {repo_id}"
+            f"The card is about {named}, but you publish to {repo_id}. Render it again: python -m hub_card render "
+            f"{folder} --repo-id {repo_id}"
         )
     files, left_out = published_files(folder), files_left_out(folder)
     return Upload(folder, repo_id, tag, files, left_out, private, revision or "main", pr, collection or "")
@@ -190,6 +192,8 @@ def _in_words(error: BaseException, doing: str, repo_id: str) -> HubError:
         return HubError(f"While {doing}: {reasons[status]}.".replace("..", "."), again=status == 429)
     if status is not None and status >= 500:
         return HubError(f"While {doing}: the Hub has a problem of its own ({status}). {TRY_AGAIN}", again=True)
+    if isinstance(error, json.JSONDecodeError):
+        return HubError(f"While {doing}: the answer is not one of a Hub. Is HF_ENDPOINT right? {TRY_AGAIN}", again=True)
     if status is not None or isinstance(error, ValueError):
         return HubError(f"While {doing}: the Hub refuses: {_said(error)}", again=False)
     return HubError(f"While {doing}: the connection broke ({_said(error)}). {TRY_AGAIN}", again=True)

@@ -27,6 +27,8 @@ class Score:
     baseline: float | None = None  # of the compared model, in the same source
     samples: str = ""  # how many were evaluated, if the source says it
     higher_is_better: bool = True
+    dataset_config: str | None = None
+    split: str | None = None
 
     @property
     def gain(self) -> float | None:
@@ -64,6 +66,8 @@ class Evaluation:
                 task_type=TASK,
                 dataset_type=score.dataset,
                 dataset_name=score.benchmark,
+                dataset_config=score.dataset_config,
+                dataset_split=score.split,
                 metric_type=score.metric_type,
                 metric_name=score.metric,
                 metric_value=score.value,
@@ -143,7 +147,7 @@ def _read_lmms_eval(content: dict[str, Any]) -> Evaluation:
         source="lmms-eval",
         url="",
         measured_by="",
-        evaluated=arguments.get("pretrained", ""),
+        evaluated=content.get("model_name") or arguments.get("pretrained", ""),
         model="",
         baseline="",
         conditions=", ".join(item for item in said if item),
@@ -170,6 +174,8 @@ def _task_scores(task: str, content: dict[str, Any]) -> list[Score]:
                 value=value,
                 error=error if is_number(error) else None,
                 samples=f"{samples['effective']} of {samples['original']}" if samples else "",
+                dataset_config=config.get("dataset_name"),
+                split=config.get("test_split"),
                 higher_is_better=content.get("higher_is_better", {}).get(task, {}).get(metric) is not False,
             )
         )

@@ -1,6 +1,7 @@
 """Goldens of the original, and checkpoints that our own converter makes of them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from conversion import convert
+from hub_card import Facts, gather, write_card
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 GOLDENS = Path(__file__).parent / "goldens"
+CARD_FACTS = Facts(license="cc-by-nc-4.0")
 
 
 @pytest.fixture(scope="session")
@@ -70,3 +73,11 @@ def processor(checkpoint) -> LlavaSTFProcessor:
 def picture():
     """Opens a golden picture as the original does."""
     return lambda name: Image.open(GOLDENS / "images" / name).convert("RGB")
+
+
+@pytest.fixture(scope="session")
+def card_folder(checkpoint, tmp_path_factory) -> Path:
+    """The full fine-tune with its card, as `python -m hub_card render` writes it for `some/tiny`."""
+    folder = shutil.copytree(checkpoint, tmp_path_factory.mktemp("card") / "tiny")
+    write_card(folder, gather(folder, "some/tiny", CARD_FACTS))
+    return folder

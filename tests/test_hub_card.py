@@ -1,0 +1,475 @@
+"""Cards: what they say comes from files, what they leave out is unknown, and what they claim is checked."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import CARD_FACTS, GOLDENS
+from huggingface_hub import ModelCard
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig
+
+from conversion import to_hub
+from hub_card import Facts, check, gather
+from hub_card.__main__ import main
+from hub_card.card import ROOT, name_base, pinned_versions, snippet_of
+from hub_card.check import compare_use, files_left_out, published_files, use
+from hub_card.picture import draw_method
+from hub_card.results import read_evaluation, read_speed
+from modeling_llava_stf import LlavaSTFConfig
+
+LMMS_EVAL = ROOT / "tests" / "lmms_eval_results.json"
+AUTHORS = ROOT / "hub_card" / "results" / "authors_7b.json"
+SECTIONS = [
+    "Use",
+    "The model",
+    "Intended use and limits",
+    "Serve, quantise, fine-tune",
+    "Versions",
+    "Licences",
+    "Citation",
+]
+
+
+@pytest.fixture
+def folder(card_folder, tmp_path):
+    """A copy of it, to be broken."""
+    return shutil.copytree(card_folder, tmp_path / "tiny")
+
+
+@pytest.fixture(scope="module")
+def found(card_folder):
+    """What a fresh process says of it."""
+    return use(card_folder, snippet_of((card_folder / "README.md").read_text())[0])
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """`python -m hub_card ...` in this process: exit status, standard output and error."""
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["hub_card", *map(str, arguments)])
+        status = main()
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def real_7b(tmp_path_factory):
+    """A folder with the shapes of the real 7B; the 14 GB of its weights are a hole in the file."""
+    folder = tmp_path_factory.mktemp("real") / "llava-stf-7b"
+    folder.mkdir()
+    shapes = json.loads((GOLDENS / "keys_7b.json").read_text())
+    header, end = {}, 0
+    for name, shape in ((name, shapes[old]) for name, old in to_hub({key: key for key in shapes}).items()):
+        start, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    LlavaSTFConfig(text_config=LlamaConfig(vocab_size=32000, max_position_embeddings=4096)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def processor_7b(checkpoint, real_7b):
+    """The processor of the 7B: the tiny one's tokenizer, the settings of the real tower."""
+    from modeling_llava_stf import LlavaSTFProcessor
+
+    processor = LlavaSTFProcessor.from_pretrained(checkpoint)
+    processor.patch_size = 14
+    processor.image_processor.size = {"shortest_edge": 336}
+    processor.image_processor.crop_size = {"height": 336, "width": 336}
+    processor.save_pretrained(real_7b)
+
+
+def text_of(folder):
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
+def head_of(text):
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def sections_of(text):
+    outside_code = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    return re.findall(r"^## (.+)$", outside_code, re.MULTILINE)
+
+
+# What a card says
+
+
+def test_card_of_a_tiny_model(card_folder):
+    text = text_of(card_folder)
+    assert sections_of(text) == SECTIONS
+    head = head_of(text)
+    assert head == {
+        "license": "cc-by-nc-4.0",
+        "library_name": "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "tags": ["llava_stf", "vision-language", "token-fusion", "custom_code"],
+    }
+    assert "**4 vision tokens** instead of 16" in text
+    weights = load_file(card_folder / "model.safetensors")
+    assert f"| parameters | {sum(tensor.numel() for tensor in weights.values()):,} |" in text
+    assert "| weights | float32, 1.86MB |" in text
+    assert "- Code in this repository: Apache-2.0" in text and "- Weights: cc-by-nc-4.0." in text
+    assert "- Base" not in text and "None" not in text and "{{" not in text
+    assert not re.search(r"\n{3,}", text) and text.endswith("```\n")
+
+
+def test_card_of_the_real_7b_has_facts_only(real_7b, processor_7b):
+    facts = Facts(
+        license="cc-by-nc-4.0",
+        base_model=["visresearch/LLaVA-STF"],
+        base_license="Llama 2 Community License",
+        datasets=["liuhaotian/LLaVA-Pretrain"],
+        language=["en"],
+    )
+    text = gather(real_7b, "some/llava-stf-7b", facts, results=[AUTHORS]).render()
+    assert sections_of(text) == [*SECTIONS[:3], "Results", "Training", *SECTIONS[3:]]
+    assert "**144 vision tokens** instead of 576" in text
+    assert "| parameters | 7,213,915,136 |" in text and "| weights | bfloat16, 14.4GB |" in text
+    assert "hidden states 23, 21, 18, 15, 12, 9, 6, 3" in text and "12 x 12 = 144" in text
+    head = head_of(text)
+    assert (head["license"], head["base_model"]) == ("cc-by-nc-4.0", ["visresearch/LLaVA-STF"])
+    assert (head["datasets"], head["language"]) == (["liuhaotian/LLaVA-Pretrain"], ["en"])
+    # Every measured value is the authors', and says so.
+    published = {row["benchmark"]: row["value"] for row in json.loads(AUTHORS.read_text())["results"]}
+    entries = ModelCard(text).data.eval_results
+    assert {entry.dataset_name: entry.metric_value for entry in entries} == published
+    for entry in entries:
+        assert (entry.source_name, entry.source_url) == ("arXiv 2506.07138", "https://arxiv.org/abs/2506.07138")
+        assert entry.task_type == "image-text-to-text" and entry.metric_type and entry.dataset_type
+    assert "**Published by the authors, not measured here**" in text
+    assert "it is worse on VQAv2, GQA, TextVQA, MME." in text and "| MME | 1510.7 | 1482.8 | -27.9 |" in text
+    assert "- Base (visresearch/LLaVA-STF): Llama 2 Community License." in text
+    assert "prints" not in text and "Speed" not in sections_of(text)
+
+
+def test_versions_are_those_of_the_tests():
+    versions = pinned_versions()
+    pinned = (ROOT / "constraints.txt").read_text()
+    assert all(f"{name}=={versions[name]}" in pinned for name in ("torch", "peft", "huggingface-hub"))
+    floor = re.search(r"FLOOR_TRANSFORMERS := (\S+)", (ROOT / "Makefile").read_text())[1]
+    assert versions["transformers"].startswith(f"{floor} and ")
+
+
+def test_results_of_lmms_eval(folder):
+    text = gather(folder, "some/tiny", CARD_FACTS, results=[LMMS_EVAL]).render()
+    entries = {entry.metric_name: entry for entry in ModelCard(text).data.eval_results}
+    assert entries.keys() == {"exact_match", "mme_cognition_score", "mme_percetion_score"}
+    gqa = entries["exact_match"]
+    assert (gqa.dataset_type, gqa.dataset_name, gqa.metric_value) == ("lmms-lab/GQA", "gqa", 0.25)
+    assert (gqa.dataset_config, gqa.dataset_split) == ("testdev_balanced_instructions", "testdev")
+    assert (gqa.source_name, gqa.source_url) == ("lmms-eval", "https://huggingface.co/some/tiny")
+    assert "| gqa | exact_match | 0.25 | 0.125 | 12 of 12578 |" in text
+    assert "| mme | mme_percetion_score | 700.5 |  | 12 of 2374 |" in text
+    assert "ONLY THE FIRST 12.0 SAMPLES of each task" in text
+
+
+@pytest.mark.parametrize("path", [LMMS_EVAL, AUTHORS], ids=["lmms-eval", "published"])
+def test_results_of_another_model_are_refused(path, folder):
+    with pytest.raises(ValueError, match="not of the model of this card.*some/other"):
+        gather(folder, "some/other", CARD_FACTS, results=[path])
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        ("[1]", "expected an object"),
+        ("{", "Cannot read"),
+        ('{"speed": 3}', "no `results`"),
+        ('{"results": [{"value": 3}]}', "lacks 'source'"),
+        ('{"results": {"gqa": {}}}', "lacks 'config'"),
+    ],
+)
+def test_damaged_results_are_refused(content, reason, tmp_path):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(ValueError, match=reason):
+        read_evaluation(tmp_path / "results.json", {"some/tiny"})
+
+
+def test_speed_has_its_conditions(folder, tmp_path):
+    measured = {
+        "command": "python benchmarks/speed.py",
+        "device": "a CPU of 2 cores",
+        "conditions": "batch 1, float32",
+        "baseline": "LLaVA-1.5",
+        "rows": [{"what": "time to first token", "value": 2, "unit": "ms", "baseline": 3}],
+    }
+    path = tmp_path / "speed.json"
+    path.write_text(json.dumps(measured))
+    text = gather(folder, "some/tiny", CARD_FACTS, speeds=[path]).render()
+    said = "Measured on a CPU of 2 cores: batch 1, float32. To repeat: `python benchmarks/speed.py`."
+    assert said in text and "| time to first token | 3 ms | 2 ms |" in text
+    for name in ("command", "device", "conditions", "rows"):
+        path.write_text(json.dumps({**measured, name: ""}))
+        with pytest.raises(ValueError, match=f"lacks {name}"):
+            read_speed(path)
+
+
+def test_training_is_read_from_the_run(folder):
+    state = {
+        "global_step": 20,
+        "max_steps": 20,
+        "epoch": 1.0,
+        "train_batch_size": 8,
+        "log_history": [
+            {"step": 1, "loss": 6.5, "learning_rate": 1e-3},
+            {"step": 20, "loss": 2.25, "learning_rate": 5e-4},
+            {"step": 20, "train_runtime": 3.0},
+        ],
+    }
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    (folder / "recipe.yaml").write_text("lora_r: 128\nmodules: q|k\ndata_path: /data/mine\nepochs: null\n")
+    text = gather(folder, "some/tiny", CARD_FACTS).render()
+    training = text.split("## Training\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| (\S.*?) \| (.*) \|$", training, re.MULTILINE)[1:] == [
+        ("`lora_r`", "`128`"),
+        ("`modules`", r"`q\|k`"),
+        ("steps", "20 of 20"),
+        ("epochs", "1"),
+        ("batch size of a device", "8"),
+        ("highest learning rate", "0.001"),
+        ("loss", "6.5 at step 1, 2.25 at step 20"),
+    ]
+
+
+def test_picture_has_the_grids_of_the_config():
+    """Counted along a line through each grid: the lines between the cells of 24 patches and of 12 tokens."""
+    picture = draw_method(LlavaSTFConfig()).convert("L")
+    assert picture.size == (1200, 430)
+
+    def cells(left, right):
+        row = [picture.getpixel((x, 265)) < 190 for x in range(left, right)]
+        return sum(1 for before, here in zip(row, row[1:], strict=False) if here and not before)
+
+    assert (cells(42, 249), cells(614, 821), cells(884, 1091)) == (23, 23, 11)
+
+
+def test_pictures_and_licences_are_written(card_folder):
+    for name in ("method.png", "example.png"):
+        with Image.open(card_folder / name) as picture:
+            picture.verify()
+        assert name in text_of(card_folder)
+    for name in ("LICENSE", "NOTICE"):
+        assert (card_folder / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_quantised_model_says_so(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    text = gather(folder, "some/tiny-4bit", Facts(license="llama2", base_model=["some/tiny"])).render()
+    assert "| quantised with | bitsandbytes |" in text and "**Quantise**" not in text
+    assert head_of(text)["base_model_relation"] == "quantized"
+
+
+# The command line
+
+
+def test_render_remembers_what_it_was_told(folder, run):
+    status, _, errors = run("render", folder)
+    assert status == 2 and "--repo-id USER/NAME --license" in errors
+    assert run("render", folder, "--repo-id", "some/tiny", "--license", "llama2", "--note", "Random weights.")[0] == 0
+    once = text_of(folder)
+    assert run("render", folder)[0] == 0 and text_of(folder) == once
+    assert run("render", folder, "--tag", "v2")[0] == 0
+    assert text_of(folder) == once.replace('"v1"', '"v2"').replace("--revision v1", "--revision v2")
+    assert "> Random weights." in once
+    assert ".hub_card.json" in files_left_out(folder)
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        (["--repo-id", "some"], "'some' is no id"),
+        (["--base-model", "/home/me/vicuna"], "'/home/me/vicuna' is no id"),
+        (["--base", "some/base"], "is for adapters"),
+        (["--recipe", "nowhere.yaml"], "no recipe"),
+        (["--results", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_render_refuses(arguments, reason, folder, run):
+    before = text_of(folder)
+    status, output, errors = run("render", folder, "--repo-id", "some/tiny", "--license", "llama2", *arguments)
+    assert (status, output) == (2, "") and re.fullmatch(r"error: [^\n]*\n", errors) and reason in errors
+    assert text_of(folder) == before
+
+
+@pytest.mark.parametrize("command", ["render", "check"])
+def test_a_folder_without_a_model_is_refused(command, tmp_path, run):
+    for place in (tmp_path, tmp_path / "nowhere"):
+        status, _, errors = run(command, place)
+        assert status == 2 and str(place) in errors
+
+
+# The checks: each finds its fault, and nothing else finds anything
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_card(folder, old, new):
+    text = text_of(folder)
+    assert old in text
+    (folder / "README.md").write_text(text.replace(old, new), encoding="utf-8")
+
+
+def put_in_weights(folder, **changes):
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    weights[name].view(-1)[0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt", **changes})
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+FAULTS = {
+    "processor": (lambda f: (f / "processor_config.json").unlink(), "incomplete: processor_config.json"),
+    "code": (lambda f: (f / "modeling_llava_stf.py").unlink(), "incomplete: modeling_llava_stf.py"),
+    "card": (lambda f: (f / "README.md").unlink(), "incomplete: README.md is missing (python -m hub_card render"),
+    "picture": (lambda f: (f / "example.png").unlink(), "incomplete: example.png"),
+    "weights": (lambda f: (f / "model.safetensors").unlink(), "incomplete: there are no weights"),
+    "not finite": (put_in_weights, "NaN or infinite values"),
+    "truncated": (lambda f: truncate(f / "model.safetensors"), "weights: Cannot read"),
+    "old weights": (
+        lambda f: shutil.copy(f / "model.safetensors", f / "model-00001-of-00002.safetensors"),
+        "weights: model-00001-of-00002.safetensors does not belong",
+    ),
+    "no yaml": (lambda f: edit_card(f, "---\nlibrary", "library"), "metadata: README.md does not begin"),
+    "bad yaml": (lambda f: edit_card(f, "tags:\n", "tags: [\n"), "metadata: the YAML of README.md is not valid"),
+    "pipeline": (lambda f: edit_card(f, "pipeline_tag: image-text-to-text", "pipeline_tag: x"), "metadata: `pipeline_"),
+    "spelling": (lambda f: edit_card(f, "tags:\n", "licence: mit\ntags:\n"), "metadata: README.md says `licence`"),
+    "no licence": (lambda f: edit_card(f, "license: cc-by-nc-4.0\n", ""), "licence: `license` in README.md is None"),
+    "no LICENSE": (lambda f: (f / "LICENSE").unlink(), "licence: LICENSE is missing"),
+    "empty NOTICE": (lambda f: (f / "NOTICE").write_text(""), "licence: NOTICE is missing or empty"),
+    "no snippet": (lambda f: edit_card(f, "```python", "```"), "snippet: The card has no snippet"),
+    "unpinned": (lambda f: edit_card(f, "repository, revision =", "repository, other ="), "snippet: The snippet of"),
+    "pickle": (lambda f: torch.save({}, f / "extra.pt"), "pickle: extra.pt"),
+    "hidden pickle": (lambda f: torch.save({}, f / "extra.data"), "pickle: extra.data"),
+    "path": (
+        lambda f: edit_json(f / "config.json", _name_or_path="/home/me/run 1"),
+        "path: config.json names '/home/me/run 1'",
+    ),
+    "path in text": (
+        lambda f: edit_card(f, "## Use", "See /home/me/x.\n\n## Use"),
+        "path: README.md names '/home/me/x.",
+    ),
+    "windows path": (
+        lambda f: edit_json(f / "generation_config.json", made="in C:\\Users\\me"),
+        "path: generation_config.json names 'C:\\\\Users\\\\me'",
+    ),
+    "token": (
+        lambda f: edit_json(f / "config.json", x="hf_" + "a" * 34),
+        "secret: config.json holds a Hugging Face token",
+    ),
+    "secret in weights": (
+        lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors", {"key": "AKIA" + "A" * 16}),
+        "secret: model.safetensors holds an AWS key",
+    ),
+    "key": (lambda f: (f / "id").write_text("-----BEGIN PRIVATE KEY-----\n"), "secret: id holds a private key"),
+    "own token": (lambda f: (f / "notes.md").write_text("so-secret-1"), "secret: notes.md holds the token that you"),
+    "json": (lambda f: truncate(f / "tokenizer.json"), "damaged: tokenizer.json is not JSON"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_found_alone(fault, folder, monkeypatch):
+    break_it, expected = FAULTS[fault]
+    monkeypatch.setenv("HF_TOKEN", "so-secret-1")
+    break_it(folder)
+    (problem,) = check(folder)
+    assert expected in problem
+    assert "hf_a" not in problem and "AKIAA" not in problem and "so-secret" not in problem
+
+
+def test_all_faults_are_listed(folder, run):
+    edit_json(folder / "config.json", _name_or_path="/home/me/run")
+    (folder / "LICENSE").unlink()
+    status, output, errors = run("check", folder)
+    assert (status, output) == (2, "")
+    lines = errors.replace("\r", "\n").splitlines()
+    assert [line for line in lines if line.startswith("- ")] == [
+        "- licence: LICENSE is missing or empty",
+        "- path: config.json names '/home/me/run', a place on this machine",
+    ]
+    assert lines[-1].startswith("error: ") and "wrong: 2" in lines[-1]
+
+
+def test_state_of_a_run_is_left_out(folder):
+    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+        (folder / name).write_bytes(b"\x80\x02")
+    (folder / "checkpoint-1").mkdir()
+    shutil.copy(folder / "config.json", folder / "checkpoint-1")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("")
+    before = {path.as_posix() for path in published_files(folder)}
+    assert files_left_out(folder) == {
+        **dict.fromkeys(["optimizer.pt", "rng_state.pth", "scheduler.pt"], "state of a training run"),
+        **dict.fromkeys(["trainer_state.json", "training_args.bin"], "state of a training run"),
+        "checkpoint-1/": "a checkpoint of its own",
+        ".git/": "hidden",
+    }
+    assert not any(name.startswith(("checkpoint", "train", "opt", ".git")) for name in before)
+
+
+# Use: in a fresh process
+
+
+def test_snippet_prints_what_the_model_says(card_folder, found, processor, model):
+    content = [
+        {"type": "image", "path": str(card_folder / "example.png")},
+        {"type": "text", "text": "Which shapes are in this picture?"},
+    ]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=32)
+    expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert found == {"wrong": [], "tokens_per_image": 4, "on": "cpu, float32", "printed": expected}
+
+
+def test_what_the_card_claims_is_compared(card_folder, found):
+    text = text_of(card_folder)
+    assert not list(compare_use(text, found))
+    more = text.replace("**4 vision tokens**", "**5 vision tokens**")
+    assert list(compare_use(more, found)) == ["tokens: an image takes 4 vision tokens, the card says 5"]
+    end = text.index("```\n", text.index("```python")) + len("```\n")
+    for printed, problems in ((found["printed"], 0), ("a cat", 1)):
+        shown = f"{text[:end]}\nprints (on cpu, float32)\n\n```text\n{printed}\n```\n{text[end:]}"
+        assert len(list(compare_use(shown, found))) == problems
+
+
+def test_missing_weights_and_broken_snippets_are_found(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.multi_modal_projector.spatial_fusion.linear_1.weight"
+    del weights[name]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert check(folder) == [f"use: missing weight: {name}"]
+    edit_card(folder, "from transformers import pipeline", "from transformers import pipelines as pipeline")
+    (problem,) = check(folder)
+    assert problem.startswith("use: it does not load in a fresh process: TypeError")
+
+
+def test_an_adapter_without_a_base_on_the_hub_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
+    with pytest.raises(ValueError, match="'/home/me/base' is no id"):
+        name_base(tmp_path, "/home/me/base", "v1")
+    name_base(tmp_path, "some/base", "v2")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert settings == {"base_model_name_or_path": "some/base", "revision": "v2"}
