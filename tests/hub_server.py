@@ -107,6 +107,7 @@ class Fault:
     status: int | None
     times: int
     headers: dict[str, str]
+    text: str  # of the answer
     after: bool  # the request is carried out, and only its answer is lost
 
 
@@ -166,12 +167,12 @@ class Hub:
         path: str,
         status: int | None = None,
         times: int = 1_000_000,
+        text: str = '{"error": "made to fail"}',
         after: bool = False,
         **headers: str,
     ) -> None:
         """Lets requests fail whose path has a match of the pattern `path`."""
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.faults.append(Fault(method, path, status, times, named, after))
+        self.faults.append(Fault(method, path, status, times, headers, text, after))
 
     def sent(self, pattern: str) -> list[str]:
         """The requests that match."""
@@ -194,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             fault = self._fault(target.path)
             try:
                 if fault and fault.status and not fault.after:
-                    raise Answer(fault.status, {"error": f"made to fail: {fault.status}"}, **fault.headers)
+                    raise Answer(fault.status, fault.text.encode(), **fault.headers)
                 if fault is None or fault.after:
                     self._route(target.path, body)
             except Answer as answer:
