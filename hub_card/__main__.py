@@ -70,7 +70,6 @@ def _render(folder: Path, run: bool, **options: Any) -> int:
         if not adapter:
             raise ValueError(f"{folder} is a whole model: --base is for adapters (see --base-model).")
         name_base(folder, base, base_revision)
-        known["base_model"] = [base]
     place = {name: known.pop(name) for name in ("repo_id", "tag", "results", "speeds", "recipe") if name in known}
     card = gather(folder, facts=Facts(**known), **place)
     write_card(folder, card)

@@ -73,13 +73,17 @@ class Card:
         return self.repo_id.split("/")[1]
 
     @property
+    def base_model(self) -> list[str]:
+        return [self.base] if self.base else list(self.facts.base_model)
+
+    @property
     def metadata(self) -> ModelCardData:
         """The YAML head."""
         relation = "adapter" if self.base else "quantized" if self.quantisation else None
         results = [result for evaluation in self.evaluations for result in evaluation.eval_results(self.repo_id)]
         return ModelCardData(
             license=self.facts.license,
-            base_model=list(self.facts.base_model) or None,
+            base_model=self.base_model or None,
             base_model_relation=relation,
             datasets=list(self.facts.datasets) or None,
             language=list(self.facts.language) or None,

@@ -358,6 +358,9 @@ def _put_in_cache(home: Path, repository: str, revision: str, folder: Path, file
     cache = home / "hub" / f"models--{repository.replace('/', '--')}"
     (cache / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
     (cache / "refs" / revision).write_text(commit)
+    if Path("config.json") not in files:  # an adapter: the cache remembers, too, which files there are not
+        (cache / ".no_exist" / commit).mkdir(parents=True)
+        (cache / ".no_exist" / commit / "config.json").touch()
     for path in files:
         link = cache / "snapshots" / commit / path
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -114,10 +114,8 @@ def ask_adapter(repository, revision):
     import transformers
 
     pin = {"revision": revision, "trust_remote_code": True}
-    settings = json.loads(Path(transformers.utils.cached_file(repository, "adapter_config.json", **pin)).read_text())
-    base = {"revision": settings["revision"], "trust_remote_code": True}
-    model = transformers.AutoModelForImageTextToText.from_pretrained(settings["base_model_name_or_path"], **base)
-    model.load_adapter(repository, adapter_kwargs={"revision": revision})
+    model = transformers.AutoModelForImageTextToText.from_pretrained(repository, **pin)
+    assert model.active_adapters() == ["default"]
     return answer(model, transformers.AutoProcessor.from_pretrained(repository, **pin))
 
 
