@@ -182,6 +182,7 @@ class Hub:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # an answer in one piece: in two, the second one waits for 40 ms
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -71,6 +71,15 @@ def folder(card_folder, tmp_path):
     return shutil.copytree(card_folder, tmp_path / "tiny")
 
 
+@pytest.fixture
+def small(card_folder, tmp_path):
+    """Some files of it: uploading asks for no more than a card."""
+    for name in ("README.md", "LICENSE", "example.png", "method.png"):
+        (tmp_path / "small").mkdir(exist_ok=True)
+        shutil.copy(card_folder / name, tmp_path / "small")
+    return tmp_path / "small"
+
+
 def local_files(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -337,7 +346,7 @@ FINE = {("tag", 409), ("item", 409), ("create", 409)}
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_failure_at_each_step(step, hub, folder, capfd):
+def test_failure_at_each_step(step, hub, small, capfd):
     HfApi().create_repo(TINY)
     cases = {status: words for status, words in WORDS.items() if (step, status) not in FINE}
     for status, words in cases.items():
@@ -348,14 +357,14 @@ def test_failure_at_each_step(step, hub, folder, capfd):
         hub.large_files.clear()
         hub.fail(*STEPS[step], status=status, Retry_After="7")
         with pytest.raises(HubError, match=words) as caught:
-            publish(plan(folder, TINY, collection="All"))
+            publish(plan(small, TINY, collection="All"))
         assert caught.value.again == (status in (429, 500, 503, None))
         assert WRITE_TOKEN not in str(caught.value)
         if step not in ("tag", "collection", "item"):
             assert TINY not in hub.repositories or published(hub, TINY) == {}
         hub.faults.clear()
-    publish(plan(folder, TINY, collection="All"))
-    assert published(hub, TINY) == published(hub, TINY, "v1") == local_files(folder)
+    publish(plan(small, TINY, collection="All"))
+    assert published(hub, TINY) == published(hub, TINY, "v1") == local_files(small)
     assert [item["id"] for item in next(iter(hub.collections.values()))["items"]] == [TINY]
     output, errors = capfd.readouterr()
     assert WRITE_TOKEN not in output + errors
@@ -379,14 +388,14 @@ def test_who_may_publish(token, name, words, hub, folder, monkeypatch, tmp_path)
     assert not caught.value.again and hub.repositories == {}
 
 
-def test_answers_that_are_no_hub_s(hub, folder, monkeypatch):
+def test_answers_that_are_no_hub_s(hub, small, monkeypatch):
     hub.fail("POST", "/api/validate-yaml", status=502, text="<html>Bad gateway</html>")
     with pytest.raises(HubError, match="not one of a Hub. Is HF_ENDPOINT right") as caught:
-        publish(plan(folder, TINY))
+        publish(plan(small, TINY))
     assert caught.value.again
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(HubError, match="connection broke"):
-        publish(plan(folder, TINY))
+        publish(plan(small, TINY))
 
 
 # The command line, as in the README
