@@ -12,8 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import transformers
 import yaml
 from huggingface_hub import ModelCard, get_token, snapshot_download
+from packaging import version
 from tqdm import tqdm
 
 from conversion import ConversionError
@@ -35,6 +37,8 @@ from .card import (
 )
 from .results import TASK, read_object
 
+# Older ones ask the Hub again for the config.json that an adapter's repository does not have.
+ADAPTERS_OFFLINE = version.parse("5.23")
 PROBE = Path(__file__).with_name("probe.py")
 # What a trainer leaves in its folder to go on with: of no use to others, and partly pickles. It stays at home.
 RUN_STATE = re.compile(
@@ -324,6 +328,10 @@ def use(folder: Path, snippet: str) -> dict[str, Any]:
     """
     repository, revision = named_in(snippet)
     base, base_revision = "", ""
+    if is_adapter(folder) and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
+        raise ValueError(
+            f"transformers {transformers.__version__} cannot load an adapter offline: use {ADAPTERS_OFFLINE}"
+        )
     with tempfile.TemporaryDirectory() as home:
         _put_in_cache(Path(home), repository, revision, folder, published_files(folder))
         if is_adapter(folder):
