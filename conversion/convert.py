@@ -67,14 +67,10 @@ tags:
 A LLaVA-STF checkpoint (arXiv 2506.07138) in the format of transformers, made from a {kind} of the original trainer.
 An image takes {tokens} vision tokens.
 
-```python
-from transformers import pipeline
-
-ask = pipeline("image-text-to-text", model="THIS_REPOSITORY", revision="COMMIT", trust_remote_code=True)
-```
+This is a note, not yet a model card: `python -m hub_card render` writes one, before you publish.
 
 The code in this folder is under Apache-2.0 (LICENSE). The weights stay under the licences of what they were made from
-(NOTICE): name them here before you publish.
+(NOTICE).
 """
 
 

@@ -259,6 +259,8 @@ def check_secrets(folder: Path) -> Iterator[str]:
 def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
     """Each file as text, with replacement characters where it is none; of weights their header only."""
     for path in published_files(folder):
+        if path.suffix in PICKLE_SUFFIXES:  # perhaps large, and refused anyway
+            continue
         with (folder / path).open("rb") as file:
             is_weights = path.suffix == ".safetensors"
             content = file.read(int.from_bytes(file.read(8), "little")) if is_weights else file.read()
