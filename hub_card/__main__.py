@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     said.add_argument("--base-model", metavar="ID", action="append", help="what the weights were made from")
     said.add_argument("--dataset", metavar="ID", action="append", dest="datasets", help="trained on")
     said.add_argument("--language", metavar="CODE", action="append", help="such as en")
-    said.add_argument("--base-license", metavar="TEXT", help="licence of the base model, in words")
+    said.add_argument("--base-license", metavar="TEXT", help="base language model and its licence, in words")
     said.add_argument("--note", metavar="TEXT", help="a sentence to stand on top")
     measured = render.add_argument_group("how it was trained and measured")
     measured.add_argument("--results", metavar="FILE", type=_file, action="append", help="evaluation, as JSON")

@@ -128,7 +128,7 @@ def test_card_of_the_real_7b_has_facts_only(real_7b, processor_7b):
     facts = Facts(
         license="cc-by-nc-4.0",
         base_model=["visresearch/LLaVA-STF"],
-        base_license="Llama 2 Community License",
+        base_license="Vicuna-1.5, Llama 2 Community License",
         datasets=["liuhaotian/LLaVA-Pretrain"],
         language=["en"],
     )
@@ -136,7 +136,7 @@ def test_card_of_the_real_7b_has_facts_only(real_7b, processor_7b):
     assert sections_of(text) == [*SECTIONS[:3], "Results", "Training", *SECTIONS[3:]]
     assert "**144 vision tokens** instead of 576" in text
     assert "| parameters | 7,213,915,136 |" in text and "| weights | bfloat16, 14.4GB |" in text
-    assert "hidden states 23, 21, 18, 15, 12, 9, 6, 3" in text and "12 x 12 = 144" in text
+    assert "hidden states of its blocks 23, 21, 18, 15, 12, 9, 6, 3" in text and "12 x 12 = 144" in text
     head = head_of(text)
     assert (head["license"], head["base_model"]) == ("cc-by-nc-4.0", ["visresearch/LLaVA-STF"])
     assert (head["datasets"], head["language"]) == (["liuhaotian/LLaVA-Pretrain"], ["en"])
@@ -149,7 +149,7 @@ def test_card_of_the_real_7b_has_facts_only(real_7b, processor_7b):
         assert entry.task_type == "image-text-to-text" and entry.metric_type and entry.dataset_type
     assert "**Published by the authors, not measured here**" in text
     assert "it is worse on VQAv2, GQA, TextVQA, MME." in text and "| MME | 1510.7 | 1482.8 | -27.9 |" in text
-    assert "- Base (visresearch/LLaVA-STF): Llama 2 Community License." in text
+    assert "- Base language model: Vicuna-1.5, Llama 2 Community License." in text
     assert "prints" not in text and "Speed" not in sections_of(text)
 
 
