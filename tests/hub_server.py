@@ -15,6 +15,7 @@ import json
 import os
 import re
 import socket
+import struct
 import tempfile
 import threading
 import time
@@ -425,6 +426,8 @@ class _Handler(BaseHTTPRequestHandler):
             elif key == "file":
                 files[value["path"]] = File(base64.b64decode(value["content"]), large=False)
             elif key == "lfsFile":
+                if self.hub.xet:
+                    self.hub.large_files |= read_xet_store(Path(self.hub.folder.name), value["oid"])
                 if value["oid"] not in self.hub.large_files:
                     raise error(400, f"The large file {value['path']} was not uploaded")
                 files[value["path"]] = File(self.hub.large_files[value["oid"]], large=True)
@@ -475,6 +478,38 @@ class _Handler(BaseHTTPRequestHandler):
         position = len(collection["items"])
         collection["items"].append({"_id": f"{position:024x}", "position": position, **item})
         return collection
+
+
+def read_xet_store(folder: Path, oid: str) -> dict[str, bytes]:
+    """The large file with this SHA-256, if the Xet client has put it into its store `local://folder`.
+
+    A shard of the store lists files: 48 bytes of header, then for each file its hash, flags and number of entries (48
+    bytes), that many entries of 48 bytes, as many again to verify them, and 48 bytes that begin with the SHA-256.
+    """
+    for shard in (folder / "xet" / "xorbs" / "shards").glob("*.mdb"):
+        content, position = shard.read_bytes(), 48
+        while content[position : position + 32] != b"\xff" * 32:  # the end of the list
+            xet_hash, flags, entries = struct.unpack_from("<32sII", content, position)
+            position += 48 * (1 + entries * (2 if flags >> 31 & 1 else 1))
+            if _in_words(content[position : position + 32]) == oid:
+                return {oid: _read_from_xet(folder, _in_words(xet_hash))}
+            position += 48 * (flags >> 30 & 1)
+    return {}
+
+
+def _in_words(digest: bytes) -> str:
+    """Xet writes a hash as four little-endian words."""
+    return "".join(f"{word:016x}" for word in struct.unpack("<4Q", digest))
+
+
+def _read_from_xet(folder: Path, xet_hash: str) -> bytes:
+    from hf_xet import XetFileInfo, XetSession
+
+    target = folder / "restored"
+    store = {"endpoint": f"local://{folder}", "token": "none", "token_expiry_unix_secs": int(time.time()) + 3600}
+    with XetSession().new_file_download_group(**store) as group:
+        group.start_download_file(XetFileInfo(xet_hash, None), str(target))
+    return target.read_bytes()
 
 
 ROUTES = [

@@ -53,7 +53,7 @@ def connect(hub, home, monkeypatch, token=WRITE_TOKEN):
         "ENDPOINT": hub.endpoint,
         "HUGGINGFACE_CO_URL_TEMPLATE": hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}",
         "HF_HUB_CACHE": str(home / "cache"),
-        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_XET": not hub.xet,
         "HF_HUB_OFFLINE": False,
     }.items():
         monkeypatch.setattr(constants, name, value)
@@ -233,6 +233,15 @@ def test_second_run_sends_nothing(hub, folder):
     publish(plan(folder, TINY, collection="All"))
     assert not hub.sent("^PUT|/commit/|/tag/")
     assert hub.repositories[TINY].commits == before and json.dumps(hub.collections) == collections
+
+
+def test_upload_by_xet(folder, tmp_path, monkeypatch):
+    """The way that large files go today, if hf_xet is installed; all other tests use Git LFS, which can be watched."""
+    with Hub(xet=True) as hub:
+        connect(hub, tmp_path, monkeypatch)
+        publish(plan(folder, TINY))
+        assert hub.sent("xet-write-token") and not hub.sent("^PUT|objects/batch")
+        assert published(hub, TINY) == published(hub, TINY, "v1") == local_files(folder)
 
 
 def test_a_tag_never_moves(hub, folder):
