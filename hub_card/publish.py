@@ -3,6 +3,7 @@
 """Uploads a checked folder to the Hub: one commit, complete or absent, and safe to repeat."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -175,7 +176,7 @@ def _step(doing: str, repo_id: str) -> Iterator[None]:
 def _in_words(error: BaseException, doing: str, repo_id: str) -> HubError:
     if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading", and why
         return _in_words(error.__cause__, f"{doing} ({_said(error)})", repo_id)
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    status = _status(error)
     owner = repo_id.split("/")[0]
     reasons = {
         401: "the token is not valid (401). Run `hf auth login`, or set HF_TOKEN to a token that may write",
@@ -199,13 +200,20 @@ def _in_words(error: BaseException, doing: str, repo_id: str) -> HubError:
     return HubError(f"While {doing}: the connection broke ({_said(error)}). {TRY_AGAIN}", again=True)
 
 
+def _status(error: BaseException) -> int | None:
+    """The HTTP status of an error; the Xet client has it in its words only, as in `(403 Forbidden)`."""
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code
+    found = re.search(r"\((\d{3}) [A-Z]", str(error))
+    return int(found[1]) if found else None
+
+
 def _wait(error: BaseException) -> str:
     seconds = error.response.headers.get("Retry-After") if isinstance(error, HfHubHTTPError) else None
     return f"; the Hub asks you to wait {seconds} seconds" if seconds else ""
 
 
 def _said(error: BaseException) -> str:
-    """An error in one line, without the token."""
+    """An error in one line; httpx shows a header that it refuses, the token with it."""
     text = " ".join(str(error).split()) or type(error).__name__
-    token = get_token()
-    return text.replace(token, "***") if token else text
+    return re.sub(r"Bearer [^\s'\"]+", "Bearer ***", text)

@@ -239,6 +239,11 @@ def test_upload_by_xet(folder, tmp_path, monkeypatch):
     """The way that large files go today, if hf_xet is installed; all other tests use Git LFS, which can be watched."""
     with Hub(xet=True) as hub:
         connect(hub, tmp_path, monkeypatch)
+        for status in (401, 403):
+            hub.fail("GET", "xet-write-token", status=status, times=1)
+            with pytest.raises(HubError, match=WORDS[status]) as caught:
+                publish(plan(folder, TINY))
+            assert not caught.value.again and published(hub, TINY) == {}
         publish(plan(folder, TINY))
         assert hub.sent("xet-write-token") and not hub.sent("^PUT|objects/batch")
         assert published(hub, TINY) == published(hub, TINY, "v1") == local_files(folder)
@@ -391,6 +396,7 @@ def test_failure_at_each_step(step, hub, small, capfd):
         ("", TINY, "not logged in"),
         ("hf_Wrong", TINY, r"token is not valid \(401\)"),
         (READ_TOKEN, TINY, r"token may not do that \(403\)"),
+        ("hf_Broken\x0bSecret", TINY, r"Bearer \*\*\*"),
         (WRITE_TOKEN, "other/tiny", r"token may not do that \(403\).*write access to other"),
     ],
 )
@@ -400,7 +406,7 @@ def test_who_may_publish(token, name, words, hub, folder, monkeypatch, tmp_path)
     write_card(folder, gather(folder, name, CARD_FACTS))
     with pytest.raises(HubError, match=words) as caught:
         publish(plan(folder, name))
-    assert not caught.value.again and hub.repositories == {}
+    assert hub.repositories == {} and "Secret" not in str(caught.value)
 
 
 def test_answers_that_are_no_hub_s(hub, small, monkeypatch):
