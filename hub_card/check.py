@@ -60,10 +60,12 @@ ZIP, PICKLE = b"PK\x03\x04", re.compile(rb"\x80[\x02-\x05]")
 # Vocabularies have words that look like paths.
 VOCABULARY = "tokenizer.json"
 BINARY = "\ufffd"  # what a file that is no text has, decoded
-PATH_IN_TEXT = re.compile(
-    r"(?<![\w./:-])(?:file:///|~/|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|workspace|scratch|content)/"
-    r"|[A-Za-z]:\\\\?\w)[^\s\"'`)>\]]*"
+REST = r"[^\s\"'`)>\]\x00-\x1f\ufffd]*"
+PATH = re.compile(
+    r"(?<![\w./:-])(?:file://|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|workspace|scratch|content))/" + REST
 )
+# So short that they stand by chance in what is no text.
+SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:\\\\?\w)" + REST)
 SECRETS = {
     "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
     "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
@@ -209,7 +211,7 @@ def check_pickles(folder: Path) -> Iterator[str]:
 def check_paths(folder: Path) -> Iterator[str]:
     """No file names a place on the machine where it was made."""
     for path, text in _texts(folder):
-        if path.name == VOCABULARY or BINARY in text:
+        if path.name == VOCABULARY:
             continue
         advice = " (render again with --base USER/NAME)" if path.name == ADAPTER_CONFIG_FILE else ""
         values = _strings(json.loads(text)) if path.suffix == ".json" else [text]
@@ -225,7 +227,8 @@ def _paths_in(text: str) -> Iterator[str]:
     if "\n" not in text and PurePosixPath(text).is_absolute() and len(PurePosixPath(text).parts) > 2:
         yield text
     else:
-        yield from (found[0] for found in PATH_IN_TEXT.finditer(text))
+        patterns = (PATH,) if BINARY in text else (PATH, SHORT_PATH)
+        yield from (found[0] for pattern in patterns for found in pattern.finditer(text))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -17,7 +17,7 @@ from conversion import to_hub
 from hub_card import Facts, check, gather
 from hub_card.__main__ import main
 from hub_card.card import ROOT, name_base, pinned_versions, snippet_of
-from hub_card.check import compare_use, files_left_out, published_files, use
+from hub_card.check import check_paths, compare_use, files_left_out, published_files, use
 from hub_card.picture import draw_method
 from hub_card.results import read_evaluation, read_speed
 from modeling_llava_stf import LlavaSTFConfig
@@ -392,6 +392,13 @@ def test_each_fault_is_found_alone(fault, folder, monkeypatch):
     (problem,) = check(folder)
     assert expected in problem
     assert "hf_a" not in problem and "AKIAA" not in problem and "so-secret" not in problem
+
+
+def test_what_only_looks_like_a_path_is_none(folder):
+    edit_json(folder / "tokenizer.json", merges=["/home/me x"])  # words of a vocabulary
+    (folder / "example.png").write_bytes((folder / "example.png").read_bytes() + b"\xff ~/x C:\\x")  # by chance
+    edit_card(folder, "## Use", "See https://some.org/data/x, `a/b/c` and USER:\\n.\n\n## Use")
+    assert not list(check_paths(folder))
 
 
 def test_all_faults_are_listed(folder, run):

@@ -24,7 +24,7 @@ from conversion import convert
 from hub_card import HubError, check, gather, plan, publish, write_card
 from hub_card.__main__ import main
 from hub_card.card import name_base, snippet_of
-from hub_card.check import ADAPTERS_OFFLINE
+from hub_card.check import ADAPTERS_OFFLINE, CHECKS, files_left_out
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 WORKER = Path(__file__).with_name("hub_worker.py")
@@ -142,6 +142,7 @@ def world(request, card_folder, adapter_folder, checkpoint, tmp_path_factory):
             "refused": refused,
             "accepted": accepted,
             "commits": commits,
+            "output": home / "output",
             "answers": dict(zip([(name, kind) for name, _, kind in pinned][:6], answers, strict=False)),
             "trained": answers[6:],
         }
@@ -208,6 +209,14 @@ def test_what_a_stranger_gets(world, model, reply, processor, adapter_folder, ca
     assert titles[:-1] == ["Training in progress, step 1", "Training in progress, step 2"]
     first, second, end = world["trained"]
     assert untrained != first != second == end
+
+    # A checkpoint of a run needs a card, and may be published as it is; what the run needs to go on stays at home.
+    checkpoint = world["output"] / "checkpoint-2"
+    card = gather(checkpoint, "some/trained", CARD_FACTS)
+    write_card(checkpoint, card)
+    assert card.training["steps"] == "2 of 2" and "## Training" in card.render()
+    assert [problem for find in CHECKS for problem in find(checkpoint)] == []
+    assert {"optimizer.pt", "training_args.bin", "trainer_state.json"} <= files_left_out(checkpoint).keys()
 
     (collection,) = world["hub"].collections.values()
     assert collection["title"] == "LLaVA-STF" and collection["owner"]["name"] == OWNER
@@ -409,7 +418,7 @@ def test_who_may_publish(token, name, words, hub, folder, monkeypatch, tmp_path)
     assert hub.repositories == {} and "Secret" not in str(caught.value)
 
 
-def test_answers_that_are_no_hub_s(hub, small, monkeypatch):
+def test_answers_of_something_else_than_a_hub(hub, small, monkeypatch):
     hub.fail("POST", "/api/validate-yaml", status=502, text="<html>Bad gateway</html>")
     with pytest.raises(HubError, match="not one of a Hub. Is HF_ENDPOINT right") as caught:
         publish(plan(small, TINY))
