@@ -140,8 +140,13 @@ def gather(
     about: dict[str, Any] = {"tokens_per_image": processor.num_image_tokens(crop["height"], crop["width"])}
     if is_adapter(folder):
         settings = read_object(folder / ADAPTER_CONFIG_FILE)
+        base = settings.get("base_model_name_or_path") or ""
+        if not HUB_ID.fullmatch(base):
+            raise ValueError(
+                f"The adapter's base is {base!r}, which others do not have: give its Hub id (--base USER/NAME)."
+            )
         weights = read_file(folder / ADAPTER_WEIGHTS_FILE)
-        about |= {"base": settings["base_model_name_or_path"], "base_revision": settings.get("revision") or "main"}
+        about |= {"base": base, "base_revision": settings.get("revision") or "main"}
     else:
         config = LlavaSTFConfig.from_pretrained(folder)
         weights = read_folder(folder)

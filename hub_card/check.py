@@ -28,6 +28,7 @@ from .card import (
     CARD_FILE,
     EXAMPLE_PICTURE,
     HUB_ID,
+    LICENCES,
     METHOD_PICTURE,
     RECIPE_FILE,
     is_adapter,
@@ -181,7 +182,7 @@ def check_metadata(folder: Path) -> Iterator[str]:
 
 def check_licence(folder: Path) -> Iterator[str]:
     """LICENSE and NOTICE are there, and the card names the licence of the weights."""
-    for name in ("LICENSE", "NOTICE"):
+    for name in LICENCES:
         if not (folder / name).is_file() or not (folder / name).stat().st_size:
             yield f"licence: {name} is missing or empty"
     fields = _metadata(folder)
@@ -265,8 +266,10 @@ def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
         if path.suffix in PICKLE_SUFFIXES:  # perhaps large, and refused anyway
             continue
         with (folder / path).open("rb") as file:
-            is_weights = path.suffix == ".safetensors"
-            content = file.read(int.from_bytes(file.read(8), "little")) if is_weights else file.read()
+            size = os.fstat(file.fileno()).st_size
+            if path.suffix == ".safetensors":  # 8 bytes with the length of the header, the header, the weights
+                size = min(size, int.from_bytes(file.read(8), "little"))
+            content = file.read(size)
         yield path, content.decode("utf-8", "replace")
 
 
@@ -337,6 +340,7 @@ def use(folder: Path, snippet: str) -> dict[str, Any]:
         raise ValueError(
             f"transformers {transformers.__version__} cannot load an adapter offline: use {ADAPTERS_OFFLINE}"
         )
+    print("- loading it in a fresh process, and running the card's snippet", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as home:
         _put_in_cache(Path(home), repository, revision, folder, published_files(folder))
         if is_adapter(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from .card import CARD_FILE, named_in, snippet_of
@@ -179,18 +179,16 @@ def _in_words(error: BaseException, doing: str, repo_id: str) -> HubError:
     status = _status(error)
     owner = repo_id.split("/")[0]
     reasons = {
-        401: "the token is not valid (401). Run `hf auth login`, or set HF_TOKEN to a token that may write",
-        403: f"the token may not do that (403). It needs write access to {owner}",
+        401: "the token is not valid (401). Run `hf auth login`, or set HF_TOKEN to a token that may write.",
+        403: f"the token may not do that (403). It needs write access to {owner}.",
         404: f"there is no such thing (404). Is {repo_id} spelled right, and may your token see it?",
-        409: "something else is changing it, or has that name already (409). Look at it, and run the command again",
-        412: "somebody else committed in the meantime (412). Look at it, and run the command again",
-        413: "a file is too large for the Hub (413)",
+        409: "something else is changing it, or has that name already (409). Look at it, and run the command again.",
+        412: "somebody else committed in the meantime (412). Look at it, and run the command again.",
+        413: "a file is too large for the Hub (413).",
         429: f"too many requests (429){_wait(error)}. {TRY_AGAIN}",
     }
-    if isinstance(error, RepositoryNotFoundError) and status == 401:
-        reasons[401] += f"; or {repo_id} does not exist"
     if status in reasons:
-        return HubError(f"While {doing}: {reasons[status]}.".replace("..", "."), again=status == 429)
+        return HubError(f"While {doing}: {reasons[status]}", again=status == 429)
     if status is not None and status >= 500:
         return HubError(f"While {doing}: the Hub has a problem of its own ({status}). {TRY_AGAIN}", again=True)
     if isinstance(error, json.JSONDecodeError):

@@ -343,6 +343,10 @@ FAULTS = {
     "weights": (lambda f: (f / "model.safetensors").unlink(), "incomplete: there are no weights"),
     "not finite": (put_in_weights, "NaN or infinite values"),
     "truncated": (lambda f: truncate(f / "model.safetensors"), "weights: Cannot read"),
+    "not downloaded": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "weights: Cannot read",
+    ),
     "old weights": (
         lambda f: shutil.copy(f / "model.safetensors", f / "model-00001-of-00002.safetensors"),
         "weights: model-00001-of-00002.safetensors does not belong",
@@ -473,10 +477,12 @@ def test_missing_weights_and_broken_snippets_are_found(folder):
     assert problem.startswith("use: it does not load in a fresh process: TypeError")
 
 
-def test_an_adapter_without_a_base_on_the_hub_is_refused(tmp_path):
-    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
+def test_an_adapter_without_a_base_on_the_hub_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "/home/me/base"}')
+    with pytest.raises(ValueError, match="The adapter's base is '/home/me/base'.*--base USER/NAME"):
+        gather(folder, "some/lora", CARD_FACTS)
     with pytest.raises(ValueError, match="'/home/me/base' is no id"):
-        name_base(tmp_path, "/home/me/base", "v1")
-    name_base(tmp_path, "some/base", "v2")
-    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+        name_base(folder, "/home/me/base", "v1")
+    name_base(folder, "some/base", "v2")
+    settings = json.loads((folder / "adapter_config.json").read_text())
     assert settings == {"base_model_name_or_path": "some/base", "revision": "v2"}
