@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from conversion.weights import Weights, read_file, read_folder
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
+from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .picture import draw_example, draw_method
 from .results import TASK, Evaluation, Speed, is_number, read_evaluation, read_object, read_speed
@@ -103,6 +104,7 @@ class Card:
             versions=pinned_versions(),
             method=METHOD_PICTURE,
             example=EXAMPLE_PICTURE,
+            not_quantised=json.dumps(NOT_QUANTISED),
         )
         return f"{card}\n"
 

@@ -84,6 +84,14 @@ def test_a_killed_run_goes_on(checkpoint, tmp_path):
     assert (out / "curves.png").exists()
 
 
+def test_a_folder_with_a_model_is_not_written_to(checkpoint, tmp_path, monkeypatch, capsys):
+    from training.__main__ import main
+
+    monkeypatch.setattr(sys, "argv", ["training", *options("finetune", checkpoint, CONVERSATIONS, checkpoint)])
+    assert main() == 2
+    assert "has a model already (config.json)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "wanted, message",
     [("last", "has no complete checkpoint"), ("nowhere", "nowhere is not a checkpoint of a run")],

@@ -106,8 +106,9 @@ def save_recipe(arguments: list[str], used: dict[str, Any], folder: Path) -> Non
 
 
 def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
-    """The checkpoint to go on from. A folder with checkpoints is not written to unless that is asked for."""
-    last = get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    """The checkpoint to go on from. A folder with a model or checkpoints is not written to unless that is asked for."""
+    folder = Path(args.output_dir)
+    last = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
     wanted = args.resume_from_checkpoint
     if wanted is None:
         if last is not None:
@@ -115,6 +116,9 @@ def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
                 f"{args.output_dir} has the checkpoints of an earlier run. Go on from {last} with "
                 "`--resume_from_checkpoint last`, or choose another `--output_dir`."
             )
+        for name in ("config.json", "adapter_config.json"):
+            if (folder / name).exists():
+                raise ValueError(f"{args.output_dir} has a model already ({name}). Choose another `--output_dir`.")
         return None
     if str(wanted).lower() in ("last", "true"):
         if last is None:

@@ -35,6 +35,17 @@ from .sampler import ModalityLengthSampler
 
 CONNECTOR = "multi_modal_projector"
 TOWER = "vision_tower"
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- llava_stf
+---
+
+# LLaVA-STF, trained with TRL
+
+This is a note, not yet a model card: `python -m hub_card render` writes one, before you publish.
+"""
 # In the output folder while something is being saved. The leading underscore keeps it from being pushed.
 UNFINISHED = "_unfinished"
 
@@ -309,6 +320,7 @@ class LlavaSTFTrainer(SFTTrainer):
                 shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
+            self._finish_current_push()  # it reads the files that the next one overwrites
             super()._push_from_checkpoint(str(run / name))
         if self.args.should_save:
             rotate_checkpoints(
@@ -335,7 +347,7 @@ class LlavaSTFTrainer(SFTTrainer):
             if self.args.should_save:
                 # A folder without its config does not load: it comes last.
                 for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
-                    os.replace(path, folder / path.name)
+                    _replace(path, folder / path.name)
         except Exception as error:
             raise RuntimeError(f"Could not save {folder}: {error}. {self._way_back()}") from error
         finally:
@@ -346,8 +358,16 @@ class LlavaSTFTrainer(SFTTrainer):
         with own_class(self.model):
             super()._save(str(folder), state_dict)
         if self.args.should_save:
+            (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which knows less than ours
             for name in ("LICENSE", "NOTICE"):  # of the code that stands beside the weights
                 shutil.copyfile(ROOT / name, folder / name)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """A note in place of a card, where there is none: what a card needs to know, a run does not."""
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and not card.exists():
+            card.parent.mkdir(parents=True, exist_ok=True)
+            card.write_text(CARD, encoding="utf-8")
 
     def _check_finite(self) -> None:
         for name, weight in self.model.named_parameters():
@@ -387,8 +407,8 @@ def own_class(model: nn.Module) -> Iterator[None]:
 
 
 def _replace(new: Path, old: Path) -> None:
-    """Gives a folder its name; one that had it goes."""
-    if old.exists():
+    """Gives a file or a folder its name; a folder that had it goes."""
+    if old.is_dir():
         shutil.rmtree(old)
     os.replace(new, old)
 
