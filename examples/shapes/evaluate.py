@@ -1,0 +1,116 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Asks a checkpoint the test's questions and counts the right answers of each kind."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+
+from .questions import KINDS
+from .text import messages_of, read_rows
+
+LONGEST_ANSWER = 80  # tokens; the longest caption has about 60
+
+
+def evaluate(model: str | Path, data: str | Path, output: str | Path | None = None, batch_size: int = 100) -> dict:
+    """Answers every question of `data`/test.json greedily, each in a conversation of its own, and scores the answers.
+
+    Args:
+        model: folder or Hub id of a LLaVA-STF checkpoint.
+        data: folder that `generate` made.
+        output: file for the result as JSON; must not exist.
+        batch_size: questions that are answered together.
+
+    Returns:
+        What [`score`] returns, and the checkpoint's name.
+
+    Raises:
+        ValueError: if files are missing or do not belong together, or if `output` exists.
+    """
+    if output is not None and Path(output).exists():
+        raise ValueError(f"{output} exists. Choose another file; nothing was asked.")
+    rows, truth = read_rows(Path(data) / "test.json"), read_rows(Path(data) / "truth.jsonl")
+    result = {"model": str(model), **score(ask(model, Path(data), rows, batch_size), rows, truth)}
+    print_table(result)
+    if output is not None:
+        Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return result
+
+
+def ask(model: str | Path, folder: Path, rows: list[dict], batch_size: int) -> dict[str, str]:
+    """The model's answer to the first question of each row, by the row's id."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    processor = LlavaSTFProcessor.from_pretrained(model)
+    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(device)
+    # Answers of one length together: a batch is done when its longest answer is.
+    rows = sorted(rows, key=lambda row: len(row["conversations"][1]["value"]))
+    answers: dict[str, str] = {}
+    for start in tqdm(range(0, len(rows), batch_size), desc="questions", unit="batch"):
+        batch = rows[start : start + batch_size]
+        inputs = processor.apply_chat_template(
+            [messages_of(row, folder)[:1] for row in batch],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            padding=True,
+        ).to(device, network.dtype)
+        outputs = network.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
+        texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        answers |= {row["id"]: text.strip() for row, text in zip(batch, texts, strict=True)}
+    return answers
+
+
+def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
+    """Right answers and questions of each kind, those about pairs that training never shows apart.
+
+    An answer is right if it is the true sentence; a caption may name the objects in another order.
+
+    Returns:
+        `kinds`: of each kind `seen` and `unseen`, each with `right`, `questions` and, if there are any, `accuracy`;
+        `mistakes`: id, expected and given answer.
+
+    Raises:
+        ValueError: if the ids differ.
+    """
+    expected = {row["id"]: row["conversations"][1]["value"] for row in rows}
+    ids = {row["id"] for row in truth}
+    if not answers.keys() == expected.keys() == ids:
+        raise ValueError(
+            f"There are {len(answers)} answers, {len(expected)} test questions and {len(ids)} rows of truth, or their "
+            "ids differ: test.json and truth.jsonl must come from one run of `generate`."
+        )
+    right = {name: _parts(answers[name]) == _parts(sentence) for name, sentence in expected.items()}
+    kinds = {}
+    for kind in KINDS:
+        marks = {
+            name: [right[row["id"]] for row in truth if row["kind"] == kind and row["unseen"] == (name == "unseen")]
+            for name in ("seen", "unseen")
+        }
+        kinds[kind] = {name: _counts(of_kind) for name, of_kind in marks.items()}
+    mistakes = [
+        {"id": name, "expected": expected[name], "answer": answers[name]} for name in expected if not right[name]
+    ]
+    return {"kinds": kinds, "mistakes": mistakes}
+
+
+def _parts(sentence: str) -> list[str]:
+    return sorted(re.split(r": |, | and ", sentence.strip().rstrip(".")))
+
+
+def _counts(marks: list[bool]) -> dict:
+    counts = {"right": sum(marks), "questions": len(marks)}
+    return counts | ({"accuracy": round(sum(marks) / len(marks), 4)} if marks else {})
+
+
+def print_table(result: dict) -> None:
+    print(f"{'kind':<12} {'accuracy':>8}  {'right/all':<12} {'unseen pairs':>12}  right/all")
+    for kind, parts in result["kinds"].items():
+        shares = {name: f"{part['accuracy']:.1%}" if part["questions"] else "-" for name, part in parts.items()}
+        counts = {name: f"{part['right']}/{part['questions']}" for name, part in parts.items()}
+        print(f"{kind:<12} {shares['seen']:>8}  {counts['seen']:<12} {shares['unseen']:>12}  {counts['unseen']}")

@@ -1,0 +1,90 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a data set: pictures, conversations in LLaVA's JSON, and beside them the truth."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from random import Random
+
+from tqdm import tqdm
+
+from conversion.convert import complete_or_absent, require_empty
+
+from .questions import Question, caption, conversation, describe, one_of_each
+from .scenes import Scene, draw_picture, draw_scene
+from .text import PLACEHOLDER
+
+
+def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 8, seed: int = 0) -> Path:
+    """Draws `scenes` scenes to train on and `test_scenes` others to test with.
+
+    Writes into `out`, which must not exist or be empty, and appears complete or not at all:
+
+    - images/: a picture per scene, PNG
+    - captions.json: picture and caption, for stage 1
+    - train.json: picture and up to `turns` questions and answers, for stage 2
+    - text.json: the same scenes, the caption in place of the picture and other questions, for the language model
+    - test.json: one question of each kind per test scene, each a conversation of its own
+    - truth.jsonl: of each row of test.json, the kind and whether it is about a pair that training never shows
+    - scenes.jsonl: the objects and the print of every scene, positions and radii in pixels
+
+    The same arguments give the same files.
+    """
+    out = require_empty(out)
+    with complete_or_absent(out) as folder:
+        (folder / "images").mkdir()
+        train = _draw_split(folder, "train", scenes, seed)
+        test = _draw_split(folder, "test", test_scenes, seed)
+        rng = Random(f"{seed}/questions")
+        rows = {name: _row(name, True, [caption(scene, rng)]) for name, scene in train.items()}
+        _write_json(folder / "captions.json", rows.values())
+        rows = {name: _row(name, True, conversation(scene, turns, rng)) for name, scene in train.items()}
+        _write_json(folder / "train.json", rows.values())
+        rows = {name: _row(name, False, conversation(scene, turns, rng)) for name, scene in train.items()}
+        for name, scene in train.items():
+            first = rows[name]["conversations"][0]
+            first["value"] = f"{describe(scene)}\n{first['value']}"
+        _write_json(folder / "text.json", rows.values())
+        _write_test(folder, {name: one_of_each(scene, rng) for name, scene in test.items()})
+        truth = ({"id": name, "split": scene.split, **asdict(scene)} for name, scene in (train | test).items())
+        _write_lines(folder / "scenes.jsonl", truth)
+    return out
+
+
+def _draw_split(folder: Path, split: str, number: int, seed: int) -> dict[str, Scene]:
+    scenes = {}
+    for index in tqdm(range(number), desc=f"{split} pictures"):
+        rng = Random(f"{seed}/{split}/{index}")
+        name = f"{split}-{index:06}"
+        scenes[name] = draw_scene(split, rng)
+        draw_picture(scenes[name], rng).save(folder / "images" / f"{name}.png")
+    return scenes
+
+
+def _row(name: str, picture: bool, questions: list[Question], image_name: str | None = None) -> dict:
+    turns = [
+        {"from": role, "value": text}
+        for question in questions
+        for role, text in (("human", question.text), ("gpt", question.answer))
+    ]
+    if not picture:
+        return {"id": name, "conversations": turns}
+    turns[0]["value"] = PLACEHOLDER + turns[0]["value"]
+    return {"id": name, "image": f"images/{image_name or name}.png", "conversations": turns}
+
+
+def _write_test(folder: Path, questions: dict[str, list[Question]]) -> None:
+    asked = [(f"{name}-{question.kind}", name, question) for name, several in questions.items() for question in several]
+    _write_json(folder / "test.json", (_row(row_id, True, [question], name) for row_id, name, question in asked))
+    truth = ({"id": row_id, "kind": question.kind, "unseen": question.unseen} for row_id, _, question in asked)
+    _write_lines(folder / "truth.jsonl", truth)
+
+
+def _write_json(file: Path, rows: Iterable[dict]) -> None:
+    file.write_text(json.dumps(list(rows), indent=1) + "\n", encoding="utf-8")
+
+
+def _write_lines(file: Path, rows: Iterable[dict]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

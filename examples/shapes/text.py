@@ -1,0 +1,81 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The tokenizer, and how conversations become text."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from conversion.convert import TEMPLATES, complete_or_absent, require_empty
+from conversion.tokenizer import load_tokenizer
+
+CHAT_TEMPLATE = (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8")
+ROLES = {"human": "user", "gpt": "assistant"}
+SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+PLACEHOLDER = "<image>\n"  # where the picture is, in LLaVA's JSON
+CONTEXT = 512  # tokens; the longest conversation of the data has about 300
+
+
+def read_rows(file: Path) -> list[dict]:
+    """The rows of a JSON list or of JSON lines.
+
+    Raises:
+        ValueError: if there is no such file.
+    """
+    if not file.is_file():
+        raise ValueError(f"There is no {file}: make the data first (python -m examples.shapes generate OUT).")
+    text = file.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+
+
+def messages_of(row: dict, folder: Path | None = None) -> list[dict]:
+    """A row of LLaVA's JSON as the messages of a chat template; its picture is in `folder`."""
+    messages = []
+    for turn in row["conversations"]:
+        content = [{"type": "text", "text": turn["value"].removeprefix(PLACEHOLDER)}]
+        if folder is not None and turn["value"].startswith(PLACEHOLDER):
+            content.insert(0, {"type": "image", "image": str(folder / row["image"])})
+        messages.append({"role": ROLES[turn["from"]], "content": content})
+    return messages
+
+
+def train_tokenizer(data: str | Path, out: str | Path, vocabulary: int = 1024) -> Path:
+    """Trains a tokenizer of Llama's kind (BPE, bytes for unknown characters) on the conversations of a data set.
+
+    Writes into `out`, which must not exist or be empty, what `LlamaTokenizer` and our conversion read; `<image>` is
+    added by the conversion. The vocabulary ends up smaller than `vocabulary` if the texts have no more to merge.
+    """
+    out = require_empty(out)
+    model = models.BPE(unk_token=SPECIAL_TOKENS["unk_token"], byte_fallback=True, fuse_unk=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    # No token spans two words, and a number is read digit by digit.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?\p{N}|[^\p{L}\p{N}]"), "isolated")
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        min_frequency=2,
+        special_tokens=[AddedToken(token, special=True) for token in (*SPECIAL_TOKENS.values(), *BYTES)],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_texts(Path(data)), trainer)
+    learned = json.loads(tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in learned["merges"]]
+    llama = LlamaTokenizer(vocab=learned["vocab"], merges=merges, pad_token="<unk>", **SPECIAL_TOKENS)
+    with complete_or_absent(out) as folder:
+        llama.save_pretrained(folder)
+    return out
+
+
+def _texts(data: Path) -> Iterator[str]:
+    conversations = [messages_of(row) for name in ("train", "text") for row in read_rows(data / f"{name}.json")]
+    yield from render_jinja_template(conversations, chat_template=CHAT_TEMPLATE, bos_token="", eos_token="")[0]
+
+
+def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The trained tokenizer with `<image>`, as every checkpoint made from it has it."""
+    return load_tokenizer(folder, CONTEXT)

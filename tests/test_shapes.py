@@ -1,0 +1,309 @@
+"""The shapes example: scenes, questions, data sets, tokenizer and evaluation."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from dataclasses import replace
+from random import Random
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conversion import ConversionError
+from examples.shapes.__main__ import main
+from examples.shapes.evaluate import evaluate, score
+from examples.shapes.generate import generate
+from examples.shapes.questions import KINDS, caption, conversation, describe, one_of_each
+from examples.shapes.scenes import COLOURS, HELD_OUT_PAIRS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
+from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
+from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
+
+SCENES, TEST_SCENES = 60, 8
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return generate(tmp_path_factory.mktemp("shapes") / "data", SCENES, TEST_SCENES, seed=3)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data, tmp_path_factory):
+    return read_tokenizer(train_tokenizer(data, tmp_path_factory.mktemp("shapes") / "tokenizer"))
+
+
+def scenes(split, number):
+    return [draw_scene(split, Random(f"{split}/{index}")) for index in range(number)]
+
+
+def files(folder):
+    return {file.relative_to(folder): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_seed_gives_the_same_files_and_another_seed_others(data, tmp_path):
+    again = generate(tmp_path / "again", SCENES, TEST_SCENES, seed=3)
+    assert files(again) == files(data)
+    other = generate(tmp_path / "other", 2, 1, seed=4)
+    picture = "images/train-000000.png"
+    assert (other / picture).read_bytes() != (data / picture).read_bytes()
+
+
+def test_the_first_scenes_do_not_depend_on_how_many_follow(data, tmp_path):
+    fewer = generate(tmp_path / "fewer", 5, 1, seed=3)
+    for file, content in files(fewer).items():
+        if file.suffix == ".png":
+            assert files(data)[file] == content
+
+
+def test_refuses_a_folder_that_is_not_empty(data):
+    with pytest.raises(ConversionError, match="not empty"):
+        generate(data, 1)
+
+
+def test_pictures_show_what_the_scene_says():
+    """The colour at an object's heart, or on its ring, and the colour it leaves free at its corner."""
+    for index, scene in enumerate(scenes("train", 60)):
+        pixels = np.asarray(draw_picture(scene, Random(index))).astype(int)
+        for thing in scene.things:
+            inside = thing.radius * 0.75 if thing.shape == "ring" else 0
+            assert nearest_colour(pixels[round(thing.y - 0.5), round(thing.x - 0.5 + inside)]) == thing.colour
+            if thing.shape != "square":  # all others leave the corner of their box free
+                corner = pixels[int(thing.box[1]), int(thing.box[0])]
+                assert np.ptp(corner) < 60, (thing, corner)
+        if scene.print:
+            left, top, right, bottom = (int(side) for side in scene.print.box)
+            grey = pixels[top:bottom, left:right].mean(-1)
+            assert np.ptp(grey) > 100
+
+
+def nearest_colour(pixel):
+    return min(COLOURS, key=lambda name: math.dist(COLOURS[name], pixel))
+
+
+def test_objects_lie_inside_the_picture_and_apart():
+    for scene in scenes("train", 200):
+        boxes = [thing.box for thing in scene.things] + ([scene.print.box] if scene.print else [])
+        assert 1 <= len(scene.things) <= 5
+        for index, a in enumerate(boxes):
+            assert 0 <= min(a) and max(a) <= SIDE
+            for b in boxes[:index]:
+                assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
+
+
+def test_splits_share_no_content_and_held_out_pairs_are_in_the_test_only():
+    train, test = scenes("train", 1500), scenes("test", 300)
+    assert not {scene.content for scene in train} & {scene.content for scene in test}
+    assert not {thing.pair for scene in train for thing in scene.things} & set(HELD_OUT_PAIRS)
+    assert {thing.pair for scene in test for thing in scene.things} >= set(HELD_OUT_PAIRS)
+    assert {len(scene.things) for scene in test} == {1, 2, 3, 4, 5}
+
+
+def test_training_asks_nothing_about_held_out_pairs():
+    rng = Random(0)
+    asked = [q for scene in scenes("train", 500) for q in [*conversation(scene, 8, rng), *one_of_each(scene, rng)]]
+    assert not any(question.unseen for question in asked)
+    for colour, shape in HELD_OUT_PAIRS:
+        assert not any(f"{colour} {shape}" in question.text + question.answer for question in asked)
+    assert any(question.unseen for scene in scenes("test", 50) for question in one_of_each(scene, rng))
+
+
+SCENE = Scene(
+    (
+        Thing("red", "ring", "large", 14, 14, 13),
+        Thing("blue", "cross", "small", 48, 80, 8),
+        Thing("orange", "circle", "small", 80, 48, 8),
+    ),
+    Print("42", (40, 40, 64, 62)),
+)
+
+
+def answers(scene, kind):
+    """Every question of a kind, with its answers."""
+    found = defaultdict(set)
+    for seed in range(400):
+        question = KINDS[kind](scene, Random(seed))
+        if question:
+            found[question.text].add(question.answer)
+    return {text: one.pop() for text, one in found.items() if len(one) == 1 or pytest.fail(f"{text}: {one}")}
+
+
+def test_caption_names_everything_from_left_to_right():
+    assert describe(SCENE) == (
+        "Three objects and the number 42: a large red ring at the top left, a small blue cross at the bottom and a "
+        "small orange circle on the right."
+    )
+    one = replace(SCENE, things=SCENE.things[2:], print=Print("cat", SCENE.print.box))
+    assert describe(one) == "One object and the word cat: a small orange circle on the right."
+    assert caption(SCENE, Random(0)).answer == describe(SCENE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "answer"),
+    [
+        ("count", "How many objects are there?", "There are three objects."),
+        ("count", "How many crosses are there?", "There is one cross."),
+        ("count", "How many blue objects are there?", "There is one blue object."),
+        ("count", "How many squares are there?", "There are no squares."),
+        ("colour", "What color is the ring?", "The ring is red."),
+        ("colour", "What colour is the circle?", "The circle is orange."),
+        ("shape", "What shape is the orange object?", "The orange object is a circle."),
+        ("where", "Where is the red ring?", "The red ring is at the top left."),
+        ("where", "Where is the orange circle?", "The orange circle is on the right."),
+        (
+            "left/right",
+            "Is the blue cross left or right of the red ring?",
+            "The blue cross is right of the red ring.",
+        ),
+        (
+            "above/below",
+            "Is the orange circle above or below the blue cross?",
+            "The orange circle is above the blue cross.",
+        ),
+        ("is there", "Is there an orange circle?", "Yes, there is an orange circle."),
+        ("is there", "Is there a red circle?", "No, there is no red circle."),
+        ("larger", "Which is larger, the blue cross or the red ring?", "The red ring is larger."),
+        ("read", "Read the word or number.", "The number is 42."),
+    ],
+)
+def test_answers_are_true(kind, text, answer):
+    assert answers(SCENE, kind)[text] == answer
+
+
+def test_what_has_no_clear_answer_is_not_asked():
+    twins = Scene((SCENE.things[0], replace(SCENE.things[0], x=80, y=80)), None)
+    for kind in ("colour", "shape", "where", "left/right", "above/below", "larger"):
+        assert not answers(twins, kind), kind
+    assert set(answers(twins, "read").values()) == {"There is no text."}
+    assert answers(twins, "count")["How many rings are there?"] == "There are two rings."
+
+
+def test_a_blind_guess_wins_no_kind():
+    """The most frequent answer to each question, known from training, is right less than 55 % of the time."""
+    rng = Random(1)
+    known = defaultdict(Counter)
+    for scene in scenes("train", 3000):
+        for question in conversation(scene, 8, rng):
+            known[question.text][question.answer] += 1
+    right, asked = Counter(), Counter()
+    for scene in scenes("test", 600):
+        for question in one_of_each(scene, rng):
+            if question.unseen:
+                continue
+            asked[question.kind] += 1
+            right[question.kind] += known[question.text].most_common(1)[:1] != [] and (
+                known[question.text].most_common(1)[0][0] == question.answer
+            )
+    assert asked.keys() == KINDS.keys() and min(asked.values()) > 100
+    for kind in KINDS:
+        assert right[kind] / asked[kind] < 0.55, kind
+
+
+def test_is_there_is_yes_half_of_the_time_for_unseen_pairs_too():
+    yes = defaultdict(list)
+    for index, scene in enumerate(scenes("test", 800)):
+        question = KINDS["is there"](scene, Random(index))
+        yes[question.unseen].append(question.answer.startswith("Yes"))
+    for marks in yes.values():
+        assert len(marks) > 100 and 0.4 < sum(marks) / len(marks) < 0.6
+
+
+def test_files_fit_together(data):
+    truth = {row["id"]: row for row in read_rows(data / "truth.jsonl")}
+    test = read_rows(data / "test.json")
+    assert [row["id"] for row in test] == list(truth)
+    assert {row["kind"] for row in truth.values()} == set(KINDS)
+    pictured = [*read_rows(data / "captions.json"), *read_rows(data / "train.json"), *test]
+    for row in pictured:
+        assert Image.open(data / row["image"]).size == (SIDE, SIDE)
+        assert row["conversations"][0]["value"].startswith("<image>\n")
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * (len(row["conversations"]) // 2)
+    assert {row["image"] for row in pictured} == {f"images/{file.name}" for file in (data / "images").iterdir()}
+    splits = Counter(row["split"] for row in read_rows(data / "scenes.jsonl"))
+    assert splits == {"train": SCENES, "test": TEST_SCENES}
+    captions = {row["id"]: row["conversations"][1]["value"] for row in read_rows(data / "captions.json")}
+    for row in read_rows(data / "text.json"):
+        assert "image" not in row and row["conversations"][0]["value"].startswith(captions[row["id"]] + "\n")
+    assert max(len(row["conversations"]) for row in read_rows(data / "train.json")) == 16
+
+
+def test_tokenizer_suits_the_processor(data, tokenizer, tmp_path):
+    processor = LlavaSTFProcessor(
+        image_processor=LlavaSTFImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
+        tokenizer=tokenizer,
+        patch_size=8,
+        fusion_window=2,
+        vision_feature_select_strategy="default",
+        chat_template=CHAT_TEMPLATE,
+    )
+    processor.save_pretrained(tmp_path)
+    processor = LlavaSTFProcessor.from_pretrained(tmp_path)
+    row = read_rows(data / "train.json")[0]
+    encoded = processor.apply_chat_template(
+        messages_of(row, data), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    ids, marks = encoded["input_ids"][0], encoded["assistant_masks"][0]
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.image_token_id) == 36
+    spoken = processor.decode([token for token, mark in zip(ids, marks, strict=True) if mark])
+    given = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
+    assert [text.strip() for text in spoken.split("</s>")[:-1]] == given
+    assert tokenizer.unk_token_id not in ids
+
+
+def test_tokenizer_has_a_token_per_word_and_digit_and_bytes_for_the_rest(data, tokenizer):
+    assert tokenizer.tokenize("The red circle is 46.") == ["▁The", "▁red", "▁circle", "▁is", "▁4", "6", "."]
+    text = "Привет, zebra 漢\nx"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_score_counts_right_answers(data):
+    rows, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
+    given = {row["id"]: row["conversations"][1]["value"] for row in rows}
+    perfect = score(given, rows, truth)
+    assert perfect["mistakes"] == []
+    counts = [part for kind in perfect["kinds"].values() for part in kind.values()]
+    assert sum(part["questions"] for part in counts) == len(rows) == sum(part["right"] for part in counts)
+    assert {part["accuracy"] for part in counts if part["questions"]} == {1.0}
+
+    wrong = next(row["id"] for row in truth if row["kind"] == "colour" and not row["unseen"])
+    flawed = score({**given, wrong: "The circle is grey."}, rows, truth)
+    before, after = (result["kinds"]["colour"]["seen"] for result in (perfect, flawed))
+    assert after["right"] == before["right"] - 1 and after["questions"] == before["questions"]
+    assert [mistake["id"] for mistake in flawed["mistakes"]] == [wrong]
+    assert flawed["kinds"]["colour"]["unseen"] == perfect["kinds"]["colour"]["unseen"]
+
+
+def test_a_caption_may_name_the_objects_in_another_order():
+    rows = [{"id": "x", "conversations": [{}, {"value": "Two objects: a red ring and a blue cross."}]}]
+    truth = [{"id": "x", "kind": "caption", "unseen": False}]
+    right = {"Two objects: a blue cross and a red ring.": 1, "Two objects: a blue ring and a red cross.": 0}
+    for answer, expected in right.items():
+        assert score({"x": answer}, rows, truth)["kinds"]["caption"]["seen"]["right"] == expected
+
+
+def test_score_refuses_files_of_different_data(data):
+    rows, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
+    given = {row["id"]: "" for row in rows}
+    with pytest.raises(ValueError, match="one run of `generate`"):
+        score(given, rows, truth[1:])
+
+
+def test_evaluates_a_checkpoint(data, checkpoint, tmp_path, capsys):
+    """The golden model knows nothing: what counts is that each question is asked and counted."""
+    output = tmp_path / "result.json"
+    result = evaluate(checkpoint, data, output)
+    assert json.loads(output.read_text()) == result
+    asked = Counter(row["kind"] for row in read_rows(data / "truth.jsonl"))
+    for kind, parts in result["kinds"].items():
+        assert parts["seen"]["questions"] + parts["unseen"]["questions"] == asked[kind]
+        assert kind in capsys.readouterr().out or kind != "caption"
+    with pytest.raises(ValueError, match="exists"):
+        evaluate(checkpoint, data, output)
+
+
+def test_command_line(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "data"
+    monkeypatch.setattr("sys.argv", ["shapes", "generate", str(out), "--scenes", "2", "--test-scenes", "1"])
+    assert main() == 0 and len(read_rows(out / "train.json")) == 2
+    assert main() == 2 and "not empty" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["shapes", "tokenizer", str(tmp_path), str(tmp_path / "tokenizer")])
+    assert main() == 2 and "make the data first" in capsys.readouterr().err
