@@ -8,12 +8,17 @@ from random import Random
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
 from examples.shapes.__main__ import main
+from examples.shapes.clip import build_clip, draw_phrases, encode, similarity, train_clip, waves
 from examples.shapes.evaluate import evaluate, score
-from examples.shapes.generate import generate
+from examples.shapes.generate import generate, read_scenes
+from examples.shapes.language_model import train_language_model
+from examples.shapes.phrases import ATTRIBUTES, Phrase, altered, true_phrase
 from examples.shapes.questions import KINDS, caption, conversation, describe, one_of_each
 from examples.shapes.scenes import COLOURS, HELD_OUT_PAIRS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
@@ -28,8 +33,13 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def tokenizer(data, tmp_path_factory):
-    return read_tokenizer(train_tokenizer(data, tmp_path_factory.mktemp("shapes") / "tokenizer"))
+def tokenizer_folder(data, tmp_path_factory):
+    return train_tokenizer(data, tmp_path_factory.mktemp("shapes") / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tokenizer_folder):
+    return read_tokenizer(tokenizer_folder)
 
 
 def scenes(split, number):
@@ -253,6 +263,87 @@ def test_tokenizer_has_a_token_per_word_and_digit_and_bytes_for_the_rest(data, t
     assert tokenizer.tokenize("The red circle is 46.") == ["▁The", "▁red", "▁circle", "▁is", "▁4", "6", "."]
     text = "Привет, zebra 漢\nx"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def test_scenes_are_read_as_they_were_drawn(data):
+    drawn = draw_scene("train", Random("3/train/7"))
+    assert read_scenes(data, "train")["train-000007"] == drawn
+    assert len(read_scenes(data, "test")) == TEST_SCENES
+
+
+@pytest.mark.parametrize(
+    ("phrase", "text", "holds"),
+    [
+        (Phrase(colour="red"), "a red object", True),
+        (Phrase(colour="green"), "a green object", False),
+        (Phrase(size="small", shape="circle"), "a small circle", True),
+        (Phrase(size="large", shape="circle"), "a large circle", False),
+        (Phrase(shape="circle", place="on the right"), "a circle on the right", True),
+        (Phrase(colour="orange", place="at the bottom"), "an orange object at the bottom", False),
+        (Phrase(colour="red", shape="cross"), "a red cross", False),
+        (Phrase(number=3), "three objects", True),
+        (Phrase(number=1, colour="blue"), "one blue object", True),
+        (Phrase(number=2, shape="ring"), "two rings", False),
+        (Phrase(printed="42"), "the number 42", True),
+        (Phrase(printed="cat"), "the word cat", False),
+    ],
+)
+def test_phrases(phrase, text, holds):
+    assert phrase.text == text and phrase.holds(SCENE) is holds
+
+
+def test_drawn_phrases_are_true_altered_ones_differ_in_one_thing_and_none_is_held_out():
+    rng = Random(0)
+    false = 0
+    for scene in scenes("train", 300):
+        phrase = true_phrase(scene, rng)
+        other = altered(phrase, rng)
+        assert phrase.holds(scene)
+        assert not phrase.held_out and not other.held_out
+        fields = [*ATTRIBUTES, "number", "printed"]
+        assert sum(getattr(phrase, name) != getattr(other, name) for name in fields) == 1
+        assert [getattr(phrase, name) is None for name in fields] == [getattr(other, name) is None for name in fields]
+        false += not other.holds(scene)
+    assert false > 150
+
+
+def test_clip_compares_pictures_with_texts(data, tokenizer):
+    model = build_clip(tokenizer)
+    drawn = list(read_scenes(data, "train").values())[:3]
+    phrases = draw_phrases(drawn, Random(0))
+    assert len({phrase.text for phrase in phrases}) == len(phrases)
+    texts = encode(tokenizer, phrases)
+    # Padding changes nothing: a text means the same alone.
+    pixels = torch.randn(3, 3, SIDE, SIDE)
+    together, alone = similarity(model, pixels, texts), similarity(model, pixels, encode(tokenizer, phrases[:1]))
+    assert together.shape == (3, len(phrases)) and together.abs().max() <= 1
+    torch.testing.assert_close(together[:, :1], alone)
+
+
+def test_waves_tell_near_patches_from_far_ones():
+    distance = torch.cdist(waves(12, 64), waves(12, 64))
+    assert distance[0].argsort()[1:3].sort().values.tolist() == [1, 12]  # right of and below the first
+    assert (distance + torch.eye(144)).min() > 0.1
+
+
+def test_clip_training_learns_and_repeats(data, tokenizer_folder, tmp_path):
+    folder = train_clip(data, tokenizer_folder, tmp_path / "clip", steps=40, batch_size=4)
+    record = json.loads((folder / "training_log.json").read_text())
+    first, last = record["log"]
+    assert last["step"] == record["settings"]["steps"] == 40 and last["loss"] < first["loss"]
+    model = CLIPModel.from_pretrained(folder)
+    assert LlavaSTFImageProcessor.from_pretrained(folder).crop_size["height"] == model.config.vision_config.image_size
+
+    short = [train_clip(data, tokenizer_folder, tmp_path / name, steps=2, batch_size=2) for name in ("a", "b")]
+    assert (short[0] / "model.safetensors").read_bytes() == (short[1] / "model.safetensors").read_bytes()
+
+
+def test_language_model_training_learns(data, tokenizer_folder, tmp_path):
+    folder = train_language_model(data, tokenizer_folder, tmp_path / "llama", steps=40, batch_size=2)
+    first, last = json.loads((folder / "training_log.json").read_text())["log"]
+    assert last["loss"] < first["loss"] - 0.5
+    model, words = LlamaForCausalLM.from_pretrained(folder), LlamaTokenizer.from_pretrained(folder)
+    assert model.config.vocab_size == len(words) and model.config.eos_token_id == words.eos_token_id
 
 
 def test_score_counts_right_answers(data):

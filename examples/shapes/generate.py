@@ -13,8 +13,8 @@ from tqdm import tqdm
 from conversion.convert import complete_or_absent, require_empty
 
 from .questions import Question, caption, conversation, describe, one_of_each
-from .scenes import Scene, draw_picture, draw_scene
-from .text import PLACEHOLDER
+from .scenes import Print, Scene, Thing, draw_picture, draw_scene
+from .text import PLACEHOLDER, read_rows
 
 
 def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 8, seed: int = 0) -> Path:
@@ -88,3 +88,13 @@ def _write_json(file: Path, rows: Iterable[dict]) -> None:
 
 def _write_lines(file: Path, rows: Iterable[dict]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_scenes(data: str | Path, split: str) -> dict[str, Scene]:
+    """The scenes of a split, by the names of their pictures in images/."""
+    rows = (row for row in read_rows(Path(data) / "scenes.jsonl") if row["split"] == split)
+    return {row["id"]: Scene(_things(row), Print(**row["print"]) if row["print"] else None) for row in rows}
+
+
+def _things(row: dict) -> tuple[Thing, ...]:
+    return tuple(Thing(**thing) for thing in row["things"])

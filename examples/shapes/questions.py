@@ -41,11 +41,11 @@ def caption(scene: Scene, rng: Random) -> Question:
 
 def describe(scene: Scene) -> str:
     """The objects from left to right, then the print."""
-    things = [f"{_a(f'{thing.size} {thing.name}')} {thing.place}" for thing in scene.things]
-    total = _counted(len(things), "object")
+    things = [f"{article(f'{thing.size} {thing.name}')} {thing.place}" for thing in scene.things]
+    total = counted(len(things), "object")
     if scene.print is None:
         return f"{total.capitalize()}: {_listed(things)}."
-    return f"{total.capitalize()} and the {_kind_of_print(scene.print.text)} {scene.print.text}: {_listed(things)}."
+    return f"{total.capitalize()} and the {kind_of_print(scene.print.text)} {scene.print.text}: {_listed(things)}."
 
 
 def count(scene: Scene, rng: Random) -> Question:
@@ -65,7 +65,7 @@ def count(scene: Scene, rng: Random) -> Question:
 
 def _count_of(text: str, noun: str, things: list[Thing]) -> Question:
     verb = "is" if len(things) == 1 else "are"
-    answer = f"There {verb} {_counted(len(things), noun)}."
+    answer = f"There {verb} {counted(len(things), noun)}."
     return Question("count", text, answer, frozenset(thing.pair for thing in things))
 
 
@@ -82,7 +82,7 @@ def shape(scene: Scene, rng: Random) -> Question | None:
     if thing is None:
         return None
     text = rng.choice(SHAPE_QUESTIONS).format(thing.colour)
-    return Question("shape", text, f"The {thing.colour} object is {_a(thing.shape)}.", frozenset([thing.pair]))
+    return Question("shape", text, f"The {thing.colour} object is {article(thing.shape)}.", frozenset([thing.pair]))
 
 
 def where(scene: Scene, rng: Random) -> Question | None:
@@ -97,11 +97,11 @@ def is_there(scene: Scene, rng: Random) -> Question:
     present = {thing.pair for thing in scene.things}
     if rng.random() < 0.5:
         pair = rng.choice(sorted(present))
-        answer = f"Yes, there is {_a(' '.join(pair))}."
+        answer = f"Yes, there is {article(' '.join(pair))}."
     else:
         pair = _absent_pair(present, rng)
         answer = f"No, there is no {' '.join(pair)}."
-    return Question("is there", f"Is there {_a(' '.join(pair))}?", answer, frozenset([pair]))
+    return Question("is there", f"Is there {article(' '.join(pair))}?", answer, frozenset([pair]))
 
 
 def _absent_pair(present: set[tuple[str, str]], rng: Random) -> tuple[str, str]:
@@ -146,7 +146,7 @@ def larger(scene: Scene, rng: Random) -> Question | None:
 def read(scene: Scene, rng: Random) -> Question | None:
     text = rng.choice(READ_QUESTIONS)
     if scene.print is not None:
-        answer = f"The {_kind_of_print(scene.print.text)} is {scene.print.text}."
+        answer = f"The {kind_of_print(scene.print.text)} is {scene.print.text}."
         return Question("read", text, answer, frozenset())
     # Rarely, so that this is not the answer to bet on.
     return Question("read", text, "There is no text.", frozenset()) if rng.random() < 0.05 else None
@@ -197,7 +197,7 @@ def _choice(items: list[T], rng: Random) -> T | None:
     return rng.choice(items) if items else None
 
 
-def _a(noun: str) -> str:
+def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
@@ -205,7 +205,7 @@ def _plural(noun: str) -> str:
     return f"{noun}es" if noun.endswith("ss") else f"{noun}s"
 
 
-def _counted(number: int, noun: str) -> str:
+def counted(number: int, noun: str) -> str:
     return f"{NUMBER_WORDS[number]} {noun if number == 1 else _plural(noun)}"
 
 
@@ -213,5 +213,5 @@ def _listed(items: list[str]) -> str:
     return " and ".join([", ".join(items[:-1]), items[-1]] if items[1:] else items)
 
 
-def _kind_of_print(text: str) -> str:
+def kind_of_print(text: str) -> str:
     return "number" if text.isdigit() else "word"

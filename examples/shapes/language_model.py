@@ -1,0 +1,68 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""A small Llama that reads and answers: a caption stands where the picture will be."""
+
+from pathlib import Path
+from random import Random
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+from conversion.convert import complete_or_absent, require_empty
+
+from .text import CHAT_TEMPLATE, CONTEXT, messages_of, read_rows, read_tokenizer
+from .training import DEVICE, save_log, train
+
+WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 6, 4, 344
+
+
+def train_language_model(
+    data: str | Path,
+    tokenizer: str | Path,
+    out: str | Path,
+    steps: int,
+    batch_size: int = 16,
+    learning_rate: float = 2e-3,
+    seed: int = 0,
+) -> Path:
+    """Trains a Llama on every token of `data`/text.json and writes it into `out`, which must not exist or be empty.
+
+    `out` is a Llama folder of transformers (model and tokenizer) with the log of the training.
+    """
+    out = require_empty(out)
+    rng = Random(seed)
+    torch.manual_seed(seed)
+    words = read_tokenizer(Path(tokenizer))
+    conversations = [messages_of(row) for row in read_rows(Path(data) / "text.json")]
+    texts = words.apply_chat_template(conversations, chat_template=CHAT_TEMPLATE, tokenize=False)
+    rows = words(texts, add_special_tokens=False)["input_ids"]
+    model = build_language_model(LlamaTokenizer.from_pretrained(tokenizer)).to(DEVICE)
+
+    def loss() -> torch.Tensor:
+        batch = words.pad({"input_ids": rng.sample(rows, batch_size)}, padding_side="right", return_tensors="pt")
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return model(**batch.to(DEVICE), labels=labels.to(DEVICE)).loss
+
+    log = train(model.parameters(), loss, steps, learning_rate, "language model")
+    with complete_or_absent(out) as folder:
+        model.save_pretrained(folder)
+        LlamaTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+        settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
+        save_log(folder, settings, log)
+    return out
+
+
+def build_language_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
+    """An untrained Llama; `<image>` is not in its vocabulary: the conversion adds it."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
