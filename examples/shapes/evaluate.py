@@ -58,7 +58,7 @@ def ask(model: str | Path, folder: Path, rows: list[dict], batch_size: int) -> d
             tokenize=True,
             return_dict=True,
             return_tensors="pt",
-            padding=True,
+            processor_kwargs={"padding": True},
         ).to(device, network.dtype)
         outputs = network.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
         texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
