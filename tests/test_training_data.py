@@ -163,14 +163,21 @@ def test_images_beside_the_data_by_default(tmp_path, picture):
         ("none.json", None, "There is no file"),
         ("bad.json", "[{", "is not valid JSON"),
         ("list.jsonl", "[1, 2]", "expected an object"),
+        ("none.json", "[]", "an empty one"),
+        ("none.jsonl", "", "none.jsonl"),
     ],
 )
 def test_unreadable_sources(name, text, message, tmp_path):
     if text is not None:
         (tmp_path / name).write_text(text)
-    with pytest.raises((DataError, datasets.exceptions.DatasetGenerationError)) as caught:
+    with pytest.raises(DataError, match=message):
         load_rows(str(tmp_path / name))
-    assert message in f"{caught.value} {caught.value.__cause__}"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"conversations": conversation("Hello?")}]), encoding="utf-8-sig")
+    assert len(load_rows(str(path))) == 1
 
 
 def test_columns_of_another_kind_are_refused(tmp_path):
@@ -239,6 +246,26 @@ def broken(tmp_path, picture):
     return write_json(tmp_path, [{"id": name, **row} for name, row in rows.items()])
 
 
+MALFORMED = {
+    "no image": {"image": [None], "conversations": conversation()},
+    "number": {"image": 3, "conversations": conversation()},
+    "empty": {"conversations": []},
+    "text alone": {"conversations": "Hello"},
+    "string turn": {"conversations": ["Hello"]},
+    "string part": {"messages": [{"role": "user", "content": ["Hello"]}]},
+    "untyped part": {"messages": [{"role": "user", "content": [{"text": "Hello"}]}]},
+    "no frame": {"video": [[]], "conversations": conversation("<video>")},
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_malformed_rows_are_named(name, tmp_path, processor):
+    path = write_json(tmp_path, [{"id": name, **MALFORMED[name]}, {"conversations": conversation("Hello?")}])
+    report = Report.of(checked(path, processor))
+    (problem,) = (row for rows in report.problems.values() for row in rows)
+    assert problem.startswith(f"{name}: bad ") and report.kept == 1
+
+
 KINDS = {
     "bad image": ["missing", "cut"],
     "placeholder mismatch": ["unplaced"],
@@ -287,7 +314,11 @@ def test_rows_are_skipped_only_if_that_is_wanted(broken, processor, caplog):
         fit_rows(found, "error", "skip")
     with pytest.raises(DataError, match="--on-bad-row skip"):
         fit_rows(found, "skip", "error")
+    caplog.clear()
     assert fit_rows(found, "skip", "skip")["id"][:] == ["fine", "text"]
+    for kind, rows in KINDS.items():
+        (line,) = (line for line in caplog.messages if f"({kind})" in line)
+        assert line.startswith(f"{len(rows)} of 9 rows are left out") and all(f"{row}: " in line for row in rows)
 
 
 def test_nothing_left_is_an_error(broken, processor):
@@ -317,30 +348,38 @@ def test_a_broken_image_stops_the_batch_with_its_path(broken, processor):
 # Videos
 
 
-@pytest.mark.parametrize("kind", ["frames", "file"])
+@pytest.mark.parametrize("kind", ["frames", "nested frames", "file", "short file"])
 def test_video_rows(kind, tmp_path, processor, picture):
     frames = [f"frame_{index}.png" for index in range(3)]
-    video, folder = [frames], str(IMAGES)
-    if kind == "file":
-        write_video(tmp_path / "clip.mp4", [picture(frame) for frame in frames])
+    video, folder = [frames] if kind == "nested frames" else frames, str(IMAGES)
+    if "file" in kind:
+        write_video(tmp_path / "clip.mp4", [picture(frame) for frame in frames], rate=4 if kind == "short file" else 1)
         video, folder = "clip.mp4", str(tmp_path)
     row = {"video": video, "conversations": conversation("<image>\nWhat happens?")}
     path = write_json(tmp_path, [row])
     (found,) = check_rows(
         load_rows(path, folder), Checker(processor, processor.chat_template["default"], 4096, decode=True)
     )
-    assert (found["problem"], found["vision"]) == ("", 3)
+    expected = 1 if kind == "short file" else 3
+    assert (found["problem"], found["vision"]) == ("", expected)
     batch = Collator(processor, assistant_only_loss=True)([found])
-    assert batch["pixel_values"].shape[0] == 3
+    assert batch["pixel_values"].shape[0] == expected
     assert batch["input_ids"].shape[1] == found["length"]
 
 
-def write_video(path, frames):
-    """One frame a second."""
+def test_a_video_that_cannot_be_counted_is_named(tmp_path, processor, picture):
+    write_video(tmp_path / "clip.mkv", [picture("frame_0.png")] * 3)
+    path = write_json(tmp_path, [{"video": "clip.mkv", "conversations": conversation("<video>\nWhat?")}])
+    (problem,) = Report.of(checked(path, processor)).problems["bad image"]
+    assert "clip.mkv: it does not say how many frames it has" in problem
+
+
+def write_video(path, frames, rate=1):
+    """`rate` frames a second."""
     import av
 
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=1)
+        stream = container.add_stream("mpeg4", rate=rate)
         stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
         for frame in frames:
             picture = av.VideoFrame.from_image(frame.resize((64, 64)))

@@ -35,6 +35,19 @@ def test_resume_is_exact_also_across_an_epoch(recipe, stop, checkpoint, tmp_path
     assert any(not torch.equal(weight, expected[name]) for name, weight in weights_of(stopped).items())
 
 
+def test_a_run_that_was_done_is_not_trained_further(checkpoint, tmp_path):
+    """Killed after its last checkpoint, it has only to be saved; with more steps it goes on, and is saved again."""
+    trainer_of("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", save_steps=2).train()
+    done = weights_of(tmp_path / "out" / "checkpoint-4")
+    for steps in (4, 5):
+        wanted = {"max_steps": steps, "resume_from_checkpoint": "last"}
+        result = run(*options("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", **wanted))
+        assert result.returncode == 0, result.stderr
+        assert [row["step"] for row in history(tmp_path / "out")] == list(range(1, steps + 1))
+        if steps == 4:
+            assert all(torch.equal(weight, done[name]) for name, weight in weights_of(tmp_path / "out").items())
+
+
 def test_two_ranks_resume_exactly(checkpoint, tmp_path):
     def ranks(output, **settings):
         settings |= {"per_device_train_batch_size": 1, "save_steps": 3}

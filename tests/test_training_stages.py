@@ -201,7 +201,7 @@ def grpo_rows(picture):
     rows = {
         "image": [picture("wide.png"), picture("shapes.png")],
         "prompt": [user("What is it?"), user("How many?")],
-        "solution": ["shape", "3"],
+        "solution": ["", ""],  # which is in every answer: the shorter one is worth more
     }
     return Dataset.from_dict(rows).cast_column("image", Image())
 
@@ -229,4 +229,4 @@ def test_preference_and_reinforcement_learning_run(method, checkpoint, tmp_path,
     adapter = weights_of(tmp_path / "out")
     assert adapter and not any("vision_tower" in name for name in adapter)
     moved = [name for name, weight in adapter.items() if "lora_B" in name and weight.abs().max() > 0]
-    assert moved or method == "grpo"  # with no reward but zero there is nothing to learn from
+    assert moved

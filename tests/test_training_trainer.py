@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, Image, List
 from torch.utils.flop_counter import FlopCounterMode
-from training_runs import CAPTIONS, CONVERSATIONS, eight_rows, trainer_of, weights_of
+from training_runs import CAPTIONS, CONVERSATIONS, IMAGES, eight_rows, trainer_of, weights_of
+from trl import ModelConfig
 
 from conversion import to_original
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from training import DataError, LlavaSTFTrainer, LlavaSTFTrainingArguments
+from training.__main__ import load_model
 from training.sampler import ModalityLengthSampler, modality_length_order
-from training.trainer import training_flops
+from training.trainer import accumulation_steps, training_flops
 
 CONNECTOR = "multi_modal_projector"
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
@@ -132,6 +136,20 @@ def test_adapters_in_the_tower_are_refused(trainer):
         trainer("finetune_lora", lora_target_modules=".*q_proj")
 
 
+@pytest.mark.parametrize(
+    "module, message", [("vision_tower", "would change the frozen vision tower"), ("typo", "'typo' matches no module")]
+)
+def test_only_the_connector_is_trained_in_full_beside_an_adapter(module, message, trainer):
+    with pytest.raises(ValueError, match=message):
+        trainer("finetune_lora", lora_modules_to_save=module)
+
+
+def test_an_adapter_is_no_base(trainer, tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is an adapter. Merge it first: python -m training merge"):
+        load_model(ModelConfig(str(tmp_path)))
+
+
 def test_trainable_is_not_for_adapters(trainer):
     with pytest.raises(ValueError, match="`trainable` is not for LoRA"):
         trainer("finetune_lora", trainable="lm_head")
@@ -205,10 +223,11 @@ def test_checkpointing_changes_no_gradient(trainer):
 # Batches
 
 
-def test_the_global_batch_is_the_recipe_s(trainer, monkeypatch):
+def test_the_global_batch_is_the_recipe_s(trainer):
     assert trainer(global_batch_size=6, per_device_train_batch_size=2).args.gradient_accumulation_steps == 3
-    with pytest.raises(ValueError, match="3 rows each take 3 rows at a time, which does not divide"):
-        trainer(global_batch_size=4, per_device_train_batch_size=3)
+    assert accumulation_steps(128, per_device=4, devices=8) == 4
+    with pytest.raises(ValueError, match="8 device.s. with 3 rows each take 24 rows at a time, which does not divide"):
+        accumulation_steps(128, per_device=3, devices=8)
 
 
 def test_square_images_are_cut_in_training_only(trainer, golden_tensors, processor):
@@ -270,7 +289,7 @@ def test_throughput_is_logged(trainer, monkeypatch):
     collate = run.data_collator
     run.data_collator = lambda rows: seen.append(collate(rows)) or seen[-1]
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("training.trainer.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("training.trainer.now", lambda: next(clock))
     run.train()
     first = next(row for row in run.state.log_history if "loss" in row)
     images = sum(len(batch.get("pixel_values", [])) for batch in seen[:2])
@@ -365,6 +384,54 @@ def test_weights_that_are_not_finite_are_not_saved(trainer, tmp_path):
     with pytest.raises(FloatingPointError, match="is not finite after step 4; it was not saved"):
         run.train()
     assert sorted(path.name for path in (tmp_path / "out").glob("checkpoint-*")) == ["checkpoint-2"]
+
+
+def test_a_model_that_is_not_finite_is_not_saved_at_the_end(trainer, tmp_path):
+    run = trainer(save_strategy="no")
+    run.model.lm_head.weight.data[0, 0] = math.nan
+    with pytest.raises(FloatingPointError, match="lm_head.weight is not finite"):
+        run.save_model()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_ends_the_run_with_its_path(workers, trainer, tmp_path, checkpoint):
+    rows = json.loads(CONVERSATIONS.read_text(encoding="utf-8"))[:1] * 8
+    (tmp_path / "cut.png").write_bytes((IMAGES / "shapes.png").read_bytes()[:-200])
+    rows[-1] = {**rows[-1], "image": str(tmp_path / "cut.png")}
+    data = tmp_path / "broken.json"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    run = trainer(data=data, save_steps=1, max_steps=50, dataloader_num_workers=workers, save_total_limit=2)
+    with pytest.raises(DataError, match=r"^bad image: \S+cut.png: [^\n]+$"):
+        run.train()
+
+
+def test_a_stream_with_too_few_rows_ends(trainer, tmp_path):
+    rows = trainer().train_dataset.select([0])
+    run = trainer(group_by_modality_length=False, max_steps=1)
+    run.train_dataset = rows.to_iterable_dataset()
+    with pytest.raises(DataError, match="nothing was trained in a whole epoch"):
+        run.train()
+
+
+def test_rows_of_trl_train_as_they_are(checkpoint, tmp_path, processor, picture):
+    """From Python, with decoded pictures and plain strings."""
+    rows = {
+        "messages": [[{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A shape."}]] * 2,
+        "images": [[picture("wide.png")], [picture("shapes.png")]],
+    }
+    data = Dataset.from_dict(rows).cast_column("images", List(Image()))
+    settings = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": "none", "peak_tflops": 1.0}
+    run = LlavaSTFTrainer(
+        LlavaSTFForConditionalGeneration.from_pretrained(checkpoint),
+        LlavaSTFTrainingArguments(tmp_path / "out", **settings),
+        train_dataset=data,
+        processing_class=processor,
+    )
+    batch = run.data_collator(list(data))
+    assert batch["pixel_values"].shape[0] == 2
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * run.model.config.tokens_per_image
+    run.train()
 
 
 def test_the_best_checkpoint_is_named_where_it_is(trainer, tmp_path):

@@ -22,7 +22,6 @@ import yaml
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig, ProcessorMixin
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import logging
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
@@ -31,9 +30,9 @@ from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 from .data import Checker, Report, check_rows, fit_rows, fit_stream, load_rows
 from .merge import merge
 from .report import draw_curves, draw_lengths, start_lines
-from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, template_text
+from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, SaveError, template_text
 
-logger = logging.get_logger(__name__)
+STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
 
 @dataclass
@@ -52,7 +51,7 @@ class DataArguments:
         default="error",
         metadata={
             "help": "'skip': open every image before training, count and name the rows with bad ones, leave them out. "
-            "'error': stop at the first.",
+            "'error': stop if a file is missing, or, while training, at the first that cannot be read.",
             "choices": ["error", "skip"],
         },
     )
@@ -72,7 +71,7 @@ def main() -> int:
         if command in commands:
             return commands[command](arguments)
         return train_command(sys.argv[1:] or ["--help"])
-    except (OSError, ValueError, RuntimeError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, SaveError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
@@ -86,12 +85,14 @@ def train_command(arguments: list[str]) -> int:
     if args.should_save:
         print("\n".join(start_lines(trainer, report)), flush=True)
     trainer.train(resume_from_checkpoint=resume)
+    curves = Path(args.output_dir) / "curves.png"
+    if args.should_save:  # first, to be pushed with the model
+        curves.parent.mkdir(parents=True, exist_ok=True)
+        trainer.save_state()
+        save_recipe(arguments, {**asdict(data), **asdict(choice), **args.to_dict()}, curves.parent)
+        draw_curves(trainer.state.log_history, curves)
     trainer.save_model()
     if args.should_save:
-        trainer.save_state()
-        save_recipe(arguments, {**asdict(data), **asdict(choice), **args.to_dict()}, Path(args.output_dir))
-        curves = Path(args.output_dir) / "curves.png"
-        draw_curves(trainer.state.log_history, curves)
         print(f"wrote {args.output_dir}; curves: {curves}", flush=True)
     trainer.accelerator.end_training()
     return 0
@@ -152,18 +153,24 @@ def make_trainer(
 def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
     """The checkpoint to train; with `load_in_4bit` or `load_in_8bit` its language model is quantised."""
     quantisation = None
+    name = str(choice.model_name_or_path)
+    if (Path(name) / "adapter_config.json").is_file():
+        raise ValueError(f"{name} is an adapter. Merge it first: python -m training merge {name} DESTINATION")
+    # An adapter remembers where its base is: not relative to the folder that this was started in.
+    name = str(Path(name).resolve()) if Path(name).is_dir() else name
     dtype = getattr(torch, choice.dtype) if choice.dtype not in (None, "auto") else choice.dtype
     if choice.load_in_4bit or choice.load_in_8bit:
         quantisation = BitsAndBytesConfig(
             load_in_4bit=choice.load_in_4bit,
             load_in_8bit=choice.load_in_8bit,
-            bnb_4bit_compute_dtype=dtype,
+            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
+            bnb_4bit_quant_storage=choice.bnb_4bit_quant_storage,
             bnb_4bit_quant_type=choice.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=choice.use_bnb_nested_quant,
             llm_int8_skip_modules=NOT_QUANTISED,
         )
     return LlavaSTFForConditionalGeneration.from_pretrained(
-        choice.model_name_or_path,
+        name,
         revision=choice.model_revision,
         dtype=dtype,
         attn_implementation=choice.attn_implementation,
@@ -186,8 +193,9 @@ def prepare(
             path, data.image_folder, config=data.dataset_config, split=data.split, streaming=data.streaming
         )
         if isinstance(rows, IterableDataset):
-            return fit_stream(rows, checker, data.on_bad_image, data.on_bad_row), None
-        checked = check_rows(rows, checker, args.dataset_num_proc, reuse=args.process_index > 0)
+            stream = fit_stream(rows, checker, data.on_bad_image, data.on_bad_row)
+            return stream.shuffle(seed=args.data_seed or args.seed, buffer_size=STREAM_BUFFER), None
+        checked = check_rows(rows, checker, args.dataset_num_proc, reuse=args.local_process_index > 0)
         rows = fit_rows(checked, data.on_bad_image, data.on_bad_row)
     return rows, Report.of(rows)
 

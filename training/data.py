@@ -14,11 +14,13 @@ A row has these columns, whatever it was read from:
     problem   what makes the row useless, or ""
 """
 
+import hashlib
 import io
 import json
+import mimetypes
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,8 @@ from jinja2 import TemplateError
 from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from modeling_llava_stf.processing_llava_stf import VIDEO_FPS
 
 logger = logging.get_logger(__name__)
 
@@ -95,13 +99,11 @@ def load_rows(
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
             raise DataError(f"There is no file {data_path}.")
-        stamp = path.stat()
-        # Size and time are an argument so that a changed file is not mistaken for its cached copy.
-        return Dataset.from_generator(
-            _json_rows,
-            features=FEATURES,
-            gen_kwargs={"path": str(path), "root": str(root), "version": f"{stamp.st_size} {stamp.st_mtime_ns}"},
-        )
+        if streaming:
+            raise DataError(
+                f"{data_path} cannot be streamed: leave out `--streaming`, its images are opened late anyway."
+            )
+        return _json_dataset(path, root)
     source = _load_source(path, data_path, config, split, streaming)
     columns = source.column_names
     if columns is None or not {"messages", "conversations"} & set(columns):
@@ -113,7 +115,21 @@ def load_rows(
             source = source.cast_column(name, datasets.Image(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
             source = source.cast_column(name, List(datasets.Image(decode=False)))
-    return source.map(partial(to_row, root=str(root)), with_indices=True, remove_columns=columns, features=FEATURES)
+    settings: dict[str, Any] = {} if streaming else {"load_from_cache_file": False}
+    return source.map(
+        partial(to_row, root=str(root)), with_indices=True, remove_columns=columns, features=FEATURES, **settings
+    )
+
+
+def _json_dataset(path: Path, root: Path) -> Dataset:
+    stamp = path.stat()
+    # Part of the cached copy's name: a changed file, or changed code, must not get the rows of an older one.
+    version = f"{stamp.st_size} {stamp.st_mtime_ns} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    settings = {"path": str(path), "root": str(root), "version": version}
+    try:
+        return Dataset.from_generator(_json_rows, features=FEATURES, gen_kwargs=settings)
+    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
+        raise DataError(f"{path}: {error.__cause__ or error}") from error
 
 
 def _load_source(
@@ -131,29 +147,35 @@ def _load_source(
 
 
 def _json_rows(path: str, root: str, version: str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         try:
-            rows: Iterable = (json.loads(line) for line in file if line.strip())
+            rows: Any = (json.loads(line) for line in file if line.strip())
             if not path.endswith(".jsonl"):
                 rows = json.load(file)
+                if not isinstance(rows, list) or not rows:
+                    raise DataError(f"{path} is not a list of rows, or an empty one.")
             for index, row in enumerate(rows):
                 if not isinstance(row, dict):
                     raise DataError(f"Row {index} of {path} is a {type(row).__name__}, expected an object.")
                 yield to_row(row, index, root)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
+            if isinstance(error, DataError):
+                raise
             raise DataError(f"{path} is not valid JSON: {error}") from error
 
 
 def to_row(example: dict[str, Any], index: int, root: str) -> dict[str, Any]:
     """A row of LLaVA (`conversations`) or of TRL (`messages`) with its images and videos, which are not opened."""
-    name = str(example.get("id") or index)
-    images = [_reference(image, root) for image in _listed(example, "image", "images")]
-    videos = [_frame_paths(video, root) for video in _listed(example, "video", "videos")]
-    row = {"id": name, "messages": [], "images": images, "videos": videos, "problem": ""}
-    turns = example.get("conversations") or example.get("messages") or []
+    name = index if example.get("id") is None else example["id"]
+    row: dict[str, Any] = {"id": str(name), "messages": [], "images": [], "videos": [], "problem": ""}
+    turns = example.get("conversations") or example.get("messages")
     try:
+        row["images"] = [_reference(image, root) for image in _listed(example, "image", "images")]
+        row["videos"] = [_frame_paths(video, root) for video in _videos(example)]
+        if not turns or not isinstance(turns, list):
+            raise DataError(f"{CONVERSATION}: it has the turns {turns!r:.100}, expected a list of them")
         messages = [_turn(turn) for turn in turns]
-        row["messages"] = place_media(messages, len(images), len(videos), at_front="messages" in example)
+        row["messages"] = place_media(messages, len(row["images"]), len(row["videos"]), "messages" in example)
     except DataError as error:
         row["problem"] = str(error)
     return row
@@ -164,29 +186,46 @@ def _listed(example: dict[str, Any], one: str, many: str) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _reference(image: Any, root: str) -> dict[str, Any]:
+def _videos(example: dict[str, Any]) -> list:
+    videos = _listed(example, "video", "videos")
+    return [videos] if videos and all(is_picture(item) for item in videos) else videos  # the frames of one video
+
+
+def is_picture(path: Any) -> bool:
+    """Whether this is the path of a picture, by its ending: a frame, and not a video."""
+    return isinstance(path, str) and (mimetypes.guess_type(path)[0] or "").startswith("image/")
+
+
+def _reference(image: Any, root: str) -> Any:
+    if isinstance(image, PIL.Image.Image):  # a decoded dataset, used from Python
+        return image
     if isinstance(image, dict) and (image.get("bytes") or image.get("path")):
         image = {"bytes": image.get("bytes"), "path": image.get("path")}
     elif isinstance(image, str):
         image = {"bytes": None, "path": image}
     else:
-        raise DataError(f"An image is {image!r:.100}, expected a path, or a dictionary with `path` or `bytes`.")
+        raise DataError(f"{BAD_IMAGE}: {image!r:.100}, expected a path, or a dictionary with `path` or `bytes`")
     return image if image["bytes"] is not None else {**image, "path": os.path.join(root, image["path"])}
 
 
 def _frame_paths(video: Any, root: str) -> list[str]:
     paths = video if isinstance(video, list) else [video]
-    if not all(isinstance(path, str) for path in paths):
-        raise DataError(f"A video is {video!r:.100}, expected the path of a file or the paths of its frames.")
+    if not paths or not all(isinstance(path, str) for path in paths):
+        raise DataError(f"{BAD_IMAGE}: the video {video!r:.100}, expected the path of a file or those of its frames")
     return [os.path.join(root, path) for path in paths]
 
 
-def _turn(turn: dict[str, Any]) -> tuple[str, Any]:
+def _turn(turn: Any) -> tuple[str, Any]:
+    if not isinstance(turn, dict):
+        raise DataError(f"{CONVERSATION}: a turn is {turn!r:.100}, expected a role and what it says")
     role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
     if role not in ROLES:
         raise DataError(f"{CONVERSATION}: the role {role!r}, expected one of {', '.join(ROLES)}")
-    if not isinstance(content, (str, list)):
-        raise DataError(f"{CONVERSATION}: a turn of {role} has the content {content!r:.100}, expected text")
+    parts = content if isinstance(content, list) else []
+    if not isinstance(content, str | list) or not all(
+        isinstance(part, dict) and part.get("type") in COUNTED_AS for part in parts
+    ):
+        raise DataError(f"{CONVERSATION}: a turn of {role} has the content {content!r:.100}, expected text or parts")
     return ROLES[role], content
 
 
@@ -312,8 +351,10 @@ def check_image(image: dict[str, Any], decode: bool) -> None:
         raise DataError(f"{BAD_IMAGE}: {image['path']}: no such file")
 
 
-def open_image(image: dict[str, Any]) -> PIL.Image.Image:
+def open_image(image: dict[str, Any] | PIL.Image.Image) -> PIL.Image.Image:
     """The picture in RGB, as PIL converts it (the original drops transparency and does not rotate)."""
+    if isinstance(image, PIL.Image.Image):
+        return image.convert("RGB")
     name = image["path"] or "an image in the dataset"
     try:
         with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as picture:
@@ -326,35 +367,33 @@ def open_image(image: dict[str, Any]) -> PIL.Image.Image:
 
 def count_frames(video: list[str], decode: bool) -> int:
     """Frames that the processor will read: those that are listed, or one for each second of a file."""
-    if len(video) > 1 or Path(video[0]).suffix.lower() in PIL.Image.registered_extensions():
+    if is_picture(video[0]):
         for frame in video:
             check_image({"path": frame, "bytes": None}, decode)
         return len(video)
     import av
 
-    from modeling_llava_stf.processing_llava_stf import VIDEO_FPS
-
     try:
         with av.open(video[0]) as container:
             stream = container.streams.video[0]
-            if not stream.average_rate:
-                raise DataError(f"{BAD_IMAGE}: {video[0]}: a video without a frame rate")
-            return int(stream.frames / stream.average_rate * VIDEO_FPS)
+            if not stream.average_rate or not stream.frames:
+                raise DataError(f"{BAD_IMAGE}: {video[0]}: it does not say how many frames it has; make it an .mp4")
+            return max(1, int(stream.frames / stream.average_rate * VIDEO_FPS))
     except (OSError, IndexError, av.FFmpegError) as error:
         raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
 
 
 @dataclass
 class Report:
-    """What a check found. `kept` rows are fit to train on."""
+    """What a check found: `kept` rows are fit to train on, and counted; `lengths` are those of the others, too."""
 
     rows: int = 0
     kept: int = 0
     text_only: int = 0
     images: int = 0
     several_images: int = 0
-    videos: int = 0
     targets: int = 0
+    tokens: int = 0
     lengths: list[int] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
 
@@ -364,6 +403,8 @@ class Report:
         columns = checked.select_columns(["id", "length", "vision", "targets", "problem"])
         for batch in columns.iter(1000):
             for name, length, vision, targets, problem in zip(*batch.values(), strict=True):
+                if length:
+                    report.lengths.append(length)
                 if problem:
                     report.problems.setdefault(problem.split(":")[0], []).append(f"{name}: {problem}")
                     continue
@@ -372,7 +413,7 @@ class Report:
                 report.images += vision
                 report.several_images += vision > 1
                 report.targets += targets
-                report.lengths.append(length)
+                report.tokens += length
         return report
 
     def lines(self, max_length: int) -> Iterator[str]:
@@ -389,7 +430,7 @@ class Report:
         yield from self.histogram(max_length)
 
     def histogram(self, max_length: int, bins: int = 16, width: int = 50) -> Iterator[str]:
-        """Lengths of the rows that fit; a bin is a share of `max_length`."""
+        """Lengths of all rows that could be measured; a bin is a share of `max_length`."""
         if not self.lengths:
             return
         step = -(-max_length // bins)
@@ -460,8 +501,11 @@ class Collator(DataCollatorForVisionLanguageModeling):
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return super().torch_call([self._with_media(example) for example in examples])
 
-    def _with_media(self, row: dict[str, Any]) -> dict[str, Any]:
-        videos = iter(row.get("videos") or [])
+    def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:
+        row = example if "problem" in example else to_row(example, 0, "")  # or a row of TRL, as it is
+        if row["problem"]:
+            raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
+        videos = iter(row["videos"])
         messages = [
             {
                 **message,
@@ -476,6 +520,6 @@ class Collator(DataCollatorForVisionLanguageModeling):
 
 
 def _frames_or_file(video: list[str]) -> Any:
-    if len(video) == 1 and Path(video[0]).suffix.lower() not in PIL.Image.registered_extensions():
+    if not is_picture(video[0]):
         return video[0]
     return [open_image({"path": frame, "bytes": None}) for frame in video]

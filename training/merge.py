@@ -26,10 +26,11 @@ def merge(adapter: str, destination: str, base: str | None = None) -> Path:
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json.")
     settings = PeftConfig.from_pretrained(adapter)
+    revision = None if base else settings.revision
     base = base or settings.base_model_name_or_path
-    if Path(base).is_absolute() and not Path(base).is_dir():
+    if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
         raise ValueError(f"The adapter names the base {base}, which is not there. Give it with --base.")
-    model = LlavaSTFForConditionalGeneration.from_pretrained(base, dtype="auto")
+    model = LlavaSTFForConditionalGeneration.from_pretrained(base, revision=revision, dtype="auto")
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     for name, weight in model.named_parameters():

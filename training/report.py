@@ -15,6 +15,7 @@ from .trainer import LlavaSTFTrainer
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
 
+PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 CURVES = {
     "loss": "loss",
     "eval_loss": "loss (evaluation)",
@@ -47,14 +48,11 @@ def start_lines(trainer: LlavaSTFTrainer, data: Report | None) -> Iterator[str]:
         f"{args.gradient_accumulation_steps} accumulation step(s); loss by {args.loss_reduction}"
     )
     if data is not None:
-        per_row = sum(data.lengths) / data.kept
+        per_row = data.tokens / data.kept
         yield (
             f"a step: about {rows * data.images / data.kept:.0f} images and {rows * per_row:,.0f} tokens "
             f"({rows * data.targets / data.kept:,.0f} of them trained); {data.kept:,} rows an epoch"
         )
-
-
-PARTS = ("vision_tower", "multi_modal_projector", "language_model", "lm_head")
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:

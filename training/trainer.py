@@ -16,21 +16,22 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
 from conversion.convert import ROOT
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
-from .data import Collator
+from .data import Collator, DataError
 from .sampler import ModalityLengthSampler
 
 CONNECTOR = "multi_modal_projector"
@@ -48,6 +49,10 @@ This is a note, not yet a model card: `python -m hub_card render` writes one, be
 """
 # In the output folder while something is being saved. The leading underscore keeps it from being pushed.
 UNFINISHED = "_unfinished"
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be saved; what was saved before is as it was."""
 
 
 @dataclass
@@ -122,15 +127,20 @@ class LlavaSTFTrainingArguments(SFTConfig):
     def __post_init__(self) -> None:
         if self.global_batch_size is not None:
             devices = int(os.environ.get("WORLD_SIZE", "1"))
-            step = self.per_device_train_batch_size * devices
-            if self.global_batch_size % step:
-                raise ValueError(
-                    f"`global_batch_size` is {self.global_batch_size}, but {devices} device(s) with "
-                    f"{self.per_device_train_batch_size} rows each take {step} rows at a time, which does not divide "
-                    "it. Change `per_device_train_batch_size`."
-                )
-            self.gradient_accumulation_steps = self.global_batch_size // step
+            self.gradient_accumulation_steps = accumulation_steps(
+                self.global_batch_size, self.per_device_train_batch_size, devices
+            )
         super().__post_init__()
+
+
+def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
+    """Steps to accumulate for a global batch; a `ValueError` if they do not come out even."""
+    if global_batch % (per_device * devices):
+        raise ValueError(
+            f"`global_batch_size` is {global_batch}, but {devices} device(s) with {per_device} rows each take "
+            f"{per_device * devices} rows at a time, which does not divide it. Change `per_device_train_batch_size`."
+        )
+    return global_batch // (per_device * devices)
 
 
 class LlavaSTFTrainer(SFTTrainer):
@@ -149,8 +159,16 @@ class LlavaSTFTrainer(SFTTrainer):
     _tag_names = ["llava-stf"]
     _name = "SFT"
 
-    def __init__(self, model: PreTrainedModel | PeftModel, args: LlavaSTFTrainingArguments, **kwargs: Any):
-        processor = kwargs["processing_class"]
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        args: LlavaSTFTrainingArguments,
+        *,
+        processing_class: ProcessorMixin,
+        data_collator: Any = None,
+        **kwargs: Any,
+    ):
+        processor = processing_class
         template = template_text(processor, args.chat_template_name)
         if args.image_aspect_ratio == "square":  # in training only: the saved processor pads
             processor = copy.deepcopy(processor)
@@ -161,10 +179,15 @@ class LlavaSTFTrainer(SFTTrainer):
             assistant_only_loss=args.assistant_only_loss,
             chat_template=template,
         )
-        super().__init__(model, args, data_collator=kwargs.pop("data_collator", collator), **kwargs)
+        super().__init__(
+            model, args, processing_class=processing_class, data_collator=data_collator or collator, **kwargs
+        )
+        if args.group_by_modality_length and isinstance(self.train_dataset, IterableDataset):
+            raise ValueError("A streamed dataset cannot be grouped: set `group_by_modality_length` to false.")
+        self.add_callback(NoEndlessEpochs())
         self._choose_trained()
         self._images = self._tokens = 0
-        self._clock = time.perf_counter()
+        self._clock = now()
         self._staging = False
 
     # What trains
@@ -173,13 +196,16 @@ class LlavaSTFTrainer(SFTTrainer):
         if isinstance(self.model, PeftModel):
             if self.args.trainable is not None:
                 raise ValueError("`trainable` is not for LoRA: name `lora_target_modules` and `lora_modules_to_save`.")
-            adapted = [name for name, _ in self.model.named_parameters() if "lora_" in name and TOWER in name]
+            adapted = [name for name, w in self.model.named_parameters() if w.requires_grad and TOWER in name]
             if adapted:
                 raise ValueError(
-                    f"The adapter would change the frozen vision tower ({len(adapted)} matrices, such as "
-                    f"{adapted[0]}). Let `lora_target_modules` match the language model only: "
-                    r"'.*language_model.*\.(q|k|v|o)_proj'."
+                    f"The adapter would change the frozen vision tower ({len(adapted)} weights, such as {adapted[0]}). "
+                    "Let `lora_target_modules` match the language model only, "
+                    r"'.*language_model.*\.(q|k|v|o)_proj', and `lora_modules_to_save` not the tower."
                 )
+            for name in self.model.peft_config["default"].modules_to_save or ():
+                if not any(f"{name}.modules_to_save" in parameter for parameter, _ in self.model.named_parameters()):
+                    raise ValueError(f"`lora_modules_to_save` {name!r} matches no module; expected {CONNECTOR!r}.")
         else:
             pattern = self.args.trainable or rf"^(?!.*\b{TOWER}\b)"
             for name, parameter in self.model.named_parameters():
@@ -207,14 +233,15 @@ class LlavaSTFTrainer(SFTTrainer):
             return optimizer
         network = self.model if model is None else model
         connector = {id(weight) for name, weight in network.named_parameters() if CONNECTOR in name}
+        trained = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        if not trained & connector:
+            raise ValueError(f"`projector_learning_rate` is {rate}, but no parameter of {CONNECTOR} is trained.")
         groups = []
         for group in optimizer.param_groups:
             own = [weight for weight in group["params"] if id(weight) in connector]
             others = [weight for weight in group["params"] if id(weight) not in connector]
             groups += [{**group, "params": others}, {**group, "params": own, "lr": rate}]
         optimizer.param_groups[:] = [group for group in groups if group["params"]]
-        if not any(group["lr"] == rate for group in optimizer.param_groups):
-            raise ValueError(f"`projector_learning_rate` is {rate}, but no parameter of {CONNECTOR} is trained.")
         return optimizer
 
     # Order and loss
@@ -226,7 +253,7 @@ class LlavaSTFTrainer(SFTTrainer):
         if not {"length", "vision"} <= set(rows.column_names or ()):
             raise ValueError(
                 "`group_by_modality_length` needs the columns `length` and `vision`: check the rows first (see "
-                "`training.data.check_rows`). A streamed dataset has none: set it to false."
+                "`training.data.check_rows`), or set it to false."
             )
         sampler = ModalityLengthSampler(
             rows["length"][:],
@@ -263,7 +290,8 @@ class LlavaSTFTrainer(SFTTrainer):
 
     # Speed
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """As [`Trainer.train`]; a run that had done all its steps is loaded, and nothing is added to it."""
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
             if self.args.push_to_hub:
@@ -274,15 +302,25 @@ class LlavaSTFTrainer(SFTTrainer):
                 custom_object_save(network, self.args.output_dir, config=network.config)
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
-        self._clock = time.perf_counter()
-        return super().train(*args, **kwargs)
+        if isinstance(resume_from_checkpoint, str) and self.args.max_steps > 0:
+            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
+            if state.global_step >= self.args.max_steps:
+                self.state = state
+                self._load_from_checkpoint(resume_from_checkpoint)
+                return TrainOutput(state.global_step, 0.0, {})
+        self._clock = now()
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except DataError as error:  # with the traceback of a worker in front
+            message = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
+            raise DataError(f"{message}. {self._way_back()}") from error
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As [`SFTTrainer.log`], with the throughput of all devices since the last line."""
         if "loss" in logs:
-            seconds = time.perf_counter() - self._clock
-            counts = torch.tensor([self._images, self._tokens], device=self.args.device, dtype=torch.float64)
-            images, tokens = self.accelerator.reduce(counts.float(), "sum").tolist()
+            seconds = now() - self._clock
+            counts = torch.tensor([self._images, self._tokens], device=self.args.device)
+            images, tokens = self.accelerator.reduce(counts, "sum").tolist()
             flops = training_flops(self.accelerator.unwrap_model(self.model), images, tokens)
             assert self.args.peak_tflops is not None  # measured at the start
             peak = self.args.peak_tflops * 1e12 * self.args.world_size
@@ -292,7 +330,7 @@ class LlavaSTFTrainer(SFTTrainer):
                 "mfu": flops / seconds / peak,
             }
             self._images = self._tokens = 0
-            self._clock = time.perf_counter()
+            self._clock = now()
         super().log(logs, start_time)
 
     # Saving: complete or absent
@@ -313,7 +351,7 @@ class LlavaSTFTrainer(SFTTrainer):
                 self._name_best(staging, run, name)
                 _replace(staging / name, run / name)
         except Exception as error:
-            raise RuntimeError(f"Could not save {run / name}: {error}. {self._way_back()}") from error
+            raise SaveError(f"Could not save {run / name}: {error}. {self._way_back()}") from error
         finally:
             self._staging = False
             if self.args.should_save:
@@ -341,6 +379,7 @@ class LlavaSTFTrainer(SFTTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self._staging:
             return self._write(folder, state_dict)
+        self._check_finite()
         staging = folder / UNFINISHED
         try:
             self._write(staging, state_dict)
@@ -349,7 +388,7 @@ class LlavaSTFTrainer(SFTTrainer):
                 for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
                     _replace(path, folder / path.name)
         except Exception as error:
-            raise RuntimeError(f"Could not save {folder}: {error}. {self._way_back()}") from error
+            raise SaveError(f"Could not save {folder}: {error}. {self._way_back()}") from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(staging, ignore_errors=True)
@@ -382,6 +421,17 @@ class LlavaSTFTrainer(SFTTrainer):
         if last is None:
             return "No checkpoint was saved yet."
         return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
+
+
+class NoEndlessEpochs(TrainerCallback):
+    """Stops where an epoch has too few rows for a step, which a stream would repeat for ever."""
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.step = state.global_step
+
+    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise DataError("The data has no row, or too few for one step: nothing was trained in a whole epoch.")
 
 
 class SamplerEpoch(TrainerCallback):
@@ -475,8 +525,13 @@ def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: fl
     return flops
 
 
-def measure_tflops(device: torch.device, bf16: bool, size: int = 2048, repeats: int = 5) -> float:
-    """The speed of a `size` x `size` matrix product, in TFLOP/s: the best of `repeats`."""
+def now() -> float:
+    return time.perf_counter()
+
+
+def measure_tflops(device: torch.device, bf16: bool, repeats: int = 5) -> float:
+    """The speed of a large matrix product, in TFLOP/s: the best of `repeats`."""
+    size = 2048 if device.type == "cpu" else 8192  # milliseconds, beside which starting it and waiting are nothing
     factor = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = math.inf
     for _ in range(repeats):
