@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
 from conversion.weights import Weights, read_file, read_folder
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .picture import draw_example, draw_method
@@ -158,7 +159,7 @@ def gather(
         repo_id=repo_id,
         tag=tag,
         facts=facts,
-        parameters=sum(math.prod(weight.shape) for weight in weights.values()),
+        parameters=count_parameters(weights, about),
         dtypes=" and ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         size=tqdm.format_sizeof(sum(weight.nbytes for weight in weights.values()), "B"),
         converted=(folder / "original_config.json").exists(),
@@ -169,6 +170,14 @@ def gather(
         speeds=tuple(read_speed(Path(path)) for path in speeds),
         **about,
     )
+
+
+def count_parameters(weights: Weights, about: dict[str, Any]) -> int:
+    """Of the model or the adapter; quantised weights are packed, so that the model itself is counted."""
+    if about.get("quantisation"):
+        with torch.device("meta"):
+            return LlavaSTFForConditionalGeneration(about["config"]).num_parameters()
+    return sum(math.prod(weight.shape) for weight in weights.values())
 
 
 def write_card(folder: Path, card: Card) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -20,6 +21,7 @@ from hub_server import OWNER, READ_TOKEN, WRITE_TOKEN, Hub
 from huggingface_hub import HfApi, constants, snapshot_download
 from packaging import version
 from peft import PeftModel
+from transformers import BitsAndBytesConfig
 
 from conversion import convert
 from hub_card import HubError, check, gather, plan, publish, write_card
@@ -27,6 +29,7 @@ from hub_card.__main__ import main
 from hub_card.card import name_base, snippet_of
 from hub_card.check import ADAPTERS_OFFLINE, CHECKS, files_left_out
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 WORKER = Path(__file__).with_name("hub_worker.py")
 TINY, HALF, ADAPTER = "some/tiny", "some/tiny-half", "some/tiny-lora"
@@ -170,6 +173,26 @@ def reply(processor):
         return output[0, inputs["input_ids"].shape[1] :].tolist()
 
     return reply
+
+
+def test_a_quantised_variant_joins_the_collection(hub, checkpoint, folder, model, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    publish(plan(folder, TINY, collection="LLaVA-STF"))
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=NOT_QUANTISED)
+    quantised = tmp_path / "quantised"
+    LlavaSTFForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, quantization_config=settings
+    ).save_pretrained(quantised)
+    LlavaSTFProcessor.from_pretrained(checkpoint).save_pretrained(quantised)
+    card = gather(quantised, "some/tiny-4bit", replace(CARD_FACTS, base_model=[TINY]))
+    write_card(quantised, card)
+    assert check(quantised) == []
+    publish(plan(quantised, "some/tiny-4bit", collection="LLaVA-STF"))
+    text = (quantised / "README.md").read_text(encoding="utf-8")
+    assert "base_model_relation: quantized" in text and "| quantised with | bitsandbytes |" in text
+    assert f"| parameters | {model.num_parameters():,} |" in text
+    (collection,) = hub.collections.values()
+    assert [item["id"] for item in collection["items"]] == [TINY, "some/tiny-4bit"]
 
 
 def test_what_a_stranger_gets(world, model, reply, processor, adapter_folder, card_folder):
