@@ -12,6 +12,7 @@ import torch
 
 from modeling_llava_stf import LlavaSTFConfig
 
+from .config import INNER_TAPS
 from .convert import EMBEDDINGS, HEAD, ORIGINAL_CONFIG_FILE, complete_or_absent, require_empty
 from .keys import TOWER_PREFIX, ConversionError, to_original
 from .source import fetch, read_tower
@@ -53,6 +54,12 @@ def convert_back(
     if settings.get("model_type") != LlavaSTFConfig.model_type:
         raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
     config = LlavaSTFConfig.from_pretrained(folder)
+    inner = INNER_TAPS.get(len(config.taps), ())
+    if config.taps[1:] != list(inner):
+        raise ConversionError(
+            f"{folder} taps the blocks {config.taps}, but the original's code has its taps built in (behind the first "
+            f"{' or '.join(map(str, INNER_TAPS.values()))}): in its layout this model would compute something else."
+        )
     original = read_json(folder / ORIGINAL_CONFIG_FILE) if (folder / ORIGINAL_CONFIG_FILE).exists() else None
     weights = read_folder(folder)
     rows = original["vocab_size"] if original else _rows_without_placeholder(config)

@@ -724,6 +724,17 @@ def test_way_back_after_training(tmp_path, model, checkpoint):
     assert different <= {"mm_projector_lr", "tokenizer_model_max_length"}
 
 
+def test_way_back_refuses_taps_that_the_original_does_not_have(tmp_path, checkpoint):
+    folder = shutil.copytree(checkpoint, tmp_path / "ours")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["vision_feature_layer"][-1] = 4
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(
+        ConversionError, match=r"taps the blocks \[23, 21, 18, 15, 12, 9, 6, 4\], but the original's code"
+    ):
+        convert_back(folder, tmp_path / "back", vision_tower=GOLDENS / "clip")
+
+
 def test_way_back_refuses_another_tower(tmp_path, checkpoint):
     clip = tmp_path / "clip"
     shutil.copytree(GOLDENS / "clip", clip)

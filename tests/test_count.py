@@ -61,7 +61,8 @@ def test_language_model(config):
     found += counted(network.lm_head, embeddings[:, -1:])
     # PyTorch counts the whole square of attention scores, of which a causal model needs half.
     half_square = 2 * length**2 * settings.hidden_size * settings.num_hidden_layers
-    assert found == count.prefill(config, TEXT).flops + half_square
+    # Before transformers 5.23 the angles of the positions are a small matrix product, too.
+    assert found == pytest.approx(count.prefill(config, TEXT).flops + half_square, rel=1e-4)
 
 
 def test_weights(config):
