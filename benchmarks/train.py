@@ -45,7 +45,7 @@ from modeling_llava_stf import (
     LlavaSTFProcessor,
 )
 from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
-from training.trainer import training_flops
+from training.trainer import measure_tflops, training_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (ROOT / "conversion" / "chat_templates" / "vicuna_v1.jinja").read_text(encoding="utf-8")
@@ -182,6 +182,11 @@ def peak(device: str) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
+def cpu_name() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
 def data(options: argparse.Namespace) -> Dataset:
     """Rows of a random picture and `text` tokens, half of them the answer."""
     picture = Picture.effect_noise((640, 480), 60).convert("RGB")
@@ -205,10 +210,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--optim", default="sgd", help="optimizer of the Trainer, such as adamw_torch")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--peak-tflops", type=float, help="of the device in bfloat16; gives the MFU")
+    parser.add_argument("--peak-tflops", type=float, help="of the device, in bfloat16 (default: measured)")
     parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args()
 
+    if options.peak_tflops is None:
+        options.peak_tflops = measure_tflops(torch.device(options.device), bf16=True)
     rows = data(options)
     turns: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for turn in range(options.rounds):
@@ -217,7 +224,7 @@ def main() -> None:
                 turns[stage, system].append(train(system, stage, options, rows))
                 print(f"round {turn + 1}, {stage}, {system}: {turns[stage, system][-1]}", flush=True)
     result = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or "CPU",
+        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl, peft, accelerate)},
         "options": {name: str(value) for name, value in vars(options).items() if name != "output"},
@@ -241,9 +248,8 @@ def summary(stage: str, turns: dict, options: argparse.Namespace) -> dict[str, A
             "tokens_per_row": rounds[0]["tokens"],
             "counted_tflop_per_step": rounds[0]["tflop"],
             "counted_tflop_recomputed": rounds[0]["tflop_recomputed"],
+            "mfu": rounds[0]["tflop"] / median(seconds) / options.peak_tflops,
         }
-        if options.peak_tflops:
-            systems[system]["mfu"] = rounds[0]["tflop"] / median(seconds) / options.peak_tflops
     stock, stf = systems["stock"], systems["stf"]
     return {
         **systems,
