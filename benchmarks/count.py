@@ -32,7 +32,7 @@ def _vicuna(size: str) -> LlamaConfig:
     )
 
 
-def _clip(layers: int) -> CLIPVisionConfig:
+def clip(layers: int) -> CLIPVisionConfig:
     return CLIPVisionConfig(
         hidden_size=1024,
         intermediate_size=4096,
@@ -44,11 +44,11 @@ def _clip(layers: int) -> CLIPVisionConfig:
 
 
 NAMED: dict[str, Callable[[], Config]] = {
-    "llava-1.5-7b": lambda: LlavaConfig(vision_config=_clip(24), text_config=_vicuna("7b")),
-    "stf-7b": lambda: LlavaSTFConfig(vision_config=_clip(23), text_config=_vicuna("7b")),
-    "llava-1.5-13b": lambda: LlavaConfig(vision_config=_clip(24), text_config=_vicuna("13b")),
+    "llava-1.5-7b": lambda: LlavaConfig(vision_config=clip(24), text_config=_vicuna("7b")),
+    "stf-7b": lambda: LlavaSTFConfig(vision_config=clip(23), text_config=_vicuna("7b")),
+    "llava-1.5-13b": lambda: LlavaConfig(vision_config=clip(24), text_config=_vicuna("13b")),
     "stf-13b": lambda: LlavaSTFConfig(
-        vision_config=_clip(23), text_config=_vicuna("13b"), spatial_fusion_hidden_size=20 * 1024
+        vision_config=clip(23), text_config=_vicuna("13b"), spatial_fusion_hidden_size=20 * 1024
     ),
 }
 

@@ -29,7 +29,6 @@ from datasets import Dataset, Image, List
 from peft import LoraConfig
 from PIL import Image as Picture
 from transformers import (
-    CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -37,6 +36,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from benchmarks.count import clip
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import (
     LlavaSTFConfig,
@@ -49,14 +49,7 @@ from training.trainer import measure_tflops, training_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (ROOT / "conversion" / "chat_templates" / "vicuna_v1.jinja").read_text(encoding="utf-8")
-TOWER = CLIPVisionConfig(
-    hidden_size=1024,
-    intermediate_size=4096,
-    num_hidden_layers=24,
-    num_attention_heads=16,
-    image_size=336,
-    patch_size=14,
-)
+TOWER = clip(layers=24)
 LORA = LoraConfig(
     r=128,
     lora_alpha=256,

@@ -409,11 +409,16 @@ def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
     if plan.source.kind != "initialisation":
         original = json.dumps(plan.source.config, indent=2) + "\n"
         (folder / ORIGINAL_CONFIG_FILE).write_text(original, encoding="utf-8")
-    for name in ("LICENSE", "NOTICE"):
-        shutil.copyfile(ROOT / name, folder / name)
+    copy_licences(folder)
     (folder / "README.md").write_text(
         CARD.format(kind=plan.source.kind, tokens=config.tokens_per_image), encoding="utf-8"
     )
+
+
+def copy_licences(folder: Path) -> None:
+    """Lays the licence of the code beside the code that a checkpoint carries."""
+    for name in ("LICENSE", "NOTICE"):
+        shutil.copyfile(ROOT / name, folder / name)
 
 
 def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:

@@ -311,19 +311,20 @@ def test_lengths_are_those_of_the_batch(processor):
 def test_rows_are_skipped_only_if_that_is_wanted(broken, processor, caplog):
     found = checked(broken, processor)
     with pytest.raises(DataError, match=r"2 of 9 rows cannot be trained on: missing.*--on-bad-image skip"):
-        fit_rows(found, "error", "skip")
+        fit_rows(found, Report.of(found), "error", "skip")
     with pytest.raises(DataError, match="--on-bad-row skip"):
-        fit_rows(found, "skip", "error")
+        fit_rows(found, Report.of(found), "skip", "error")
     caplog.clear()
-    assert fit_rows(found, "skip", "skip")["id"][:] == ["fine", "text"]
+    assert fit_rows(found, Report.of(found), "skip", "skip")["id"][:] == ["fine", "text"]
     for kind, rows in KINDS.items():
         (line,) = (line for line in caplog.messages if f"({kind})" in line)
         assert line.startswith(f"{len(rows)} of 9 rows are left out") and all(f"{row}: " in line for row in rows)
 
 
 def test_nothing_left_is_an_error(broken, processor):
+    found = checked(broken, processor).filter(lambda row: bool(row["problem"]))
     with pytest.raises(DataError, match="None of the 7 rows"):
-        fit_rows(checked(broken, processor).filter(lambda row: bool(row["problem"])), "skip", "skip")
+        fit_rows(found, Report.of(found), "skip", "skip")
 
 
 def test_a_stream_is_checked_row_by_row(broken, processor):

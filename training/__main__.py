@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import yaml
 from datasets import Dataset, IterableDataset
-from transformers import BitsAndBytesConfig, ProcessorMixin
+from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
 
@@ -179,7 +179,7 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
 
 
 def prepare(
-    path: str, data: DataArguments, args: LlavaSTFTrainingArguments, processor: ProcessorMixin
+    path: str, data: DataArguments, args: LlavaSTFTrainingArguments, processor: LlavaSTFProcessor
 ) -> tuple[Dataset | IterableDataset, Report | None]:
     """Rows that can be trained on. All ranks get the same; the first one checks them."""
     checker = Checker(
@@ -194,10 +194,10 @@ def prepare(
         )
         if isinstance(rows, IterableDataset):
             stream = fit_stream(rows, checker, data.on_bad_image, data.on_bad_row)
-            return stream.shuffle(seed=args.data_seed or args.seed, buffer_size=STREAM_BUFFER), None
+            return stream.shuffle(seed=args.order_seed, buffer_size=STREAM_BUFFER), None
         checked = check_rows(rows, checker, args.dataset_num_proc, reuse=args.local_process_index > 0)
-        rows = fit_rows(checked, data.on_bad_image, data.on_bad_row)
-    return rows, Report.of(rows)
+        report = Report.of(checked)
+        return fit_rows(checked, report, data.on_bad_image, data.on_bad_row), report
 
 
 def check_command(arguments: list[str]) -> int:

@@ -30,11 +30,10 @@ import datasets
 import PIL.Image
 from datasets import Dataset, Features, IterableDataset, List, Value
 from jinja2 import TemplateError
-from transformers import ProcessorMixin
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_llava_stf.processing_llava_stf import VIDEO_FPS
+from modeling_llava_stf.processing_llava_stf import VIDEO_FPS, LlavaSTFProcessor
 
 logger = logging.get_logger(__name__)
 
@@ -48,7 +47,6 @@ BAD_IMAGE, PLACEHOLDER, TOO_LONG, NO_TARGET, CONVERSATION = (
     "no trainable token",
     "bad conversation",
 )
-COUNTED_AS = {"text": "text", "image": "image", "video": "image"}
 NAMED = 20  # rows of each kind that a report names
 
 CONTENT = List({"type": Value("string"), "text": Value("string")})
@@ -223,7 +221,7 @@ def _turn(turn: Any) -> tuple[str, Any]:
         raise DataError(f"{CONVERSATION}: the role {role!r}, expected one of {', '.join(ROLES)}")
     parts = content if isinstance(content, list) else []
     if not isinstance(content, str | list) or not all(
-        isinstance(part, dict) and part.get("type") in COUNTED_AS for part in parts
+        isinstance(part, dict) and part.get("type") in ("text", *PLACEHOLDERS) for part in parts
     ):
         raise DataError(f"{CONVERSATION}: a turn of {role} has the content {content!r:.100}, expected text or parts")
     return ROLES[role], content
@@ -292,7 +290,7 @@ class Checker:
         decode: open every image in full; otherwise only see whether its file is there.
     """
 
-    processor: ProcessorMixin
+    processor: LlavaSTFProcessor
     template: str
     max_length: int
     decode: bool
@@ -330,7 +328,7 @@ class Checker:
         media = len(row["images"]) + len(row["videos"])
         rendered = sum(token == self.processor.image_token_id for token in encoded["input_ids"])
         crop = self.processor.image_processor.crop_size
-        (per_image,) = self.processor._get_num_multimodal_tokens([(crop["height"], crop["width"])])["num_image_tokens"]
+        per_image = self.processor.num_image_tokens(crop["height"], crop["width"])
         found["vision"] = len(row["images"]) + frames
         found["length"] = len(encoded["input_ids"]) - media + found["vision"] * per_image
         found["targets"] = sum(encoded["assistant_masks"])
@@ -447,18 +445,18 @@ def check_rows(rows: Dataset, checker: Checker, num_proc: int | None = None, reu
     return rows.map(checker, features=CHECKED, num_proc=num_proc, load_from_cache_file=reuse, desc="Checking the data")
 
 
-def fit_rows(checked: Dataset, on_bad_image: str, on_bad_row: str) -> Dataset:
+def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: str) -> Dataset:
     """The rows without problems; what is left out is counted and named in the log.
 
     Args:
         checked: of [`check_rows`].
+        report: of these rows.
         on_bad_image: `"error"` or `"skip"`: rows whose image or video is missing or broken.
         on_bad_row: `"error"` or `"skip"`: rows that are too long, have no target, or whose placeholders do not fit.
 
     Raises:
         DataError: if there are such rows and they are not to be skipped, or if no row is left.
     """
-    report = Report.of(checked)
     for kind, rows in report.problems.items():
         option, choice = ("--on-bad-image", on_bad_image) if kind == BAD_IMAGE else ("--on-bad-row", on_bad_row)
         listing = "; ".join(rows[:NAMED]) + (f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else "")

@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """An adapter and its base as one full checkpoint."""
 
-import shutil
 from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 
-from conversion.convert import ROOT, complete_or_absent, require_empty
+from conversion.convert import complete_or_absent, copy_licences, require_empty
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 
@@ -38,6 +37,5 @@ def merge(adapter: str, destination: str, base: str | None = None) -> Path:
     with complete_or_absent(target) as folder:
         model.save_pretrained(folder)
         LlavaSTFProcessor.from_pretrained(adapter).save_pretrained(folder)
-        for name in ("LICENSE", "NOTICE"):
-            shutil.copyfile(ROOT / name, folder / name)
+        copy_licences(folder)
     return target

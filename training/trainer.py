@@ -28,7 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from conversion.convert import ROOT
+from conversion.convert import copy_licences
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
 from .data import Collator, DataError
@@ -131,6 +131,11 @@ class LlavaSTFTrainingArguments(SFTConfig):
                 self.global_batch_size, self.per_device_train_batch_size, devices
             )
         super().__post_init__()
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
 
 
 def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
@@ -260,7 +265,7 @@ class LlavaSTFTrainer(SFTTrainer):
             [vision > 0 for vision in rows["vision"][:]],
             self.args.train_batch_size,
             self.args.world_size * self.args.gradient_accumulation_steps,
-            self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+            self.args.order_seed,
         )
         self.add_callback(SamplerEpoch(sampler))
         return sampler
@@ -297,8 +302,7 @@ class LlavaSTFTrainer(SFTTrainer):
             if self.args.push_to_hub:
                 # Pushes in between copy the weights, but not the code, which must be there already.
                 os.makedirs(self.args.output_dir, exist_ok=True)
-                network = self.accelerator.unwrap_model(self.model)
-                network = network.get_base_model() if isinstance(network, PeftModel) else network
+                network = without_adapter(self.accelerator.unwrap_model(self.model))
                 custom_object_save(network, self.args.output_dir, config=network.config)
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
@@ -398,8 +402,7 @@ class LlavaSTFTrainer(SFTTrainer):
             super()._save(str(folder), state_dict)
         if self.args.should_save:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which knows less than ours
-            for name in ("LICENSE", "NOTICE"):  # of the code that stands beside the weights
-                shutil.copyfile(ROOT / name, folder / name)
+            copy_licences(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """A note in place of a card, where there is none: what a card needs to know, a run does not."""
@@ -472,6 +475,10 @@ def template_text(processor: Any, name: str) -> str:
     return templates[name]
 
 
+def without_adapter(model: PreTrainedModel | PeftModel) -> Any:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 @contextmanager
 def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Within it, TRL's fused head sees a bias that takes `<image>` out of the softmax.
@@ -479,7 +486,7 @@ def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     TRL multiplies by the head's weight itself, so that the model's own loss, which leaves `<image>` out, is not used.
     The original has no such token.
     """
-    network: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    network = without_adapter(model)
     head_of = type(network).get_output_embeddings
 
     def masked_head() -> SimpleNamespace:
