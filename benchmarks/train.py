@@ -12,7 +12,6 @@ has 2 layers and the optimizer is SGD, which a CPU with 16 GB can hold; compare 
 import argparse
 import gc
 import json
-import platform
 import tempfile
 import time
 from collections import defaultdict
@@ -36,6 +35,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from benchmarks import machine
 from benchmarks.count import clip
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import (
@@ -99,15 +99,14 @@ class Steps(TrainerCallback):
         self.seconds.append(self.now() - self.started)
 
     def now(self) -> float:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        machine.wait(self.device)
         return time.perf_counter()
 
 
 def train(system: str, stage: str, options: argparse.Namespace, rows: Dataset) -> dict[str, float]:
     """Trains a few steps; seconds of a step (the first is not counted), peak memory, counted FLOPs."""
     trainable, dtype = STAGES[stage]
-    reset_peak(options.device)
+    machine.reset_peak(options.device)
     model, processor = build(system, options.layers, options.device, dtype)
     steps = Steps(options.device)
     with tempfile.TemporaryDirectory() as folder:
@@ -139,7 +138,7 @@ def train(system: str, stage: str, options: argparse.Namespace, rows: Dataset) -
         again = recomputed_flops(trainer.model, options.batch * tokens)
     result = {
         "seconds": median(steps.seconds[1:]),
-        "peak_gib": peak(options.device),
+        "peak_gib": machine.peak(options.device) / 2**30,
         "tokens": tokens,
         "tflop": flops / 1e12,
         "tflop_recomputed": again / 1e12,
@@ -158,26 +157,6 @@ def recomputed_flops(model: torch.nn.Module, tokens: int) -> float:
         if isinstance(layer, torch.nn.Linear) and "language_model.layers" in name
     ]
     return 2.0 * tokens * sum(layer.in_features * layer.out_features for layer in layers)
-
-
-def reset_peak(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak(device: str) -> float:
-    """GiB: of the device, or of the process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
-
-
-def cpu_name() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else platform.machine()
 
 
 def data(options: argparse.Namespace) -> Dataset:
@@ -217,7 +196,7 @@ def main() -> None:
                 turns[stage, system].append(train(system, stage, options, rows))
                 print(f"round {turn + 1}, {stage}, {system}: {turns[stage, system][-1]}", flush=True)
     result = {
-        "device": torch.cuda.get_device_name() if options.device == "cuda" else cpu_name(),
+        "device": machine.name(options.device),
         "threads": torch.get_num_threads(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl, peft, accelerate)},
         "options": {name: str(value) for name, value in vars(options).items() if name != "output"},

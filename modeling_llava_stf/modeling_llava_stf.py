@@ -177,8 +177,10 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         attentions = kwargs.get("output_attentions") or getattr(vision, "output_attentions", False)
         blocks = self.vision_tower.encoder.layers.all() if all_hidden_states or attentions else nullcontext()
         # A frozen tower never runs backward, not even where gradient checkpointing makes its inputs require gradients.
-        tower_learns = images.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
-        with blocks, torch.set_grad_enabled(tower_learns and torch.is_grad_enabled()):
+        tower_learns = torch.is_grad_enabled() and (
+            images.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+        )
+        with blocks, torch.set_grad_enabled(tower_learns):
             wanted = taps if SELECTS_HIDDEN_STATES and not all_hidden_states else True
             outputs = self.vision_tower(images, output_hidden_states=wanted, return_dict=True, **kwargs)
         features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
@@ -313,8 +315,10 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         **kwargs: Any,
     ) -> dict[str, Any]:
         # transformers drops the images from all passes but the first, and takes an assistant's first one and (before
-        # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image.
-        unseen = past_key_values is not None and inputs_embeds is None and past_key_values.get_seq_length() == 0
+        # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image. A step of decoding
+        # follows a prompt; there, asking a static cache for its length would wait for the device.
+        prompt = past_key_values is not None and inputs_embeds is None and kwargs.get("next_sequence_length") != 1
+        unseen = prompt and past_key_values.get_seq_length() == 0
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

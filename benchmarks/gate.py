@@ -1,0 +1,111 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Equal outputs or no timing: the systems of `benchmarks/run.py` are compared before they are measured."""
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache
+
+from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, System, cast, cropped
+
+TEXT = 50
+STEPS = 8
+FLOAT32_ERROR = 1e-4  # relative to the largest number
+COSINE = 0.999  # of results in a lower precision, or compiled
+
+
+def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
+    """Compares ours with the reference in float32, then casts all weights and compares ours with itself.
+
+    Raises:
+        SystemExit: if outputs differ.
+    """
+    ours, reference = systems[OURS], systems[REFERENCE]
+    size = ours.model.config.vision_config.image_size
+    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(ours.model.device)
+    one, both = pixels[:1], torch.stack(ours.vision(pixels))
+    logits, tokens = greedy(ours, one)
+    their_logits, their_tokens = greedy(reference, one)
+    _, cached_tokens = greedy(ours, one, reuse=True)
+    outcome = {
+        "ours and reference, features of one picture: equal": torch.equal(
+            torch.stack(ours.vision(one)), torch.stack(reference.vision(one))
+        ),
+        "ours and reference, features of two pictures: error": error(both, torch.stack(reference.vision(pixels))),
+        "ours and reference, logits: error": error(logits, their_logits),
+        "ours and reference, tokens: equal": torch.equal(tokens, their_tokens),
+        "picture in a cache or not, tokens: equal": torch.equal(tokens, cached_tokens),
+    }
+    stock_logits, _ = greedy(systems[STOCK], one)
+    cast(systems.values(), dtype)
+    for name, expected in ((OURS, logits), (STOCK, stock_logits)):
+        outcome[f"{name}, {str(dtype).removeprefix('torch.')} and float32, logits: cosine"] = cosine(
+            greedy(systems[name], one.to(dtype))[0], expected
+        )
+    return checked(outcome)
+
+
+def compiled(systems: dict[str, System]) -> dict[str, Any]:
+    """Compares the compiled systems with the eager ones, on features and on the logits of a prompt and of a step.
+
+    Raises:
+        SystemExit: if outputs differ.
+    """
+    outcome = {}
+    for eager_name, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
+        eager_system, system = systems[eager_name], systems[name]
+        size = system.model.config.vision_config.image_size
+        pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+        pixels = pixels.to(system.model.device, system.model.dtype)
+        outcome[f"{name} and eager, features: cosine"] = cosine(
+            torch.cat(system.vision(pixels)), torch.cat(eager_system.vision(pixels))
+        )
+        logits, tokens = greedy(system, pixels)
+        outcome[f"{name} and eager, logits: cosine"] = cosine(logits, greedy(eager_system, pixels, forced=tokens)[0])
+    return checked(outcome)
+
+
+def greedy(
+    system: System, pixels: torch.Tensor, reuse: bool = False, forced: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (1, steps, vocabulary) and tokens (1, steps) of an answer.
+
+    With `reuse` the picture's part of the cache is made by another question; `forced` gives the tokens to go on with.
+    """
+    ids = system.prompt(1, TEXT)
+    cache, inputs = system.new_cache(1, TEXT), {"inputs_embeds": system.embed(ids, pixels)}
+    if reuse:
+        seen = 1 + system.image_tokens
+        cache = DynamicCache(config=system.model.config.text_config)
+        other = torch.cat([ids[:, :seen], ids[:, seen:].flip(1)], dim=1)
+        system.forward(cache, inputs_embeds=system.embed(other, pixels))
+        cache, inputs = cropped(cache, seen), {"input_ids": ids[:, seen:]}
+    all_logits, tokens = [], []
+    for step in range(STEPS):
+        all_logits.append(system.forward(cache, **inputs).clone())
+        tokens.append(all_logits[-1].argmax(-1, keepdim=True) if forced is None else forced[:, step : step + 1])
+        inputs = {"input_ids": tokens[-1]}
+    return torch.stack(all_logits, dim=1), torch.cat(tokens, dim=1)
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, relative to the largest number."""
+    return ((found - expected).abs().max() / expected.abs().max()).item()
+
+
+def cosine(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The lowest cosine of two vectors that belong together."""
+    return torch.cosine_similarity(found.double(), expected.double(), dim=-1).min().item()
+
+
+def checked(outcome: dict[str, Any]) -> dict[str, Any]:
+    passed = {"equal": lambda value: value is True, "error": lambda value: value < FLOAT32_ERROR}
+    passed["cosine"] = lambda value: value > COSINE
+    failed = {name: value for name, value in outcome.items() if not passed[name.rpartition(": ")[2]](value)}
+    if failed:
+        raise SystemExit(
+            f"error: outputs differ, nothing is timed: {failed}. Expected equality, an error below {FLOAT32_ERROR}, "
+            f"a cosine above {COSINE}."
+        )
+    return outcome

@@ -1,0 +1,74 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that is measured: its name, its clock, its memory, and how fast it is at best."""
+
+import gc
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+
+def name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else platform.machine()
+
+
+def seconds(device: str, work: Callable[[], object]) -> float:
+    """How long `work` takes, from an idle device to an idle device."""
+    wait(device)
+    started = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def free(device: str) -> None:
+    """Gives back what nobody holds any more."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+
+
+def reset_peak(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str) -> int:
+    """Bytes at the most since `reset_peak`: of the device, or of the process."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
+
+
+def used(device: str) -> int:
+    """Bytes now: of the device, or of the process."""
+    return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
+
+
+def _status(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def best_flops(device: str, dtype: torch.dtype) -> float:
+    """FLOP/s of a large matrix product: the best of ten."""
+    size = 2048 if device == "cpu" else 8192
+    factor = torch.randn(size, size, device=device, dtype=dtype)
+    return 2 * size**3 / min(seconds(device, lambda: factor @ factor) for _ in range(10))
+
+
+def best_bandwidth(device: str) -> float:
+    """Bytes/s that a sum reads from memory: the best of ten."""
+    block = torch.ones(2**28 if device == "cpu" else 2**32, device=device, dtype=torch.int8).view(torch.float32)
+    return block.nbytes / min(seconds(device, block.sum) for _ in range(10))

@@ -1,0 +1,383 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Speed of LLaVA-STF (144 tokens for a picture) beside a stock LLaVA (576), and beside the original's maths done plainly.
+
+python -m benchmarks.run --out benchmarks/results/run_cpu.json
+python -m benchmarks.run --device cuda --out benchmarks/results/run_cuda.json
+python -m benchmarks.report    # the table of the README and the plots, from the JSON files
+
+Widths are those of the 7B and weights are random. On a CPU the language model has two layers of it: compare ratios, not
+times. Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a
+compiled system's first call, which compiles, is counted apart.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import DynamicCache
+
+from benchmarks import count, gate, machine
+from benchmarks.systems import (
+    OURS,
+    OURS_COMPILED,
+    REFERENCE,
+    STOCK,
+    STOCK_COMPILED,
+    System,
+    cast,
+    compile_system,
+    cropped,
+    eager_systems,
+    fill,
+    refilled,
+)
+from modeling_llava_stf import LlavaSTFImageProcessor
+
+ANSWER = 16  # tokens
+QUESTION = 50  # tokens of text beside a picture's
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how often. Compiled systems are left out where each shape would take too long to compile."""
+
+    dtype: torch.dtype
+    rounds: int
+    warm_up: int  # calls at the start of a turn that are not counted
+    repeats: int  # counted calls of a turn
+    images: tuple[int, ...]
+    texts: tuple[int, ...]
+    batches: tuple[int, ...]
+    decode_batches: tuple[int, ...]
+    compiled_everywhere: bool
+    compile_options: dict[str, str]
+
+    def compiled(self, batch: int, text: int = QUESTION) -> bool:
+        return self.compiled_everywhere or (batch, text) == (1, QUESTION)
+
+
+PLANS = {
+    "tiny": Plan(torch.float32, 2, 0, 1, (1, 2), (10, QUESTION), (1, 2), (1, 2), False, {"backend": "eager"}),
+    "slice": Plan(torch.bfloat16, 5, 0, 1, (1, 8), (10, QUESTION, 200, 1000), (1, 8), (1, 8, 32, 128), False, {}),
+    "7b": Plan(
+        torch.bfloat16,
+        5,
+        3,
+        10,
+        (1, 8, 32),
+        (10, QUESTION, 200, 1000),
+        (1, 8, 32),
+        (1, 8, 32, 128),
+        True,
+        {"mode": "reduce-overhead"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. `prepare` gives the work to be timed; `flops` and `bytes` are what it computes and reads."""
+
+    metric: str
+    batch: int
+    text: int | None
+    systems: tuple[str, ...]
+    prepare: Callable[[System], Work]
+    flops: Callable[[System], float] | None = None
+    bytes: Callable[[System], float] | None = None
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """All that is timed, in the order of the table."""
+    both, three, compiled = (STOCK, OURS), (STOCK, REFERENCE, OURS), (STOCK_COMPILED, OURS_COMPILED)
+
+    def systems(eager: tuple[str, ...], batch: int, text: int = QUESTION) -> tuple[str, ...]:
+        return eager + compiled if plan.compiled(batch, text) else eager
+
+    for batch in plan.images:
+        yield Case("encode", batch, None, systems(three, batch), partial(encode, batch=batch), vision_flops(batch))
+    for text in plan.texts:
+        case = partial(prefill, batch=1, text=text)
+        yield Case("prefill", 1, text, systems(both, 1, text), case, prefill_flops(1, text))
+    for batch, text in [(1, text) for text in plan.texts] + [(batch, QUESTION) for batch in plan.batches[1:]]:
+        case = partial(first_token, batch=batch, text=text)
+        yield Case("first token", batch, text, systems(three, batch, text), case, first_token_flops(batch, text))
+    for batch in plan.decode_batches:
+        case = partial(decode, batch=batch)
+        yield Case("decode", batch, QUESTION, systems(both, batch), case, bytes=step_bytes(batch))
+    for batch in plan.batches:
+        yield Case("answer", batch, QUESTION, systems(both, batch), partial(answer, batch=batch))
+    for batch in plan.batches:
+        yield Case("second question", batch, QUESTION, systems(both, batch), partial(second_question, batch=batch))
+
+
+# The work
+
+
+def pictures(system: System, batch: int) -> torch.Tensor:
+    vision = system.model.config.vision_config
+    generator = torch.Generator().manual_seed(batch)
+    pixels = torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+    return pixels.to(system.model.device, system.model.dtype)
+
+
+def encode(system: System, batch: int) -> Work:
+    """Vision tower and connector."""
+    return partial(system.vision, pictures(system, batch))
+
+
+def prefill(system: System, batch: int, text: int) -> Work:
+    """The language model over pictures that are encoded already."""
+    ids = system.prompt(batch, text)
+    embeddings = system.model.get_input_embeddings()(ids)
+    cache = system.new_cache(batch, text)
+    return lambda: system.forward(system.emptied(cache), inputs_embeds=embeddings)
+
+
+def first_token(system: System, batch: int, text: int) -> Work:
+    """Pixels and ids to the logits of the first token."""
+    ids, pixels = system.prompt(batch, text), pictures(system, batch)
+    cache = system.new_cache(batch, text)
+    return lambda: system.forward(system.emptied(cache), inputs_embeds=system.embed(ids, pixels))
+
+
+def decode(system: System, batch: int) -> Work:
+    """One more token for each sequence."""
+    length = system.image_tokens + QUESTION + ANSWER // 2
+    cache = fill(system.new_cache(batch, QUESTION), system, batch, length)
+    token = torch.full((batch, 1), 5, device=system.model.device)
+    return lambda: system.forward(cache, input_ids=token)
+
+
+def answer(system: System, batch: int) -> Work:
+    """`generate`, from pixels and ids to an answer of 16 tokens."""
+    ids, pixels = system.prompt(batch, QUESTION), pictures(system, batch)
+    cache = system.new_cache(batch, QUESTION)
+    return lambda: system.model.generate(
+        input_ids=ids,
+        pixel_values=pixels,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=system.emptied(cache),
+        min_new_tokens=ANSWER,
+        max_new_tokens=ANSWER,
+        do_sample=False,
+        disable_compile=True,  # compiled systems are compiled already
+    )
+
+
+def second_question(system: System, batch: int) -> Work:
+    """Another question about a picture that a cache holds, to the logits of the first token."""
+    seen = 1 + system.image_tokens
+    ids = system.prompt(batch, QUESTION)[:, seen:]
+    prefix = fill(DynamicCache(config=system.model.config.text_config), system, batch, seen)
+    if not system.compiled:
+        return lambda: system.forward(cropped(prefix, seen), input_ids=ids)
+    cache = system.new_cache(batch, QUESTION)
+    return lambda: system.forward(refilled(cache, prefix), input_ids=ids)
+
+
+# What the work comes to
+
+
+def vision_flops(batch: int) -> Callable[[System], float]:
+    return lambda system: batch * sum(part.flops for part in count.vision_parts(system.model.config))
+
+
+def prefill_flops(batch: int, text: int) -> Callable[[System], float]:
+    return lambda system: batch * count.prefill(system.model.config, text).flops
+
+
+def first_token_flops(batch: int, text: int) -> Callable[[System], float]:
+    return lambda system: batch * sum(part.flops for part in count.first_token(system.model.config, text))
+
+
+def step_bytes(batch: int) -> Callable[[System], float]:
+    def of(system: System) -> float:
+        config = system.model.config
+        weights = count.decoder_weights(config) + count.head_weights(config)
+        return weights * count.BYTES + batch * count.cache_bytes(config, QUESTION + ANSWER // 2)
+
+    return of
+
+
+# The clock
+
+
+def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> dict[str, Any]:
+    """Seconds of each system that takes part, in turns; what a device has no memory for is said so."""
+    runs: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in case.systems}
+    for turn in range(plan.rounds):
+        for name, run in runs.items():
+            if "error" in run:
+                continue
+            try:
+                work = case.prepare(systems[name])
+                if turn == 0:
+                    run["first_call_seconds"] = machine.seconds(device, work)
+                for _ in range(plan.warm_up):
+                    work()
+                run["seconds"] += [machine.seconds(device, work) for _ in range(plan.repeats)]
+            except torch.OutOfMemoryError:
+                run["error"] = "out of memory"
+            work = None
+            machine.free(device)
+    for name, run in runs.items():
+        for kind, amount in (("flops", case.flops), ("bytes", case.bytes)):
+            if amount is not None and name != REFERENCE:
+                run[kind] = amount(systems[name])
+    return {"metric": case.metric, "batch": case.batch, "text": case.text, "systems": runs}
+
+
+def memory(systems: dict[str, System], device: str, batch: int) -> dict[str, dict[str, int]]:
+    """What the vision side needs for `batch` pictures: the tower's states that are kept, and the peak above the weights."""
+    result = {}
+    for name in (STOCK, REFERENCE, OURS):
+        system, kept = systems[name], []
+        pixels = pictures(system, batch)
+        with system.tower.register_forward_hook(lambda _, args, out, kept=kept: kept.append(_bytes(out.hidden_states))):
+            system.vision(pixels)  # also leaves the allocator warm
+        machine.free(device)
+        machine.reset_peak(device)
+        before = machine.used(device)
+        system.vision(pixels)
+        result[name] = {
+            "batch": batch,
+            "hidden_states_bytes": sum(kept) // batch,
+            "peak_bytes": machine.peak(device) - before,
+        }
+    return result
+
+
+def _bytes(states: tuple[torch.Tensor | None, ...]) -> int:
+    return sum(state.nbytes for state in states if state is not None)
+
+
+def largest_batch(system: System) -> int:
+    """Sequences of a picture, 50 tokens and 16 of an answer that fit beside the weights, to the next lower 32."""
+    length = system.image_tokens + QUESTION + ANSWER
+
+    def fits(batch: int) -> bool:
+        machine.free("cuda")
+        try:
+            cache = fill(system.new_cache(batch, QUESTION), system, batch, length - 1)
+            system.forward(cache, input_ids=torch.full((batch, 1), 5, device=system.model.device))
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    batch = step = 1024
+    while step >= 32:
+        fitting = fits(batch)
+        step //= 2
+        batch += step if fitting else -step
+    return batch if fits(batch) else batch - 32
+
+
+def processor_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
+    """A picture's way from PIL to pixels, by its size, and of eight pictures with a thread for each core."""
+    process = LlavaSTFImageProcessor()
+    result = {}
+    for width, height in ((640, 480), (1920, 1080)):
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            works = {
+                "one": partial(process, picture, return_tensors="pt"),
+                "eight": lambda picture=picture: [process(picture) for _ in range(8)],
+                "eight, threads": lambda picture=picture, threads=threads: list(threads.map(process, [picture] * 8)),
+            }
+            result[f"{width} x {height}"] = {
+                name: [machine.seconds("cpu", work) for _ in range(rounds)] for name, work in works.items()
+            }
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
+    parser.add_argument("--rounds", type=int, help="turns of each system (default: the size's)")
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write; must not exist")
+    options = parser.parse_args()
+    if options.out.exists():
+        parser.error(f"{options.out} exists: move it away, or name another file")
+    size = options.size or {"cpu": "slice", "cuda": "7b"}[options.device]
+    plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
+    partial_out = options.out.with_suffix(".partial.json")
+    result: dict[str, Any] = {
+        "device": machine.name(options.device),
+        "threads": torch.get_num_threads(),
+        "size": size,
+        "dtype": str(plan.dtype).removeprefix("torch."),
+        "command": f"python -m benchmarks.run --device {options.device} --size {size} --rounds {plan.rounds}",
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, transformers)},
+    }
+    torch._dynamo.config.recompile_limit = 64  # a graph for each shape: they are more than the usual eight
+    started = time.perf_counter()
+    try:
+        with torch.no_grad():
+            for part in run(size, plan, options.device):
+                result.update(part)
+                result["total_seconds"] = time.perf_counter() - started
+                partial_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    except BaseException:
+        if partial_out.exists():
+            print(f"stopped; what was measured so far is in {partial_out}")
+        raise
+    partial_out.replace(options.out)
+    print(f"{options.out} is written, {result['total_seconds']:.0f} s")
+
+
+def run(size: str, plan: Plan, device: str) -> Iterator[dict[str, Any]]:
+    """Everything, part by part: each is a field of the result."""
+    yield {"peak": {"flops": machine.best_flops(device, plan.dtype), "bytes": machine.best_bandwidth(device)}}
+    systems = eager_systems(size, device)
+    outcome = gate.eager(systems, plan.dtype)
+    print(f"gate: {outcome}", flush=True)
+    yield {"gate": outcome}
+    for eager, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
+        systems[name] = compile_system(systems[eager], name, **plan.compile_options)
+    started = time.perf_counter()
+    outcome |= gate.compiled(systems)
+    compile_seconds = time.perf_counter() - started
+    print(f"gate, compiled: {outcome}, {compile_seconds:.0f} s", flush=True)
+    yield {"gate": outcome, "compile_seconds": compile_seconds}
+    yield {"memory": memory(systems, device, max(plan.images))}
+    yield {"processor": processor_seconds(plan.rounds)}
+    measured: list[dict[str, Any]] = []
+    todo = list(cases(plan))
+    for position, case in enumerate(todo):
+        measured.append(measure(case, systems, plan, device))
+        print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)
+        yield {"cases": measured}
+    if device == "cuda":
+        yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK_COMPILED, OURS_COMPILED)}}
+
+
+def _line(measured: dict[str, Any]) -> str:
+    text = "" if measured["text"] is None else f", {measured['text']} tokens of text"
+    times = [
+        f"{name} {run.get('error') or format(1e3 * median(run['seconds']), '.1f') + ' ms'}"
+        for name, run in measured["systems"].items()
+    ]
+    return f"{measured['metric']}, batch {measured['batch']}{text}: {', '.join(times)}"
+
+
+if __name__ == "__main__":
+    main()

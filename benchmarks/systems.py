@@ -1,0 +1,195 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The systems that `benchmarks/run.py` compares: one set of random weights, used in five ways.
+
+A stock LLaVA (576 tokens for a picture), the reference port of the method, the package's model, and the stock and the
+package's model compiled. All share the weights of tower and language model.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    Cache,
+    CLIPVisionConfig,
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    StaticCache,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from benchmarks import count
+from benchmarks.reference import ReferenceVision, share
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+
+ANSWER_ROOM = 32  # tokens
+STOCK, REFERENCE, OURS = "stock", "reference", "ours"
+STOCK_COMPILED, OURS_COMPILED = "stock compiled", "ours compiled"
+
+
+@dataclass
+class System:
+    """A way to run the method or the stock model. `model` holds the language model; `vision` gives B x (T, D)."""
+
+    name: str
+    model: Any
+    vision: Callable[[torch.Tensor], list[torch.Tensor]]
+
+    @property
+    def compiled(self) -> bool:
+        return self.name in (STOCK_COMPILED, OURS_COMPILED)
+
+    @property
+    def tower(self) -> torch.nn.Module:
+        return self.vision.tower if isinstance(self.vision, ReferenceVision) else self.model.model.vision_tower
+
+    @property
+    def image_tokens(self) -> int:
+        return count.image_tokens(self.model.config)
+
+    def prompt(self, batch: int, text: int) -> torch.Tensor:
+        """Token ids of a picture and `text` tokens, (batch, T + text)."""
+        generator = torch.Generator().manual_seed(text)
+        words = torch.randint(3, self.model.config.image_token_id, (batch, text), generator=generator)
+        image = torch.full((batch, self.image_tokens), self.model.config.image_token_id)
+        return torch.cat([words[:, :1], image, words[:, 1:]], dim=1).to(self.model.device)
+
+    def embed(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+        """Embeddings with the pictures in their places, (batch, sequence, D)."""
+        embeddings = self.model.get_input_embeddings()(ids)
+        places = (ids == self.model.config.image_token_id).unsqueeze(-1)
+        return embeddings.masked_scatter(places, torch.cat(self.vision(pixels)).to(embeddings.dtype))
+
+    def forward(self, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
+        """Logits of the last token, (batch, vocabulary)."""
+        return self.model(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
+
+    def new_cache(self, batch: int, text: int) -> Cache:
+        """An empty cache for a picture, `text` tokens and an answer: it grows, or, of a compiled model, is of that length."""
+        settings = self.model.config.text_config
+        if not self.compiled:
+            return DynamicCache(config=settings)
+        cache = StaticCache(config=settings, max_cache_len=self.image_tokens + text + ANSWER_ROOM)
+        cache.early_initialization(batch, *_heads(settings), self.model.dtype, self.model.device)
+        return cache
+
+    def emptied(self, cache: Cache) -> Cache:
+        """For the next prompt; a cache of fixed length stays where it is in memory."""
+        if not self.compiled:
+            return DynamicCache(config=self.model.config.text_config)
+        cache.reset()
+        return cache
+
+
+def fill(cache: Cache, system: System, batch: int, tokens: int) -> Cache:
+    """Puts `tokens` tokens of noise into a cache: what a step costs does not depend on the numbers."""
+    text, model = system.model.config.text_config, system.model
+    heads, width = _heads(text)
+    noise = torch.randn(batch, heads, tokens, width, dtype=model.dtype, device=model.device)
+    for layer in range(text.num_hidden_layers):
+        cache.update(noise, noise, layer)
+    return cache
+
+
+def cropped(cache: Cache, tokens: int) -> Cache:
+    """A cache that grows, with its first `tokens` tokens."""
+    cache.crop(tokens - cache.get_seq_length())
+    return cache
+
+
+def refilled(cache: Cache, prefix: Cache) -> Cache:
+    """A cache of fixed length, with what `prefix` holds; it stays where it is in memory."""
+    cache.reset()
+    for index, layer in enumerate(prefix.layers):
+        cache.update(layer.keys, layer.values, index)
+    return cache
+
+
+def _heads(text: Any) -> tuple[int, int]:
+    return text.num_key_value_heads, text.hidden_size // text.num_attention_heads
+
+
+def configs(size: str) -> tuple[LlavaConfig, LlavaSTFConfig]:
+    """Stock and ours: `7b`, `slice` (two layers of its language model), or `tiny`. The towers hold all 24 layers."""
+    stock, ours = count.NAMED["llava-1.5-7b"](), count.NAMED["stf-7b"]()
+    ours.vision_config.num_hidden_layers = stock.vision_config.num_hidden_layers
+    for config in (stock, ours):
+        text = config.text_config
+        if size != "7b":
+            text.num_hidden_layers = 2
+        if size == "tiny":
+            text.update({"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "vocab_size": 301})
+            text.num_key_value_heads, text.head_dim = 2, 32
+            config.vision_config = CLIPVisionConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=24,
+                num_attention_heads=2,
+                image_size=56,
+                patch_size=14,
+            )
+        config.image_token_id = text.vocab_size - 1
+    return stock, ours
+
+
+def eager_systems(size: str, device: str) -> dict[str, System]:
+    """The systems that are not compiled, with random weights in float32."""
+    stock_config, our_config = configs(size)
+    torch.manual_seed(0)
+    ours = _build(LlavaSTFForConditionalGeneration, our_config, device)
+    stock = _build(LlavaForConditionalGeneration, stock_config, device)
+    for part in ("model.vision_tower", "model.language_model", "lm_head"):
+        share(ours.get_submodule(part), stock.get_submodule(part))
+    return {
+        STOCK: System(STOCK, stock, _features(stock)),
+        REFERENCE: System(REFERENCE, ours, ReferenceVision(ours)),
+        OURS: System(OURS, ours, _features(ours)),
+    }
+
+
+def cast(systems: Iterable[System], dtype: torch.dtype) -> None:
+    """Weights only: the angles of the positions stay in float32, as in a model that was loaded so."""
+    for system in systems:
+        for weight in (*system.model.parameters(), *system.tower.parameters()):
+            weight.data = weight.data.to(dtype)
+
+
+def _build(kind: type, config: Any, device: str) -> Any:
+    with torch.device(device):
+        model = kind(config)
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def _features(model: Any) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    return lambda pixels: model.model.get_image_features(pixels, return_dict=True).pooler_output
+
+
+def compile_system(system: System, name: str, **options: Any) -> System:
+    """The same weights, with tower and connector as one graph, and one graph for each shape of the language model.
+
+    The system must have run once: transformers installs hooks in the first pass, which a graph cannot hold.
+    """
+    model = copy.deepcopy(system.model, {id(weight): weight for weight in system.model.parameters()})
+    options = {"fullgraph": True, "dynamic": False, **options}
+    ours = isinstance(model, LlavaSTFForConditionalGeneration)
+    features = model.model.get_image_features if ours else _traceable_features(model.model)
+    model.model.get_image_features = torch.compile(features, **options)
+    model.forward = torch.compile(model.forward, **options)
+    return System(name, model, _features(model))
+
+
+def _traceable_features(stock: LlavaModel) -> Callable[..., BaseModelOutputWithPooling]:
+    """The stock `get_image_features`, whose decorators cannot be traced into one graph, without them."""
+
+    def get_image_features(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        states = stock.vision_tower(pixel_values, output_hidden_states=True).hidden_states
+        features = stock.multi_modal_projector(states[stock.config.vision_feature_layer][:, 1:])
+        return BaseModelOutputWithPooling(pooler_output=list(features))
+
+    return get_image_features
