@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of LLaVA-STF (144 tokens for a picture) beside a stock LLaVA (576), and beside the original's maths done plainly.
+"""Speed of LLaVA-STF (144 tokens for a picture) beside the stock LLaVA (576) and the original's maths done plainly.
 
 python -m benchmarks.run --out benchmarks/results/run_cpu.json
 python -m benchmarks.run --device cuda --out benchmarks/results/run_cuda.json
@@ -38,7 +38,6 @@ from benchmarks.systems import (
     STOCK,
     STOCK_COMPILED,
     System,
-    cast,
     compile_system,
     cropped,
     eager_systems,
@@ -54,7 +53,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how often. Compiled systems are left out where each shape would take too long to compile."""
+    """What is measured, and how often. Compiled systems have no part where compiling each shape would take too long."""
 
     dtype: torch.dtype
     rounds: int
@@ -91,7 +90,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One row of the table. `prepare` gives the work to be timed; `flops` and `bytes` are what it computes and reads."""
+    """A row of the table. `prepare` gives the work to be timed; `flops` and `bytes` are what it computes and reads."""
 
     metric: str
     batch: int
@@ -244,7 +243,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
 
 
 def memory(systems: dict[str, System], device: str, batch: int) -> dict[str, dict[str, int]]:
-    """What the vision side needs for `batch` pictures: the tower's states that are kept, and the peak above the weights."""
+    """Bytes of the vision side for `batch` pictures: the states that its tower keeps, and the peak above weights."""
     result = {}
     for name in (STOCK, REFERENCE, OURS):
         system, kept = systems[name], []

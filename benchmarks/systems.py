@@ -70,7 +70,7 @@ class System:
         return self.model(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
 
     def new_cache(self, batch: int, text: int) -> Cache:
-        """An empty cache for a picture, `text` tokens and an answer: it grows, or, of a compiled model, is of that length."""
+        """An empty cache for a picture, `text` tokens and an answer; it grows, but that of a compiled model."""
         settings = self.model.config.text_config
         if not self.compiled:
             return DynamicCache(config=settings)

@@ -315,10 +315,10 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         **kwargs: Any,
     ) -> dict[str, Any]:
         # transformers drops the images from all passes but the first, and takes an assistant's first one and (before
-        # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image. A step of decoding
-        # follows a prompt; there, asking a static cache for its length would wait for the device.
-        prompt = past_key_values is not None and inputs_embeds is None and kwargs.get("next_sequence_length") != 1
-        unseen = prompt and past_key_values.get_seq_length() == 0
+        # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image. Not asked in a
+        # step of decoding, where it is never empty: the length of a static cache would have to wait for the device.
+        prompt = inputs_embeds is None and kwargs.get("next_sequence_length") != 1
+        unseen = prompt and past_key_values is not None and past_key_values.get_seq_length() == 0
         return super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,

@@ -1,0 +1,208 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""From the results of `benchmarks/run.py`: the tables of the README's speed section, and a plot for each result.
+
+python -m benchmarks.report [--plots]
+
+A result is a file `benchmarks/results/run_*.json`; its plot stands beside it.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN, END = "<!-- speed: written by benchmarks/report.py -->\n", "<!-- speed: end -->"
+SYSTEMS = (STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED)
+EVEN = 1.05  # ratios up to this one, either way, are no gain and no loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plots", action="store_true", help="draw the plots, too (needs matplotlib)")
+    options = parser.parse_args()
+    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    if options.plots:
+        for path in files():
+            draw(read(path), path.with_suffix(".png"))
+
+
+def files() -> list[Path]:
+    return sorted(RESULTS.glob("run_*.json"))
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def updated(readme: str) -> str:
+    """The README with the section of the results that are there."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md lacks {BEGIN.strip()!r} or {END!r}, between which the tables go.")
+    sections = [section(read(path), path) for path in files()]
+    return before + begin + "\n" + "\n".join(sections or ["No result is there yet.\n"]) + "\n" + end + after
+
+
+def section(result: dict[str, Any], path: Path) -> str:
+    return "\n".join(
+        [
+            f"**{conditions(result)}** (`{result['command']} --out {path.relative_to(ROOT)}`):",
+            "",
+            *table(result),
+            "",
+            *notes(result),
+            "",
+        ]
+    )
+
+
+def conditions(result: dict[str, Any]) -> str:
+    layers = {"7b": "the whole 7B", "slice": "full width, 2 layers of the language model"}
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    return (
+        f"{result['device']}, {result['threads']} threads, {result['dtype']}, {layers.get(result['size'], 'tiny')}, "
+        f"random weights; {versions}"
+    )
+
+
+def table(result: dict[str, Any]) -> Iterator[str]:
+    """Median milliseconds with half the interquartile range, and how many times faster ours is."""
+    yield "| ms | " + " | ".join(SYSTEMS) + " | ours / stock | compiled | ours / reference | of peak |"
+    yield "| --- |" + " --: |" * (len(SYSTEMS) + 4)
+    for case in result["cases"]:
+        runs = case["systems"]
+        cells = [cell(runs.get(name)) for name in SYSTEMS]
+        ratios = [
+            verdict(ratio(runs, baseline, ours))
+            for baseline, ours in ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED), (REFERENCE, OURS))
+        ]
+        yield "| " + " | ".join([label(case), *cells, *ratios, share_of_peak(result, runs)]) + " |"
+
+
+def label(case: dict[str, Any]) -> str:
+    text = "" if case["text"] is None else f", {case['text']} tokens of text"
+    return f"{case['metric']}, batch {case['batch']}{text}"
+
+
+def cell(run: dict[str, Any] | None) -> str:
+    if run is None:
+        return ""
+    if "error" in run:
+        return run["error"]
+    milliseconds = [1e3 * seconds for seconds in run["seconds"]]
+    spread = ""
+    if len(milliseconds) > 1:
+        low, _, high = quantiles(milliseconds, n=4, method="inclusive")
+        spread = f" ± {digits((high - low) / 2)}"
+    return digits(median(milliseconds)) + spread
+
+
+def digits(number: float) -> str:
+    return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def ratio(runs: dict[str, Any], baseline: str, ours: str) -> float | None:
+    """How many times faster ours is; None where one of them has no time."""
+    times = [runs.get(name, {}).get("seconds") for name in (baseline, ours)]
+    return median(times[0]) / median(times[1]) if all(times) else None
+
+
+def verdict(faster: float | None) -> str:
+    if faster is None:
+        return ""
+    if faster > EVEN:
+        return f"**{faster:.2f}x**"
+    return f"{faster:.2f}x, no gain" if faster >= 1 / EVEN else f"{faster:.2f}x, slower"
+
+
+def share_of_peak(result: dict[str, Any], runs: dict[str, Any]) -> str:
+    """Of the fastest of ours: FLOP/s of a matrix product, or bytes/s of a sum, measured on the same device."""
+    for name in (OURS_COMPILED, OURS):
+        run = runs.get(name, {})
+        for kind in ("flops", "bytes"):
+            if kind in run and run["seconds"]:
+                return f"{run[kind] / median(run['seconds']) / result['peak'][kind]:.0%} {kind}"
+    return ""
+
+
+def notes(result: dict[str, Any]) -> Iterator[str]:
+    """What is no row of the table: memory, largest batch, the second question, preparing pictures, and what it means."""
+    memory = result["memory"]
+    batch = memory[OURS]["batch"]
+    kept = {name: memory[name]["hidden_states_bytes"] / 1e6 for name in (REFERENCE, OURS)}
+    peaks = ", ".join(f"{name} {memory[name]['peak_bytes'] / 1e6:.0f} MB" for name in (STOCK, REFERENCE, OURS))
+    yield (
+        f"- Hidden states that the tower keeps for a picture: reference {kept[REFERENCE]:.1f} MB, ours {kept[OURS]:.1f} MB "
+        f"({kept[REFERENCE] / kept[OURS]:.1f}x less). Peak above the weights while encoding {batch}: {peaks}."
+    )
+    if "largest_batch" in result:
+        fits = result["largest_batch"]
+        yield f"- Largest batch (picture, 50 and 16 tokens): stock {fits[STOCK_COMPILED]}, ours {fits[OURS_COMPILED]}."
+    for case in result["cases"]:
+        gain = second_question_gain(result, case["batch"]) if case["metric"] == "second question" else None
+        if gain is not None:
+            yield (
+                f"- A second question about a picture, batch {case['batch']}, is {gain:.1f}x faster to the first token "
+                "than the first one was (ours, picture in the cache)."
+            )
+    for size, works in result["processor"].items():
+        one, eight, threads = (1e3 * median(works[name]) for name in ("one", "eight", "eight, threads"))
+        yield (
+            f"- Preparing a picture of {size}: {one:.0f} ms on the CPU, not in the times above; eight in {eight:.0f} ms, "
+            f"with threads in {threads:.0f} ms."
+        )
+    losses = [label(case) for case in result["cases"] if is_loss(case)]
+    yield f"- No gain over stock, or a loss: {'; '.join(losses) or 'nowhere'}."
+    yield f"- Compiling took {result['compile_seconds']:.0f} s for the first graphs; it is in none of the times."
+
+
+def is_loss(case: dict[str, Any]) -> bool:
+    pairs = ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED))
+    ratios = [ratio(case["systems"], *pair) for pair in pairs]
+    return any(faster is not None and faster <= EVEN for faster in ratios)
+
+
+def second_question_gain(result: dict[str, Any], batch: int) -> float | None:
+    """First token of a whole pass over first token of a second question, of the fastest of ours that has both."""
+    cases = {case["metric"]: case for case in result["cases"] if case["batch"] == batch and case["text"] == 50}
+    if "first token" not in cases:
+        return None
+    for name in (OURS_COMPILED, OURS):
+        times = [cases[metric]["systems"].get(name, {}).get("seconds") for metric in ("first token", "second question")]
+        if all(times):
+            return median(times[0]) / median(times[1])
+    return None
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """How many times faster ours is than the stock model, row by row, as bars."""
+    from matplotlib.figure import Figure
+
+    cases = result["cases"]
+    figure = Figure(figsize=(8, 0.45 * len(cases) + 1.5), layout="constrained")
+    axes = figure.subplots()
+    for offset, (name, pair) in enumerate(
+        {"eager": (STOCK, OURS), "compiled": (STOCK_COMPILED, OURS_COMPILED)}.items()
+    ):
+        places = [place + 0.4 * offset - 0.2 for place in range(len(cases))]
+        axes.barh(places, [ratio(case["systems"], *pair) or 0 for case in cases], height=0.4, label=name)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(range(len(cases)), [label(case) for case in cases])
+    axes.invert_yaxis()
+    axes.set_xlabel("times faster than the stock LLaVA (left of the line: slower)")
+    axes.set_title(f"{result['device']}, {result['dtype']}, {result['size']}")
+    axes.legend()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()
