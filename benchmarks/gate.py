@@ -22,8 +22,7 @@ def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
         SystemExit: if outputs differ.
     """
     ours, reference = systems[OURS], systems[REFERENCE]
-    size = ours.model.config.vision_config.image_size
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0)).to(ours.model.device)
+    pixels = ours.pictures(2)
     one, both = pixels[:1], torch.stack(ours.vision(pixels))
     logits, tokens = greedy(ours, one)
     their_logits, their_tokens = greedy(reference, one)
@@ -52,9 +51,7 @@ def compiled(systems: dict[str, System]) -> dict[str, Any]:
     outcome = {}
     for eager_name, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
         eager_system, system = systems[eager_name], systems[name]
-        size = system.model.config.vision_config.image_size
-        pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-        pixels = pixels.to(system.model.device, system.model.dtype)
+        pixels = system.pictures(1)
         outcome[f"{name} and eager, features: cosine"] = cosine(
             torch.cat(system.vision(pixels)), torch.cat(eager_system.vision(pixels))
         )

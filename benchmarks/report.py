@@ -135,14 +135,14 @@ def share_of_peak(result: dict[str, Any], runs: dict[str, Any]) -> str:
 
 
 def notes(result: dict[str, Any]) -> Iterator[str]:
-    """What is no row of the table: memory, largest batch, the second question, preparing pictures, and what it means."""
+    """What is no row of the table: memory, largest batch, the second question, preparing pictures, and the losses."""
     memory = result["memory"]
     batch = memory[OURS]["batch"]
     kept = {name: memory[name]["hidden_states_bytes"] / 1e6 for name in (REFERENCE, OURS)}
     peaks = ", ".join(f"{name} {memory[name]['peak_bytes'] / 1e6:.0f} MB" for name in (STOCK, REFERENCE, OURS))
     yield (
-        f"- Hidden states that the tower keeps for a picture: reference {kept[REFERENCE]:.1f} MB, ours {kept[OURS]:.1f} MB "
-        f"({kept[REFERENCE] / kept[OURS]:.1f}x less). Peak above the weights while encoding {batch}: {peaks}."
+        f"- Hidden states that the tower keeps for a picture: reference {kept[REFERENCE]:.1f} MB, ours {kept[OURS]:.1f} "
+        f"MB ({kept[REFERENCE] / kept[OURS]:.1f}x less). Peak above the weights while encoding {batch}: {peaks}."
     )
     if "largest_batch" in result:
         fits = result["largest_batch"]
@@ -157,8 +157,8 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     for size, works in result["processor"].items():
         one, eight, threads = (1e3 * median(works[name]) for name in ("one", "eight", "eight, threads"))
         yield (
-            f"- Preparing a picture of {size}: {one:.0f} ms on the CPU, not in the times above; eight in {eight:.0f} ms, "
-            f"with threads in {threads:.0f} ms."
+            f"- Preparing a picture of {size}: {one:.0f} ms on the CPU, not in the times above; eight in {eight:.0f} "
+            f"ms, with threads in {threads:.0f} ms."
         )
     losses = [label(case) for case in result["cases"] if is_loss(case)]
     yield f"- No gain over stock, or a loss: {'; '.join(losses) or 'nowhere'}."

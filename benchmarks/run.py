@@ -128,16 +128,9 @@ def cases(plan: Plan) -> Iterator[Case]:
 # The work
 
 
-def pictures(system: System, batch: int) -> torch.Tensor:
-    vision = system.model.config.vision_config
-    generator = torch.Generator().manual_seed(batch)
-    pixels = torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
-    return pixels.to(system.model.device, system.model.dtype)
-
-
 def encode(system: System, batch: int) -> Work:
     """Vision tower and connector."""
-    return partial(system.vision, pictures(system, batch))
+    return partial(system.vision, system.pictures(batch))
 
 
 def prefill(system: System, batch: int, text: int) -> Work:
@@ -150,7 +143,7 @@ def prefill(system: System, batch: int, text: int) -> Work:
 
 def first_token(system: System, batch: int, text: int) -> Work:
     """Pixels and ids to the logits of the first token."""
-    ids, pixels = system.prompt(batch, text), pictures(system, batch)
+    ids, pixels = system.prompt(batch, text), system.pictures(batch)
     cache = system.new_cache(batch, text)
     return lambda: system.forward(system.emptied(cache), inputs_embeds=system.embed(ids, pixels))
 
@@ -165,7 +158,7 @@ def decode(system: System, batch: int) -> Work:
 
 def answer(system: System, batch: int) -> Work:
     """`generate`, from pixels and ids to an answer of 16 tokens."""
-    ids, pixels = system.prompt(batch, QUESTION), pictures(system, batch)
+    ids, pixels = system.prompt(batch, QUESTION), system.pictures(batch)
     cache = system.new_cache(batch, QUESTION)
     return lambda: system.model.generate(
         input_ids=ids,
@@ -247,7 +240,7 @@ def memory(systems: dict[str, System], device: str, batch: int) -> dict[str, dic
     result = {}
     for name in (STOCK, REFERENCE, OURS):
         system, kept = systems[name], []
-        pixels = pictures(system, batch)
+        pixels = system.pictures(batch)
         with system.tower.register_forward_hook(lambda _, args, out, kept=kept: kept.append(_bytes(out.hidden_states))):
             system.vision(pixels)  # also leaves the allocator warm
         machine.free(device)

@@ -59,6 +59,13 @@ class System:
         image = torch.full((batch, self.image_tokens), self.model.config.image_token_id)
         return torch.cat([words[:, :1], image, words[:, 1:]], dim=1).to(self.model.device)
 
+    def pictures(self, batch: int) -> torch.Tensor:
+        """Pixels, (batch, 3, H, W)."""
+        vision = self.model.config.vision_config
+        generator = torch.Generator().manual_seed(batch)
+        pixels = torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
+        return pixels.to(self.model.device, self.model.dtype)
+
     def embed(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """Embeddings with the pictures in their places, (batch, sequence, D)."""
         embeddings = self.model.get_input_embeddings()(ids)
@@ -171,10 +178,9 @@ def _features(model: Any) -> Callable[[torch.Tensor], list[torch.Tensor]]:
 
 
 def compile_system(system: System, name: str, **options: Any) -> System:
-    """The same weights, with tower and connector as one graph, and one graph for each shape of the language model.
-
-    The system must have run once: transformers installs hooks in the first pass, which a graph cannot hold.
-    """
+    """The same weights, with tower and connector as one graph, and one graph for each shape of the language model."""
+    # transformers installs hooks in the first pass, which a graph cannot hold.
+    system.forward(system.new_cache(1, 1), inputs_embeds=system.embed(system.prompt(1, 1), system.pictures(1)))
     model = copy.deepcopy(system.model, {id(weight): weight for weight in system.model.parameters()})
     options = {"fullgraph": True, "dynamic": False, **options}
     ours = isinstance(model, LlavaSTFForConditionalGeneration)
