@@ -33,9 +33,9 @@ def wait(device: str) -> None:
 
 
 def free(device: str) -> None:
-    """Gives back what nobody holds any more."""
-    gc.collect()
+    """Gives back the device's memory that nobody holds any more."""
     if device == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
 
 

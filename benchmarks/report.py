@@ -141,7 +141,7 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     kept = {name: memory[name]["hidden_states_bytes"] / 1e6 for name in (REFERENCE, OURS)}
     peaks = ", ".join(f"{name} {memory[name]['peak_bytes'] / 1e6:.0f} MB" for name in (STOCK, REFERENCE, OURS))
     yield (
-        f"- Hidden states that the tower keeps for a picture: reference {kept[REFERENCE]:.1f} MB, ours {kept[OURS]:.1f} "
+        f"- Hidden states that the tower keeps of a picture: reference {kept[REFERENCE]:.1f} MB, ours {kept[OURS]:.1f} "
         f"MB ({kept[REFERENCE] / kept[OURS]:.1f}x less). Peak above the weights while encoding {batch}: {peaks}."
     )
     if "largest_batch" in result:

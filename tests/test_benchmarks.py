@@ -1,0 +1,180 @@
+"""The harness: what it compares, what it writes, and what the README says of it."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from benchmarks import gate, report, run
+from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, System, eager_systems
+
+
+def as_compiled(system, name, **options):
+    """With a cache of fixed length, but not compiled, which takes long; `test_speed.py` compiles."""
+    return System(name, system.model, system.vision)
+
+
+@pytest.fixture
+def systems():
+    with torch.no_grad():
+        systems = eager_systems("tiny", "cpu")
+        systems[STOCK_COMPILED] = as_compiled(systems[STOCK], STOCK_COMPILED)
+        systems[OURS_COMPILED] = as_compiled(systems[OURS], OURS_COMPILED)
+        yield systems
+
+
+def test_equal_systems_pass_the_gate(systems):
+    assert gate.eager(systems, torch.float32)["ours and reference, tokens: equal"] is True
+    assert gate.compiled(systems).keys() == {
+        f"{name} and eager, {what}: cosine"
+        for name in (STOCK_COMPILED, OURS_COMPILED)
+        for what in ("features", "logits")
+    }
+
+
+def other_windows(systems):
+    fusion = systems[OURS].model.model.multi_modal_projector.spatial_fusion
+    windows = fusion.windows
+    fusion.windows = lambda features: windows(features).unflatten(-1, (-1, 4)).transpose(-1, -2).flatten(-2)
+
+
+def other_taps(systems):
+    vision = systems[REFERENCE].vision
+    vision.config = type(vision.config)(**vision.config.to_dict() | {"vision_feature_layer": vision.config.taps[::-1]})
+
+
+@pytest.mark.parametrize("mistake", [other_windows, other_taps])
+def test_gate_stops_a_wrong_port(mistake, systems):
+    mistake(systems)
+    with pytest.raises(SystemExit, match="nothing is timed.*features of one picture: equal': False"):
+        gate.eager(systems, torch.float32)
+
+
+def test_gate_stops_a_compiled_model_that_computes_something_else(systems):
+    vision = systems[OURS].vision
+    systems[OURS_COMPILED].vision = lambda pixels: [tokens.flip(0) for tokens in vision(pixels)]
+    with pytest.raises(SystemExit, match="ours compiled and eager, features: cosine"):
+        gate.compiled(systems)
+
+
+def test_systems_share_their_weights(systems):
+    ours, stock = systems[OURS].model, systems[STOCK].model
+    assert stock.lm_head.weight is ours.lm_head.weight
+    for part in ("language_model", "vision_tower"):
+        theirs = dict(getattr(stock.model, part).named_parameters())
+        assert all(theirs[name] is weight for name, weight in getattr(ours.model, part).named_parameters())
+    assert all(any(w is v for v in ours.parameters()) for w in systems[REFERENCE].tower.parameters())
+
+
+def test_a_picture_takes_a_quarter_of_the_tokens(systems):
+    tokens = {
+        name: int((system.prompt(1, 10) == system.model.config.image_token_id).sum())
+        for name, system in systems.items()
+    }
+    assert tokens[STOCK] == 4 * tokens[OURS] == 4 * tokens[REFERENCE]
+    assert systems[STOCK].prompt(2, 10).shape == (2, tokens[STOCK] + 10)
+
+
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """A run of the whole harness on a tiny model."""
+    monkeypatch.setattr(run, "compile_system", as_compiled)
+    out = tmp_path / "run_tiny.json"
+
+    def measure(*options):
+        monkeypatch.setattr("sys.argv", ["run", "--size", "tiny", "--rounds", "2", "--out", str(out), *options])
+        run.main()
+
+    return measure, out
+
+
+def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys):
+    measure, out = measured
+    measure()
+    result = json.loads(out.read_text())
+    cases = {(case["metric"], case["batch"], case["text"]): case["systems"] for case in result["cases"]}
+    assert {metric for metric, _, _ in cases} == {
+        "encode", "prefill", "first token", "decode", "answer", "second question",
+    }  # fmt: skip
+    assert set(cases["first token", 1, 50]) == {STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED}
+    assert all(len(run["seconds"]) == 2 and min(run["seconds"]) > 0 for case in cases.values() for run in case.values())
+    assert result["versions"]["torch"] == torch.__version__ and result["device"] and result["gate"]
+    states = {name: memory["hidden_states_bytes"] for name, memory in result["memory"].items()}
+    assert states[REFERENCE] > states[OURS]
+    assert not list(out.parent.glob("*.partial.json"))
+    assert f"[{len(cases)}/{len(cases)}]" in capsys.readouterr().out
+
+    monkeypatch.setattr(report, "ROOT", out.parent)
+    section = report.section(result, out)
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(rows) == len(cases) + 2 and len({row.count("|") for row in rows}) == 1
+    assert result["device"] in section and "float32" in section and "--out run_tiny.json" in section
+
+    before = out.read_text()
+    with pytest.raises(SystemExit):
+        measure()
+    assert "exists" in capsys.readouterr().err and out.read_text() == before
+
+
+def test_a_run_that_stops_keeps_what_it_has(measured, monkeypatch, capsys):
+    measure, out = measured
+    whole, calls = run.measure, []
+
+    def fails_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(run, "measure", fails_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        measure()
+    partial = out.with_suffix(".partial.json")
+    assert len(json.loads(partial.read_text())["cases"]) == 2
+    assert not out.exists() and str(partial) in capsys.readouterr().out
+
+
+def test_a_system_without_memory_is_said_so(systems):
+    def prepare(system):
+        if system.name == STOCK:
+            raise torch.OutOfMemoryError
+        return lambda: None
+
+    case = run.Case("decode", 512, 50, (STOCK, OURS), prepare)
+    measured = run.measure(case, systems, run.PLANS["tiny"], "cpu")
+    assert report.cell(measured["systems"][STOCK]) == "out of memory"
+    assert report.ratio(measured["systems"], STOCK, OURS) is None
+    assert len(measured["systems"][OURS]["seconds"]) == run.PLANS["tiny"].rounds
+
+
+@pytest.mark.parametrize(("faster", "said"), [(2.0, "**2.00x**"), (1.04, "1.04x, no gain"), (0.8, "0.80x, slower")])
+def test_losses_are_named(faster, said):
+    assert report.verdict(faster) == said
+    case = {
+        "metric": "encode",
+        "batch": 1,
+        "text": None,
+        "systems": {STOCK: {"seconds": [faster] * 3}, OURS: {"seconds": [1.0] * 3}},
+    }
+    assert report.is_loss(case) is (faster < 1.05)
+
+
+def test_readme_says_what_the_results_say():
+    readme = report.README.read_text(encoding="utf-8")
+    assert report.updated(readme) == readme, "run: python -m benchmarks.report"
+
+
+def test_readme_without_a_place_for_the_tables_is_refused():
+    with pytest.raises(ValueError, match="lacks"):
+        report.updated("# A README\n")
+
+
+def test_plot(tmp_path):
+    run_of = {"seconds": [1.0, 2.0]}
+    cases = [
+        {"metric": "decode", "batch": batch, "text": 50, "systems": {STOCK: run_of, OURS: run_of}} for batch in (1, 8)
+    ]
+    report.draw({"cases": cases, "device": "a CPU", "dtype": "float32", "size": "tiny"}, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.size[0] > 400 and len(plot.convert("RGB").getcolors(1 << 20)) > 3

@@ -1,0 +1,32 @@
+"""The compiled model on a GPU, with CUDA graphs. Not run yet: no GPU was at hand."""
+
+import pytest
+import torch
+
+from benchmarks.systems import OURS, OURS_COMPILED, compile_system, eager_systems
+
+pytestmark = pytest.mark.gpu
+
+
+@torch.no_grad()
+def test_cuda_graphs_answer_as_eager_passes():
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    ours = eager_systems("tiny", "cuda")[OURS]
+    compiled = compile_system(ours, OURS_COMPILED, mode="reduce-overhead")
+    cache = compiled.new_cache(1, 50)
+    ids = ours.prompt(1, 50)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "min_new_tokens": 16, "max_new_tokens": 16}
+    graphs = []
+    for turn in range(4):  # the first two warm up and record
+        pixels = ours.pictures(1) * (1 + turn)
+        expected = ours.model.generate(**inputs, pixel_values=pixels, do_sample=False)
+        cache.reset()
+        tokens = compiled.model.generate(
+            **inputs, pixel_values=pixels, do_sample=False, past_key_values=cache, disable_compile=True
+        )
+        assert torch.equal(tokens, expected)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len(set(graphs)) == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
