@@ -144,7 +144,7 @@ def measure(source: Path, scratch: Path, rounds: int) -> dict:
         "peak_anonymous_bytes": max(run["peak_anonymous_bytes"] for run in conversions),
         "peak_file_backed_bytes": max(run["peak_file_backed_bytes"] for run in conversions),
         "runs": {"copy": copies, "conversion": conversions},
-        "page_cache_dropped": _drop_page_cache(),
+        "page_cache_dropped": drop_page_cache(),
         "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {
             "python": platform.python_version(),
@@ -157,7 +157,7 @@ def measure(source: Path, scratch: Path, rounds: int) -> dict:
 
 def timed(command: list[str]) -> dict:
     """Runs a command; its seconds until the disk has everything, and its peak memory by kind."""
-    _drop_page_cache()
+    drop_page_cache()
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
     anonymous = file_backed = 0
@@ -184,7 +184,7 @@ def _memory(process: int) -> dict[str, int]:
     return {line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss")}
 
 
-def _drop_page_cache() -> bool:
+def drop_page_cache() -> bool:
     os.sync()
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")

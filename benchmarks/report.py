@@ -55,7 +55,7 @@ def updated(readme: str) -> str:
 def section(result: dict[str, Any], path: Path) -> str:
     return "\n".join(
         [
-            f"**{conditions(result)}** (`{result['command']} --out {path.relative_to(ROOT)}`):",
+            f"**{conditions(result)}** (`{result['command']}`, raw numbers in `{path.relative_to(ROOT)}`):",
             "",
             *table(result),
             "",
@@ -146,7 +146,7 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     )
     if "largest_batch" in result:
         fits = result["largest_batch"]
-        yield f"- Largest batch (picture, 50 and 16 tokens): stock {fits[STOCK_COMPILED]}, ours {fits[OURS_COMPILED]}."
+        yield f"- Largest batch (picture, 50 and 16 tokens): stock {fits[STOCK]}, ours {fits[OURS]}."
     for case in result["cases"]:
         gain = second_question_gain(result, case["batch"]) if case["metric"] == "second question" else None
         if gain is not None:

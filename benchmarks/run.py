@@ -15,8 +15,9 @@ import argparse
 import json
 import os
 import platform
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,6 +49,7 @@ from modeling_llava_stf import LlavaSTFImageProcessor
 
 ANSWER = 16  # tokens
 QUESTION = 50  # tokens of text beside a picture's
+METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question")
 Work = Callable[[], object]
 
 
@@ -63,16 +65,16 @@ class Plan:
     texts: tuple[int, ...]
     batches: tuple[int, ...]
     decode_batches: tuple[int, ...]
-    compiled_everywhere: bool
+    compiled_batches: tuple[int, ...]
     compile_options: dict[str, str]
 
     def compiled(self, batch: int, text: int = QUESTION) -> bool:
-        return self.compiled_everywhere or (batch, text) == (1, QUESTION)
+        return batch in self.compiled_batches and text == QUESTION
 
 
 PLANS = {
-    "tiny": Plan(torch.float32, 2, 0, 1, (1, 2), (10, QUESTION), (1, 2), (1, 2), False, {"backend": "eager"}),
-    "slice": Plan(torch.bfloat16, 5, 0, 1, (1, 8), (10, QUESTION, 200, 1000), (1, 8), (1, 8, 32, 128), False, {}),
+    "tiny": Plan(torch.float32, 2, 0, 1, (1, 2), (10, QUESTION), (1, 2), (1, 2), (1,), {"backend": "eager"}),
+    "slice": Plan(torch.bfloat16, 5, 0, 1, (1, 8), (10, QUESTION, 200, 1000), (1, 8), (1, 8, 32, 128), (1,), {}),
     "7b": Plan(
         torch.bfloat16,
         5,
@@ -82,7 +84,7 @@ PLANS = {
         (10, QUESTION, 200, 1000),
         (1, 8, 32),
         (1, 8, 32, 128),
-        True,
+        (1, 8, 32, 128),
         {"mode": "reduce-overhead"},
     ),
 }
@@ -241,12 +243,11 @@ def memory(systems: dict[str, System], device: str, batch: int) -> dict[str, dic
     for name in (STOCK, REFERENCE, OURS):
         system, kept = systems[name], []
         pixels = system.pictures(batch)
-        with system.tower.register_forward_hook(lambda _, args, out, kept=kept: kept.append(_bytes(out.hidden_states))):
-            system.vision(pixels)  # also leaves the allocator warm
         machine.free(device)
         machine.reset_peak(device)
         before = machine.used(device)
-        system.vision(pixels)
+        with system.tower.register_forward_hook(lambda _, args, out, kept=kept: kept.append(_bytes(out.hidden_states))):
+            system.vision(pixels)
         result[name] = {
             "batch": batch,
             "hidden_states_bytes": sum(kept) // batch,
@@ -260,7 +261,7 @@ def _bytes(states: tuple[torch.Tensor | None, ...]) -> int:
 
 
 def largest_batch(system: System) -> int:
-    """Sequences of a picture, 50 tokens and 16 of an answer that fit beside the weights, to the next lower 32."""
+    """Sequences of a picture, 50 tokens and 16 of an answer that fit beside the weights, less than 32 too few."""
     length = system.image_tokens + QUESTION + ANSWER
 
     def fits(batch: int) -> bool:
@@ -272,12 +273,11 @@ def largest_batch(system: System) -> int:
             return False
         return True
 
-    batch = step = 1024
-    while step >= 32:
-        fitting = fits(batch)
-        step //= 2
-        batch += step if fitting else -step
-    return batch if fits(batch) else batch - 32
+    low, high = 0, 2048
+    while high - low > 32:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def processor_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -304,6 +304,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: the size's)")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="what to time (default: all)")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write; must not exist")
     options = parser.parse_args()
     if options.out.exists():
@@ -316,7 +317,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "size": size,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "command": f"python -m benchmarks.run --device {options.device} --size {size} --rounds {plan.rounds}",
+        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers)},
     }
@@ -324,7 +325,7 @@ def main() -> None:
     started = time.perf_counter()
     try:
         with torch.no_grad():
-            for part in run(size, plan, options.device):
+            for part in run(size, plan, options.device, options.metrics):
                 result.update(part)
                 result["total_seconds"] = time.perf_counter() - started
                 partial_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -336,7 +337,7 @@ def main() -> None:
     print(f"{options.out} is written, {result['total_seconds']:.0f} s")
 
 
-def run(size: str, plan: Plan, device: str) -> Iterator[dict[str, Any]]:
+def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Everything, part by part: each is a field of the result."""
     yield {"peak": {"flops": machine.best_flops(device, plan.dtype), "bytes": machine.best_bandwidth(device)}}
     systems = eager_systems(size, device)
@@ -353,13 +354,13 @@ def run(size: str, plan: Plan, device: str) -> Iterator[dict[str, Any]]:
     yield {"memory": memory(systems, device, max(plan.images))}
     yield {"processor": processor_seconds(plan.rounds)}
     measured: list[dict[str, Any]] = []
-    todo = list(cases(plan))
+    todo = [case for case in cases(plan) if case.metric in metrics]
     for position, case in enumerate(todo):
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)
         yield {"cases": measured}
     if device == "cuda":
-        yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK_COMPILED, OURS_COMPILED)}}
+        yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK, OURS)}}
 
 
 def _line(measured: dict[str, Any]) -> str:

@@ -94,9 +94,7 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     measure()
     result = json.loads(out.read_text())
     cases = {(case["metric"], case["batch"], case["text"]): case["systems"] for case in result["cases"]}
-    assert {metric for metric, _, _ in cases} == {
-        "encode", "prefill", "first token", "decode", "answer", "second question",
-    }  # fmt: skip
+    assert {metric for metric, _, _ in cases} == set(run.METRICS)
     assert set(cases["first token", 1, 50]) == {STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED}
     assert all(len(run["seconds"]) == 2 and min(run["seconds"]) > 0 for case in cases.values() for run in case.values())
     assert result["versions"]["torch"] == torch.__version__ and result["device"] and result["gate"]
@@ -109,7 +107,7 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     section = report.section(result, out)
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert len(rows) == len(cases) + 2 and len({row.count("|") for row in rows}) == 1
-    assert result["device"] in section and "float32" in section and "--out run_tiny.json" in section
+    assert result["device"] in section and "float32" in section and "raw numbers in `run_tiny.json`" in section
 
     before = out.read_text()
     with pytest.raises(SystemExit):
@@ -129,7 +127,7 @@ def test_a_run_that_stops_keeps_what_it_has(measured, monkeypatch, capsys):
 
     monkeypatch.setattr(run, "measure", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
-        measure()
+        measure("--metrics", "prefill", "decode")
     partial = out.with_suffix(".partial.json")
     assert len(json.loads(partial.read_text())["cases"]) == 2
     assert not out.exists() and str(partial) in capsys.readouterr().out
@@ -146,6 +144,16 @@ def test_a_system_without_memory_is_said_so(systems):
     assert report.cell(measured["systems"][STOCK]) == "out of memory"
     assert report.ratio(measured["systems"], STOCK, OURS) is None
     assert len(measured["systems"][OURS]["seconds"]) == run.PLANS["tiny"].rounds
+
+
+def test_largest_batch_is_found(systems, monkeypatch):
+    def fill(cache, system, batch, tokens):
+        if batch > 700:
+            raise torch.OutOfMemoryError
+        return cache
+
+    monkeypatch.setattr(run, "fill", fill)
+    assert 700 - 32 < run.largest_batch(systems[OURS]) <= 700
 
 
 @pytest.mark.parametrize(("faster", "said"), [(2.0, "**2.00x**"), (1.04, "1.04x, no gain"), (0.8, "0.80x, slower")])

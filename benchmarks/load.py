@@ -1,0 +1,109 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Loads a full-size random checkpoint from safetensors, and measures time and memory against reading its files.
+
+PYTHONPATH=. python benchmarks/load.py [--folder SCRATCH] [--layers 32] [--device cuda] [--output FILE]
+
+Needs 15 GB of disk in SCRATCH. The page cache is dropped before each turn where that is allowed. Loading ends when each
+page of each weight has been touched: a file that is only mapped has not been read.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from benchmarks import count, machine
+from benchmarks.convert import SHARD_BYTES, drop_page_cache, timed
+from modeling_llava_stf import LlavaSTFForConditionalGeneration
+
+IMPORT = "from modeling_llava_stf import LlavaSTFForConditionalGeneration as Model"
+LOAD = """
+import sys
+model = Model.from_pretrained(sys.argv[1], dtype="auto", device_map=sys.argv[2])
+print(sum(weight.flatten()[::1024].float().sum() for weight in model.parameters()))
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="scratch folder (default: a temporary one)")
+    parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
+    parser.add_argument("--device", default="cpu", help="where to (default: cpu)")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    options = parser.parse_args()
+    scratch = Path(tempfile.mkdtemp(prefix="load-", dir=options.folder))
+    try:
+        checkpoint = make_checkpoint(scratch / "checkpoint", options.layers)
+        result = measure(checkpoint, options)
+    finally:
+        shutil.rmtree(scratch)
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def make_checkpoint(folder: Path, layers: int) -> Path:
+    """Random bfloat16 weights of the 7B in shards, as `save_pretrained` writes them."""
+    config = count.NAMED["stf-7b"]()
+    config.text_config.num_hidden_layers = layers
+    with torch.device("meta"):
+        shapes = LlavaSTFForConditionalGeneration(config).state_dict()
+    folder.mkdir(parents=True)
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    weight_map = {}
+    for name, weight in tqdm(shapes.items(), desc="making the checkpoint"):
+        shards[-1][name] = torch.randn(weight.shape, dtype=torch.bfloat16).mul_(0.02)
+        weight_map[name] = f"model-{len(shards):05d}.safetensors"
+        if sum(tensor.nbytes for tensor in shards[-1].values()) > SHARD_BYTES or len(weight_map) == len(shapes):
+            save_file(shards[-1], folder / weight_map[name], {"format": "pt"})
+            shards[-1].clear()
+            shards.append({})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
+    shards = [str(file) for file in checkpoint.glob("*.safetensors")]
+    commands = {
+        "read": ["cat", *shards],
+        "import": [sys.executable, "-c", IMPORT],
+        "load": [sys.executable, "-c", IMPORT + LOAD, str(checkpoint), options.device],
+    }
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
+    for _ in range(options.rounds):
+        for name, command in commands.items():
+            runs[name].append(timed(command))
+    seconds = {name: median(run["seconds"] for run in turns) for name, turns in runs.items()}
+    loading = seconds["load"] - seconds["import"]
+    return {
+        "what": f"safetensors, bfloat16, {options.layers} layers, to {options.device}; against cat of the same files",
+        "device": machine.name(options.device),
+        "bytes": sum(Path(shard).stat().st_size for shard in shards),
+        "read_seconds": seconds["read"],
+        "load_seconds": loading,
+        "ratio": loading / seconds["read"],
+        "peak_anonymous_bytes": max(run["peak_anonymous_bytes"] for run in runs["load"]),
+        "peak_file_backed_bytes": max(run["peak_file_backed_bytes"] for run in runs["load"]),
+        "page_cache_dropped": drop_page_cache(),
+        "runs": runs,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "command": f"PYTHONPATH=. python benchmarks/load.py --layers {options.layers} --device {options.device}",
+    }
+
+
+if __name__ == "__main__":
+    main()
