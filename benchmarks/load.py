@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import count, machine
 from benchmarks.convert import SHARD_BYTES, drop_page_cache, timed
-from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 IMPORT = "from modeling_llava_stf import LlavaSTFForConditionalGeneration as Model"
 LOAD = """
@@ -44,7 +44,9 @@ def main() -> None:
     options = parser.parse_args()
     scratch = Path(tempfile.mkdtemp(prefix="load-", dir=options.folder))
     try:
-        checkpoint = make_checkpoint(scratch / "checkpoint", options.layers)
+        config = count.NAMED["stf-7b"]()
+        config.text_config.num_hidden_layers = options.layers
+        checkpoint = make_checkpoint(scratch / "checkpoint", config)
         result = measure(checkpoint, options)
     finally:
         shutil.rmtree(scratch)
@@ -53,14 +55,12 @@ def main() -> None:
     print(json.dumps(result, indent=2))
 
 
-def make_checkpoint(folder: Path, layers: int) -> Path:
-    """Random bfloat16 weights of the 7B in shards, as `save_pretrained` writes them."""
-    config = count.NAMED["stf-7b"]()
-    config.text_config.num_hidden_layers = layers
+def make_checkpoint(folder: Path, config: LlavaSTFConfig) -> Path:
+    """Random bfloat16 weights in shards, as `save_pretrained` writes them."""
     with torch.device("meta"):
         shapes = LlavaSTFForConditionalGeneration(config).state_dict()
     folder.mkdir(parents=True)
-    config.dtype = "bfloat16"
+    config.dtype = torch.bfloat16
     config.save_pretrained(folder)
     shards: list[dict[str, torch.Tensor]] = [{}]
     weight_map = {}

@@ -1,13 +1,16 @@
 """The harness: what it compares, what it writes, and what the README says of it."""
 
+import argparse
 import json
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks import gate, report, run
-from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, System, eager_systems
+from benchmarks import gate, load, report, run, serve
+from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, System, configs, eager_systems
+from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 
 def as_compiled(system, name, **options):
@@ -186,3 +189,25 @@ def test_plot(tmp_path):
     report.draw({"cases": cases, "device": "a CPU", "dtype": "float32", "size": "tiny"}, tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size[0] > 400 and len(plot.convert("RGB").getcolors(1 << 20)) > 3
+
+
+def test_checkpoint_for_loading_is_complete(monkeypatch, tmp_path):
+    monkeypatch.setattr(load, "SHARD_BYTES", 100_000)
+    folder = load.make_checkpoint(tmp_path / "checkpoint", configs("tiny")[1])
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    model, keys = LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert model.dtype == torch.bfloat16
+    assert not keys["missing_keys"] and not keys["unexpected_keys"] and not keys["mismatched_keys"]
+
+
+def test_checkpoints_for_serving_answer(tmp_path):
+    """The prompt that vLLM is given, in transformers: a quarter of the stock model's tokens for the picture."""
+    folders = serve.make_checkpoints(tmp_path, argparse.Namespace(size="tiny", dtype="float32"))
+    picture, tokens = Image.new("RGB", (336, 336)), {}
+    for name, folder in folders.items():
+        model = AutoModelForImageTextToText.from_pretrained(folder)
+        inputs = AutoProcessor.from_pretrained(folder)(images=picture, text=serve.PROMPT, return_tensors="pt")
+        tokens[name] = int((inputs["input_ids"] == model.config.image_token_id).sum())
+        output = model.generate(**inputs, min_new_tokens=3, max_new_tokens=3)
+        assert output.shape[1] == inputs["input_ids"].shape[1] + 3
+    assert tokens[STOCK] == 4 * tokens[OURS] > 0

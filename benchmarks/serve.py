@@ -1,0 +1,145 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Requests per second of LLaVA-STF (144 tokens for a picture) and the stock LLaVA (576) in vLLM, offline.
+
+PYTHONPATH=. python benchmarks/serve.py [--size slice] [--requests 32] [--rounds 3] [--output FILE]
+
+Run it where vLLM is installed. Both models go through vLLM's Transformers backend, with random weights, each in a
+process of its own, in turns. A request is another picture, about 50 tokens of text, and an answer of 16; nothing is
+cached from one to the next. The pictures are prepared within the time, as vLLM does.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from benchmarks import machine
+from benchmarks.systems import OURS, STOCK, configs
+from conversion.tokenizer import load_tokenizer
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
+
+ROOT = Path(__file__).resolve().parents[1]
+PROMPT = "USER: <image>\n" + "a " * 40 + "ASSISTANT:"
+ANSWER = 16  # tokens
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="slice")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what this vLLM is built for")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--requests", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a turn, in a process of its own
+    options = parser.parse_args()
+    if options.serve is not None:
+        (options.serve / "turn.json").write_text(json.dumps(serve(options)), encoding="utf-8")
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = make_checkpoints(Path(scratch), options)
+        turns: dict[str, list[dict[str, Any]]] = {STOCK: [], OURS: []}
+        for turn in range(options.rounds):
+            for name, folder in folders.items():
+                turns[name].append(_in_a_process(folder))
+                print(f"round {turn + 1}, {name}: {turns[name][-1]}", flush=True)
+    rates = {name: median(turn["requests_per_second"] for turn in runs) for name, runs in turns.items()}
+    result = {
+        "device": machine.name(options.device),
+        "options": {name: str(value) for name, value in vars(options).items() if name not in ("output", "serve")},
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "turns": turns,
+        "ratio": rates[OURS] / rates[STOCK],
+    }
+    if options.output is not None:
+        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(result, indent=2))
+
+
+def _in_a_process(folder: Path) -> dict[str, Any]:
+    """One turn: an engine cannot be stopped and begun again in the same process."""
+    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--serve", str(folder)], check=True)
+    return json.loads((folder / "turn.json").read_text(encoding="utf-8"))
+
+
+def make_checkpoints(scratch: Path, options: argparse.Namespace) -> dict[str, Path]:
+    """Folders of both models with random weights, as vLLM reads them."""
+    tokenizer = load_tokenizer(ROOT / "tests" / "goldens" / "tokenizer_legacy_false", 4096)
+    folders = {}
+    for name, kind, config in zip(
+        (STOCK, OURS),
+        (LlavaForConditionalGeneration, LlavaSTFForConditionalGeneration),
+        configs(options.size),
+        strict=True,
+    ):
+        config.image_token_id = tokenizer.image_token_id
+        config.text_config.vocab_size = max(config.text_config.vocab_size, len(tokenizer))
+        side = config.vision_config.image_size
+        sizes: dict[str, Any] = {
+            "image_processor": LlavaSTFImageProcessor(
+                size={"shortest_edge": side}, crop_size={"height": side, "width": side}
+            ),
+            "tokenizer": tokenizer,
+            "patch_size": config.vision_config.patch_size,
+            "vision_feature_select_strategy": "default",
+        }
+        if name == OURS:
+            processor: Any = LlavaSTFProcessor(**sizes, fusion_window=config.fusion_window)
+        else:
+            processor = LlavaProcessor(**sizes, num_additional_image_tokens=1)
+        folders[name] = scratch / name
+        kind(config).to(getattr(torch, options.dtype)).save_pretrained(folders[name])
+        processor.save_pretrained(folders[name])
+    return folders
+
+
+def serve(options: argparse.Namespace) -> dict[str, Any]:
+    """Answers all requests at once, after a few to warm up."""
+    import vllm
+
+    engine = vllm.LLM(
+        str(options.serve),
+        trust_remote_code=True,
+        model_impl="transformers",
+        dtype=options.dtype,
+        max_model_len=1024,
+        limit_mm_per_prompt={"image": 1},
+        enable_prefix_caching=False,
+        mm_processor_cache_gb=0,
+        enforce_eager=options.device == "cpu",
+    )
+    # The tokenizer knows few of the ids that the model has: answers stay ids.
+    sampling = vllm.SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False)
+    random = np.random.default_rng(0)
+
+    def requests(number: int) -> list[dict[str, Any]]:
+        pictures = random.integers(0, 256, (number, 336, 336, 3), dtype=np.uint8)
+        return [{"prompt": PROMPT, "multi_modal_data": {"image": Image.fromarray(picture)}} for picture in pictures]
+
+    engine.generate(requests(4), sampling)
+    batch = requests(options.requests)
+    outputs: list[Any] = []
+    seconds = machine.seconds(options.device, lambda: outputs.extend(engine.generate(batch, sampling)))
+    if any(len(output.outputs[0].token_ids) != ANSWER for output in outputs):
+        raise SystemExit(f"error: an answer has other than {ANSWER} tokens")
+    return {
+        "requests_per_second": options.requests / seconds,
+        "prompt_tokens": len(outputs[0].prompt_token_ids),
+        "seconds": seconds,
+        "vllm": vllm.__version__,
+    }
+
+
+if __name__ == "__main__":
+    main()
