@@ -14,7 +14,8 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED
+from benchmarks import count
+from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, configs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -135,7 +136,7 @@ def share_of_peak(result: dict[str, Any], runs: dict[str, Any]) -> str:
 
 
 def notes(result: dict[str, Any]) -> Iterator[str]:
-    """What is no row of the table: memory, largest batch, the second question, preparing pictures, and the losses."""
+    """What is no row of the table: memory, the second question, preparing pictures, and the losses."""
     memory = result["memory"]
     batch = memory[OURS]["batch"]
     kept = {name: memory[name]["hidden_states_bytes"] / 1e6 for name in (REFERENCE, OURS)}
@@ -143,6 +144,11 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     yield (
         f"- Hidden states that the tower keeps of a picture: reference {kept[REFERENCE]:.1f} MB, ours {kept[OURS]:.1f} "
         f"MB ({kept[REFERENCE] / kept[OURS]:.1f}x less). Peak above the weights while encoding {batch}: {peaks}."
+    )
+    stock, ours = (count.cache_bytes(config, 50 + 16) / 1e6 for config in configs(result["size"]))
+    yield (
+        f"- Cache of a request (picture, 50 and 16 tokens; counted, 16 bit): stock {stock:.3g} MB, ours {ours:.3g} MB, "
+        f"{stock / ours:.2f}x less."
     )
     if "largest_batch" in result:
         fits = result["largest_batch"]
