@@ -74,7 +74,7 @@ class Plan:
 
 PLANS = {
     "tiny": Plan(torch.float32, 2, 0, 1, (1, 2), (10, QUESTION), (1, 2), (1, 2), (1,), {"backend": "eager"}),
-    "slice": Plan(torch.bfloat16, 5, 0, 1, (1, 8), (10, QUESTION, 200, 1000), (1, 8), (1, 8, 32, 128), (1,), {}),
+    "slice": Plan(torch.bfloat16, 5, 0, 1, (1, 8), (10, QUESTION, 200, 1000), (1, 4), (1, 8, 32, 128), (1,), {}),
     "7b": Plan(
         torch.bfloat16,
         5,
