@@ -63,9 +63,8 @@ def _status(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
-def best_flops(device: str, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: the best of ten."""
-    size = 2048 if device == "cpu" else 8192
+def best_flops(device: str, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of the product of two square matrices: the best of ten."""
     factor = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / min(seconds(device, lambda: factor @ factor) for _ in range(10))
 

@@ -58,6 +58,7 @@ class Plan:
     """What is measured, and how often. Compiled systems have no part where compiling each shape would take too long."""
 
     dtype: torch.dtype
+    product: int  # side of the matrix product that gives the peak
     rounds: int
     warm_up: int  # calls at the start of a turn that are not counted
     repeats: int  # counted calls of a turn
@@ -73,19 +74,44 @@ class Plan:
 
 
 PLANS = {
-    "tiny": Plan(torch.float32, 2, 0, 1, (1, 2), (10, QUESTION), (1, 2), (1, 2), (1,), {"backend": "eager"}),
-    "slice": Plan(torch.bfloat16, 5, 0, 1, (1, 8), (10, QUESTION, 200, 1000), (1, 4), (1, 8, 32, 128), (1,), {}),
+    "tiny": Plan(
+        dtype=torch.float32,
+        product=512,
+        rounds=2,
+        warm_up=0,
+        repeats=1,
+        images=(1, 2),
+        texts=(10, QUESTION),
+        batches=(1, 2),
+        decode_batches=(1, 2),
+        compiled_batches=(1,),
+        compile_options={"backend": "eager"},
+    ),
+    "slice": Plan(
+        dtype=torch.bfloat16,
+        product=4096,
+        rounds=5,
+        warm_up=0,
+        repeats=1,
+        images=(1, 8),
+        texts=(10, QUESTION, 200, 1000),
+        batches=(1, 4),
+        decode_batches=(1, 8, 32, 128),
+        compiled_batches=(1,),
+        compile_options={},
+    ),
     "7b": Plan(
-        torch.bfloat16,
-        5,
-        3,
-        10,
-        (1, 8, 32),
-        (10, QUESTION, 200, 1000),
-        (1, 8, 32),
-        (1, 8, 32, 128),
-        (1, 8, 32, 128),
-        {"mode": "reduce-overhead"},
+        dtype=torch.bfloat16,
+        product=8192,
+        rounds=5,
+        warm_up=3,
+        repeats=10,
+        images=(1, 8, 32),
+        texts=(10, QUESTION, 200, 1000),
+        batches=(1, 8, 32),
+        decode_batches=(1, 8, 32, 128),
+        compiled_batches=(1, 8, 32, 128),
+        compile_options={"mode": "reduce-overhead"},
     ),
 }
 
@@ -339,7 +365,8 @@ def main() -> None:
 
 def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Everything, part by part: each is a field of the result."""
-    yield {"peak": {"flops": machine.best_flops(device, plan.dtype), "bytes": machine.best_bandwidth(device)}}
+    flops = machine.best_flops(device, plan.dtype, plan.product)
+    yield {"peak": {"flops": flops, "bytes": machine.best_bandwidth(device)}}
     systems = eager_systems(size, device)
     outcome = gate.eager(systems, plan.dtype)
     print(f"gate: {outcome}", flush=True)
