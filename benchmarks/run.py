@@ -7,7 +7,8 @@ python -m benchmarks.run --device cuda --out benchmarks/results/run_cuda.json
 python -m benchmarks.report    # the table of the README and the plots, from the JSON files
 
 Widths are those of the 7B and weights are random. On a CPU the language model has two layers of it: compare ratios, not
-times. Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a
+times. On CUDA each shape of the 7B takes long to compile: time some `--metrics` in a run. Training steps, loading and
+serving are measured by `train.py`, `load.py` and `serve.py`. Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a
 compiled system's first call, which compiles, is counted apart.
 """
 
