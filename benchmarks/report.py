@@ -1,10 +1,8 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""From the results of `benchmarks/run.py`: the tables of the README's speed section, and a plot for each result.
+"""From the results of `benchmarks/run.py`, the files `benchmarks/results/run_*.json`: the README's speed section.
 
-python -m benchmarks.report [--plots]
-
-A result is a file `benchmarks/results/run_*.json`; its plot stands beside it.
+python -m benchmarks.report
 """
 
 import argparse
@@ -13,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from benchmarks import count
 from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, configs
@@ -27,12 +27,8 @@ EVEN = 1.05  # ratios up to this one, either way, are no gain and no loss
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--plots", action="store_true", help="draw the plots, too (needs matplotlib)")
-    options = parser.parse_args()
+    parser.parse_args()
     README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
-    if options.plots:
-        for path in files():
-            draw(read(path), path.with_suffix(".png"))
 
 
 def files() -> list[Path]:
@@ -56,7 +52,8 @@ def updated(readme: str) -> str:
 def section(result: dict[str, Any], path: Path) -> str:
     return "\n".join(
         [
-            f"**{conditions(result)}** (`{result['command']}`, raw numbers in `{path.relative_to(ROOT)}`):",
+            f"**{conditions(result)}** (`{result['command']}`, raw numbers in `{path.relative_to(ROOT)}`, "
+            f"[plot]({path.relative_to(ROOT).with_suffix('.png')})):",
             "",
             *table(result),
             "",
@@ -191,8 +188,6 @@ def second_question_gain(result: dict[str, Any], batch: int) -> float | None:
 
 def draw(result: dict[str, Any], path: Path) -> None:
     """How many times faster ours is than the stock model, row by row, as bars."""
-    from matplotlib.figure import Figure
-
     cases = result["cases"]
     figure = Figure(figsize=(8, 0.45 * len(cases) + 1.5), layout="constrained")
     axes = figure.subplots()

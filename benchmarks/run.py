@@ -4,12 +4,14 @@
 
 python -m benchmarks.run --out benchmarks/results/run_cpu.json
 python -m benchmarks.run --device cuda --out benchmarks/results/run_cuda.json
-python -m benchmarks.report    # the table of the README and the plots, from the JSON files
+python -m benchmarks.report    # puts the tables of all results into the README
 
-Widths are those of the 7B and weights are random. On a CPU the language model has two layers of it: compare ratios, not
-times. On CUDA each shape of the 7B takes long to compile: time some `--metrics` in a run. Training steps, loading and
-serving are measured by `train.py`, `load.py` and `serve.py`. Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a
-compiled system's first call, which compiles, is counted apart.
+Writes a JSON file and a plot beside it, and prints a table. Widths are those of the 7B and weights are random. On a CPU
+the language model has two layers of it: compare ratios, not times. On CUDA each shape of the 7B takes long to compile:
+time some `--metrics` in a run. `train.py`, `load.py` and `serve.py` measure training steps, loading and serving.
+
+Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a compiled
+system's first call, which compiles, is counted apart.
 """
 
 import argparse
@@ -32,7 +34,7 @@ import transformers
 from PIL import Image
 from transformers import DynamicCache
 
-from benchmarks import count, gate, machine
+from benchmarks import count, gate, machine, report
 from benchmarks.systems import (
     OURS,
     OURS_COMPILED,
@@ -361,7 +363,9 @@ def main() -> None:
             print(f"stopped; what was measured so far is in {partial_out}")
         raise
     partial_out.replace(options.out)
+    print("\n".join(report.table(result)))
     print(f"{options.out} is written, {result['total_seconds']:.0f} s")
+    report.draw(result, options.out.with_suffix(".png"))
 
 
 def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:

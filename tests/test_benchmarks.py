@@ -104,13 +104,20 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     states = {name: memory["hidden_states_bytes"] for name, memory in result["memory"].items()}
     assert states[REFERENCE] > states[OURS]
     assert not list(out.parent.glob("*.partial.json"))
-    assert f"[{len(cases)}/{len(cases)}]" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"[{len(cases)}/{len(cases)}]" in printed and "| first token, batch 1, 50 tokens of text |" in printed
+    with Image.open(out.with_suffix(".png")) as plot:
+        assert plot.size[0] > 400 and len(plot.convert("RGB").getcolors(1 << 20)) > 3
 
     monkeypatch.setattr(report, "ROOT", out.parent)
     section = report.section(result, out)
     rows = [line for line in section.splitlines() if line.startswith("|")]
     assert len(rows) == len(cases) + 2 and len({row.count("|") for row in rows}) == 1
     assert result["device"] in section and "float32" in section and "raw numbers in `run_tiny.json`" in section
+
+    monkeypatch.setattr(report, "RESULTS", out.parent)
+    readme = report.updated(report.README.read_text(encoding="utf-8"))
+    assert section in readme and report.updated(readme) == readme
 
     before = out.read_text()
     with pytest.raises(SystemExit):
@@ -179,16 +186,6 @@ def test_readme_says_what_the_results_say():
 def test_readme_without_a_place_for_the_tables_is_refused():
     with pytest.raises(ValueError, match="lacks"):
         report.updated("# A README\n")
-
-
-def test_plot(tmp_path):
-    run_of = {"seconds": [1.0, 2.0]}
-    cases = [
-        {"metric": "decode", "batch": batch, "text": 50, "systems": {STOCK: run_of, OURS: run_of}} for batch in (1, 8)
-    ]
-    report.draw({"cases": cases, "device": "a CPU", "dtype": "float32", "size": "tiny"}, tmp_path / "plot.png")
-    with Image.open(tmp_path / "plot.png") as plot:
-        assert plot.size[0] > 400 and len(plot.convert("RGB").getcolors(1 << 20)) > 3
 
 
 def test_checkpoint_for_loading_is_complete(monkeypatch, tmp_path):
