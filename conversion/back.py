@@ -54,12 +54,6 @@ def convert_back(
     if settings.get("model_type") != LlavaSTFConfig.model_type:
         raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
     config = LlavaSTFConfig.from_pretrained(folder)
-    inner = INNER_TAPS.get(len(config.taps), ())
-    if config.taps[1:] != list(inner):
-        raise ConversionError(
-            f"{folder} taps the blocks {config.taps}, but the original's code has its taps built in (behind the first "
-            f"{' or '.join(map(str, INNER_TAPS.values()))}): in its layout this model would compute something else."
-        )
     original = read_json(folder / ORIGINAL_CONFIG_FILE) if (folder / ORIGINAL_CONFIG_FILE).exists() else None
     weights = read_folder(folder)
     rows = original["vocab_size"] if original else _rows_without_placeholder(config)
@@ -69,6 +63,10 @@ def convert_back(
     weights = _with_whole_tower(weights, config, None if vision_tower is None else fetch(vision_tower))
     if original is None:
         original = _original_config(config, rows, vision_tower)
+    if config.taps[1:] != list(INNER_TAPS.get(len(config.taps), ())):
+        # The original's code would tap other blocks. On a list it fails, instead of computing something else.
+        original["mm_vision_select_layer"] = config.taps
+        print(f"- the taps {config.taps} are not those of the original's code: only this converter reads the result")
     if dry_run:
         for name, weight in weights.items():
             print(f"{name}  {'x'.join(map(str, weight.shape))} {weight.dtype}  ({weight.origin})")

@@ -25,10 +25,7 @@ def build_config(
 
     Without fusion weights (an initialisation) they are the released model's.
     """
-    fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {"taps": 8}
-    # -2 of CLIP's 24 layers, said absolutely: the tower may be stored without the layers behind it.
-    first_tap = original.get("mm_vision_select_layer", -2) % (vision.num_hidden_layers + 1)
-    taps = [first_tap, *INNER_TAPS[fusion.pop("taps")]]
+    fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {}
     return LlavaSTFConfig(
         vision_config=vision,
         text_config=text,
@@ -36,20 +33,41 @@ def build_config(
         pad_token_id=text.pad_token_id,
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
-        vision_feature_layer=taps,
+        vision_feature_layer=_taps(original, fusion.pop("taps", None), vision.num_hidden_layers),
         dtype=weights["model.embed_tokens.weight"].dtype,
         **fusion,
     )
+
+
+def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]:
+    """The taps of a run whose projector takes so many (None: it is new).
+
+    The original's config names the first tap, and its code has the others built in. A config that we wrote for other
+    taps has them all there, as a list, which the original's code does not take.
+    """
+    selected = original.get("mm_vision_select_layer", -2)
+    if isinstance(selected, list):
+        if number not in (None, len(selected)):
+            raise ConversionError(f"The config names the taps {selected}, but {MBTF}0.weight takes {number} blocks.")
+        return selected
+    number = number or max(INNER_TAPS)
+    if number not in INNER_TAPS:
+        raise ConversionError(
+            f"{MBTF}0.weight takes {number} blocks: expected {' or '.join(map(str, INNER_TAPS))}, or their list as "
+            "`mm_vision_select_layer` of the config."
+        )
+    # -2 of CLIP's 24 layers, said absolutely: the tower may be stored without the layers behind it.
+    return [selected % (depth + 1), *INNER_TAPS[number]]
 
 
 def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
     block_hidden, block_in = weights[f"{MBTF}0.weight"].shape
     spatial_hidden, spatial_in = weights[f"{STF}0.weight"].shape
     taps, window = block_in // width, isqrt(spatial_in // width)
-    if taps not in INNER_TAPS or block_in != taps * width or spatial_in != window**2 * width:
+    if block_in != taps * width or spatial_in != window**2 * width:
         raise ConversionError(
             f"{MBTF}0.weight takes {block_in} channels and {STF}0.weight {spatial_in}, but the vision tower has "
-            f"{width}: expected {' or '.join(map(str, INNER_TAPS))} times that, and a square number of times."
+            f"{width}: expected a multiple of that, and a square number of times."
         )
     return {
         "taps": taps,

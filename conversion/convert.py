@@ -157,6 +157,7 @@ def make_plan(
     keep_adapter: bool = False,
     keep_full_tower: bool = False,
     init_fusion: bool = False,
+    taps: list[int] | None = None,
     seed: int = 0,
     dtype: torch.dtype | None = None,
     pad_vocabulary: int = 1,
@@ -173,6 +174,7 @@ def make_plan(
         keep_adapter: keep a LoRA run as an adapter beside its converted base, instead of merging it.
         keep_full_tower: keep the tower's layers behind the last tap; they never run.
         init_fusion: begin a training: tower and language model are taken, the fusion modules are new.
+        taps: blocks of the tower that new fusion modules mix, in their order; by default the released model's.
         seed: of the new fusion modules.
         dtype: of all weights; by default each weight's own.
         pad_vocabulary: pad the vocabulary tables to a multiple of this.
@@ -180,6 +182,10 @@ def make_plan(
     folder = find_run(fetch(source, revision, subfolder))
     base_folder = None if base is None else fetch(base)
     run = read_source(folder, base_folder, init_fusion)
+    if taps is not None:
+        if not init_fusion:
+            raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
+        run.config["mm_vision_select_layer"] = taps
     notes = [f"{run.folder}: {run.kind}"]
     weights = run.weights
     has_tower = any(key.startswith(TOWER_PREFIX) for key in weights)

@@ -24,7 +24,7 @@ from conversion import ConversionError, convert, convert_back, to_hub, to_origin
 from conversion.__main__ import main
 from conversion.keys import KEY_MAP
 from conversion.weights import Weight, read_folder, write_folder
-from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 TABLES = ("lm_head.weight", "model.language_model.embed_tokens.weight")
 
@@ -563,6 +563,18 @@ def test_initialisation_takes_tower_and_language_model(tmp_path, checkpoints):
     assert 0 < results[0][fusion].std() < 0.1
 
 
+def test_new_fusion_weights_for_the_taps_that_are_asked_for(tmp_path, checkpoint):
+    start = tmp_path / "start"
+    arguments = (GOLDENS / "base", start, "--vision-tower", GOLDENS / "clip", "--init-fusion")
+    assert run(*arguments, "--taps", 5, 2, 1).returncode == 0
+    config = LlavaSTFConfig.from_pretrained(start)
+    assert (config.taps, config.vision_config.num_hidden_layers) == ([5, 2, 1], 5)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(start)
+    assert model.model.multi_modal_projector.block_fusion.linear_1.in_features == 3 * config.vision_config.hidden_size
+    with pytest.raises(ConversionError, match="leave out --taps"):
+        convert(GOLDENS / "original", tmp_path / "trained", taps=[5, 2, 1])
+
+
 # Target
 
 
@@ -724,15 +736,26 @@ def test_way_back_after_training(tmp_path, model, checkpoint):
     assert different <= {"mm_projector_lr", "tokenizer_model_max_length"}
 
 
-def test_way_back_refuses_taps_that_the_original_does_not_have(tmp_path, checkpoint):
+@pytest.mark.parametrize("with_original_config", [True, False])
+def test_other_taps_go_there_and_back(tmp_path, checkpoint, with_original_config):
+    """The original's config has no word for them: they are written so that its code fails, and ours reads them."""
     folder = shutil.copytree(checkpoint, tmp_path / "ours")
+    if not with_original_config:
+        (folder / "original_config.json").unlink()
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["vision_feature_layer"][-1] = 4
+    config["vision_feature_layer"] = taps = [20, 17, 15, 12, 9, 6, 3, 1]
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(
-        ConversionError, match=r"taps the blocks \[23, 21, 18, 15, 12, 9, 6, 4\], but the original's code"
-    ):
-        convert_back(folder, tmp_path / "back", vision_tower=GOLDENS / "clip")
+    back = convert_back(folder, tmp_path / "back", vision_tower=GOLDENS / "clip", tokenizer=GOLDENS / "original")
+    assert json_or_bytes(back / "config.json")["mm_vision_select_layer"] == taps
+    again = convert(back, tmp_path / "again", vision_tower=GOLDENS / "clip", keep_full_tower=True)
+    assert LlavaSTFConfig.from_pretrained(again).taps == taps
+    there = tensors(again)
+    assert_same({name: there[name] for name in tensors(checkpoint)}, tensors(checkpoint))
+
+    settings = json_or_bytes(back / "config.json") | {"mm_vision_select_layer": taps[:5]}
+    (back / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ConversionError, match=r"names the taps \[20, 17, 15, 12, 9\], but .* takes 8 blocks"):
+        convert(back, tmp_path / "wrong", vision_tower=GOLDENS / "clip")
 
 
 def test_way_back_refuses_another_tower(tmp_path, checkpoint):

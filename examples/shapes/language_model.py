@@ -21,8 +21,9 @@ def train_language_model(
     tokenizer: str | Path,
     out: str | Path,
     steps: int,
-    batch_size: int = 4,  # small: in a given time, many steps teach more than many rows
-    learning_rate: float = 1.5e-3,
+    batch_size: int = 16,
+    muon_rate: float = 2e-2,
+    adam_rate: float = 2e-3,
     seed: int = 0,
 ) -> Path:
     """Trains a Llama on every token of `data`/text.json and writes it into `out`, which must not exist or be empty.
@@ -43,12 +44,12 @@ def train_language_model(
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return model(**batch.to(DEVICE), labels=labels.to(DEVICE)).loss
 
-    log = train(model.parameters(), loss, steps, learning_rate, "language model")
+    log = train(model, loss, steps, muon_rate, adam_rate, "language model")
     with complete_or_absent(out) as folder:
         model.save_pretrained(folder)
         LlamaTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
-        settings = {"steps": steps, "batch_size": batch_size, "learning_rate": learning_rate, "seed": seed}
-        save_log(folder, settings, log)
+        settings = {"steps": steps, "batch_size": batch_size, "muon_rate": muon_rate, "adam_rate": adam_rate}
+        save_log(folder, settings | {"seed": seed}, log)
     return out
 
 

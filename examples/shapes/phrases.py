@@ -2,15 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Short captions for the contrast between pictures and texts: each is true of some pictures and false of others."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from random import Random
-from typing import TypeVar
+from dataclasses import dataclass
+from itertools import combinations, product
 
 from .questions import article, counted, kind_of_print
 from .scenes import COLOURS, HELD_OUT_PAIRS, NUMBERS, PLACES, RADII, SHAPES, WORDS, Scene, Thing
-
-T = TypeVar("T")
 
 ATTRIBUTES = {
     "size": tuple(RADII),
@@ -18,8 +14,6 @@ ATTRIBUTES = {
     "shape": SHAPES,
     "place": tuple(place for row in PLACES for place in row),
 }
-# Attributes that a phrase names: mostly few, because those are learned first.
-NAMED = (1, 1, 1, 2, 2, 2, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -43,6 +37,11 @@ class Phrase:
         return " ".join(part for part in (article(noun), self.place) if part)
 
     @property
+    def kind(self) -> str:
+        """What it names: such as "place", or "colour + shape"."""
+        return " + ".join(name for name, value in vars(self).items() if value is not None)
+
+    @property
     def held_out(self) -> bool:
         return (self.colour, self.shape) in HELD_OUT_PAIRS
 
@@ -56,30 +55,18 @@ class Phrase:
         return all(getattr(self, name) in (None, getattr(thing, name)) for name in ATTRIBUTES)
 
 
-def true_phrase(scene: Scene, rng: Random) -> Phrase:
-    """Something that is true of a scene: of one object, of a number of objects, or of the print."""
-    kind = rng.random()
-    if scene.print is not None and kind < 0.2:
-        return Phrase(printed=scene.print.text)
-    thing = rng.choice(scene.things)
-    if kind > 0.8:
-        named = rng.choice(((), ("colour",), ("shape",)))
-        group = Phrase(**{name: getattr(thing, name) for name in named})
-        return replace(group, number=sum(group.fits(other) for other in scene.things))
-    return Phrase(**{name: getattr(thing, name) for name in rng.sample(sorted(ATTRIBUTES), rng.choice(NAMED))})
-
-
-def altered(phrase: Phrase, rng: Random) -> Phrase:
-    """The phrase with one thing changed: most often no longer true, and hard to tell from what is."""
-    if phrase.printed is not None:
-        texts = NUMBERS if phrase.printed.isdigit() else WORDS
-        return replace(phrase, printed=_other(texts, phrase.printed, rng))
-    if phrase.number is not None:
-        return replace(phrase, number=_other(range(1, 6), phrase.number, rng))
-    name = rng.choice([name for name in ATTRIBUTES if getattr(phrase, name) is not None])
-    changed = replace(phrase, **{name: _other(ATTRIBUTES[name], getattr(phrase, name), rng)})
-    return altered(phrase, rng) if changed.held_out else changed
-
-
-def _other(values: Sequence[T], value: T, rng: Random) -> T:
-    return rng.choice([other for other in values if other != value])
+def all_phrases() -> list[Phrase]:
+    """One attribute, or two of one object; numbers of objects; prints. None names a held-out pair."""
+    phrases = [Phrase(**{name: value}) for name, values in ATTRIBUTES.items() for value in values]
+    for first, second in combinations(ATTRIBUTES, 2):
+        values = product(ATTRIBUTES[first], ATTRIBUTES[second])
+        phrases += [Phrase(**dict(zip((first, second), pair, strict=True))) for pair in values]
+    phrases += [Phrase(number=number) for number in range(1, 6)]
+    phrases += [
+        Phrase(number=number, **{name: value})
+        for name in ("colour", "shape")
+        for value in ATTRIBUTES[name]
+        for number in range(1, 4)  # more of one kind are rare
+    ]
+    phrases += [Phrase(printed=text) for text in WORDS + NUMBERS]
+    return [phrase for phrase in phrases if not phrase.held_out]

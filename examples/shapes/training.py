@@ -5,7 +5,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,30 +18,37 @@ LOG_EVERY = 20  # steps
 
 
 def train(
-    parameters: Iterable[nn.Parameter], loss: Callable[[], torch.Tensor], steps: int, learning_rate: float, name: str
+    model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, muon_rate: float, adam_rate: float, name: str
 ) -> list[dict]:
-    """Minimises what `loss` returns for the batch that it draws: AdamW, warmup, then half a cosine to zero.
+    """Minimises what `loss` returns for the batch that it draws, with a warmup and half a cosine to zero.
+
+    The matrices of the layers follow Muon (https://kellerjordan.github.io/posts/muon): where minutes count, the tower
+    learns several times as fast as with AdamW. All else (embeddings, heads, vectors) follows AdamW.
 
     Returns:
         The log: step, seconds since the start and mean loss since the last entry.
     """
-    parameters = list(parameters)
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps))
+    parameters = list(model.parameters())
+    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".layers." in name]
+    others = [weight for weight in parameters if not any(weight is matrix for matrix in matrices)]
+    optimizers = [
+        torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.05),
+        torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps)) for optimizer in optimizers
+    ]
     log: list[dict] = []
     losses: list[float] = []
     start = time.perf_counter()
     progress = tqdm(range(1, steps + 1), desc=name, unit="step")
     for step in progress:
         value = loss()
-        optimizer.zero_grad()
+        model.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+        for follower in optimizers + schedules:
+            follower.step()
         losses.append(value.item())
         if step % LOG_EVERY == 0 or step == steps:
             mean = sum(losses) / len(losses)
@@ -55,6 +62,6 @@ def _rate(done: float) -> float:
     return min((done + 1e-3) / WARMUP, 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def save_log(folder: Path, settings: dict, log: list[dict]) -> None:
-    record = {"settings": settings, "device": DEVICE, "threads": torch.get_num_threads(), "log": log}
+def save_log(folder: Path, settings: dict, log: list[dict], **results: dict) -> None:
+    record = {"settings": settings, "device": DEVICE, "threads": torch.get_num_threads(), **results, "log": log}
     (folder / "training_log.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
