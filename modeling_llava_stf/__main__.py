@@ -7,11 +7,9 @@ python -m modeling_llava_stf demo
 """
 
 import argparse
-import io
-import shutil
+import json
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
@@ -20,11 +18,9 @@ from transformers.utils import logging
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
-CLONE = Path(__file__).resolve().parents[1]
-DEMO_SOURCE = CLONE / "tests" / "goldens" / "original"
-DEMO_MODEL = CLONE / "build" / "demo-model"
-DEMO_IMAGE = CLONE / "tests" / "goldens" / "images" / "shapes.png"
-DEMO_QUESTION = "What is shown in the picture?"
+SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
+DEFAULT_MODEL = SHAPES / "model"
+DEMO = SHAPES / "demo.json"
 
 
 def main() -> int:
@@ -33,7 +29,7 @@ def main() -> int:
     logging.disable_progress_bar()
     try:
         if arguments.command == "demo":
-            return ask(str(DEMO_IMAGE), DEMO_QUESTION, max_new_tokens=12)
+            return demo()
         return ask(arguments.image, arguments.question, arguments.model, arguments.revision, arguments.max_new_tokens)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -46,10 +42,10 @@ def _parser() -> argparse.ArgumentParser:
     ask_parser = commands.add_parser("ask", help="answer a question about a picture")
     ask_parser.add_argument("image", help="path or URL of the picture")
     ask_parser.add_argument("question")
-    ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the demo's model)")
+    ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
-    commands.add_parser("demo", help="ask the demo's model about a picture of this repository")
+    commands.add_parser("demo", help="ask the small model about a picture that it has never seen")
     return parser
 
 
@@ -57,32 +53,64 @@ def ask(
     image: str, question: str, model: str | None = None, revision: str | None = None, max_new_tokens: int = 128
 ) -> int:
     """Prints picture, question, answer, vision tokens and time."""
-    folder = model or str(_demo_model())
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor, network = _load(folder, revision)
-    network.to(device)
+    processor, network = _load(model or _default_model(), revision)
+    answer, seconds = _answer(processor, network, image, question, max_new_tokens)
+    print(f"picture   {image}")
+    print(f"question  {question}")
+    print(f"answer    {answer}")
+    print(f"tokens    {_tokens(network.config)}")
+    print(f"time      {seconds:.2f} s on {network.device.type}, {network.dtype}, model loaded")
+    if model is None:
+        print("\nThis small model knows drawn shapes and nothing else. For photos name another: ask ... --model NAME")
+    return 0
+
+
+def demo() -> int:
+    """Asks the small model about a drawing of its test set, whose truth is known."""
+    folder, truth = _default_model(), json.loads(DEMO.read_text(encoding="utf-8"))
+    processor, network = _load(folder, None)
+    picture = str(SHAPES / truth["picture"])
+    print(f"picture   {picture}  (not among those that the model was trained on)")
+    print(f"tokens    {_tokens(network.config)}")
+    right = 0
+    for turn in truth["questions"]:
+        answer, seconds = _answer(processor, network, picture, turn["question"], max_new_tokens=64)
+        right += answer == turn["answer"]
+        print(f"\nquestion  {turn['question']}")
+        print(f"answer    {answer}")
+        print(f"          {'right' if answer == turn['answer'] else 'wrong: ' + turn['answer']}, {seconds:.2f} s")
+    print(f"\n{right} of {len(truth['questions'])} right. How the model was made: examples/shapes/README.md")
+    return 0
+
+
+def _answer(
+    processor: LlavaSTFProcessor,
+    network: LlavaSTFForConditionalGeneration,
+    image: str,
+    question: str,
+    max_new_tokens: int,
+) -> tuple[str, float]:
+    """The greedy answer, and the seconds that it took."""
     conversation = [
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
     ]
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
         conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-    ).to(device)
-    inputs["pixel_values"] = inputs["pixel_values"].to(network.dtype)
+    ).to(network.device, network.dtype)
     output = network.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    seconds = time.perf_counter() - started
+    return answer, time.perf_counter() - started
 
-    config = network.config
-    print(f"picture   {image}")
-    print(f"question  {question}")
-    print(f"answer    {answer}")
-    print(f"tokens    {config.tokens_per_image} for the picture, LLaVA-1.5 would take {config.grid_size**2}")
-    print(f"time      {seconds:.2f} s on {device}, {network.dtype}, model loaded")
-    if model is None:
-        print("\nThese weights are random: a tiny checkpoint of the original's code, converted. The answer is the one")
-        print("that the original gives with them, and means nothing. Name a trained checkpoint: ask ... --model NAME")
-    return 0
+
+def _tokens(config: LlavaSTFConfig) -> str:
+    return f"{config.tokens_per_image} for the picture, LLaVA-1.5 would take {config.grid_size**2}"
+
+
+def _default_model() -> str:
+    if not DEFAULT_MODEL.exists():
+        raise ValueError("There is no model outside a clone of the repository: name a checkpoint with --model.")
+    return str(DEFAULT_MODEL)
 
 
 def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
@@ -102,19 +130,7 @@ def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaST
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
-    return processor, network
-
-
-def _demo_model() -> Path:
-    if not DEMO_SOURCE.exists():
-        raise ValueError("There is no demo model outside a clone of the repository: name a checkpoint with --model.")
-    sys.path.insert(0, str(CLONE))
-    from conversion import convert
-
-    if DEMO_MODEL.exists():  # made by another version of the converter, perhaps
-        shutil.rmtree(DEMO_MODEL)
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        return convert(DEMO_SOURCE, DEMO_MODEL)
+    return processor, network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 if __name__ == "__main__":

@@ -186,6 +186,9 @@ class LlavaSTFProcessor(LlavaProcessor):
             )
         if "offset_mapping" in outputs and not offsets_wanted:
             outputs["offset_mapping"] = _offsets_in_prompt(outputs["offset_mapping"], places)
+        elif isinstance(outputs.get("offset_mapping"), torch.Tensor):
+            # `apply_chat_template` walks them pair by pair for its mask: several times as fast in lists.
+            outputs["offset_mapping"] = outputs["offset_mapping"].tolist()
         if text is not None:
             self._check_context(outputs["input_ids"])
         return outputs

@@ -14,11 +14,11 @@ from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
 from examples.shapes.__main__ import main
-from examples.shapes.clip import build_clip, draw_phrases, encode, similarity, train_clip, waves
+from examples.shapes.clip import build_clip, contrast, encode, measure, similarity, train_clip, waves
 from examples.shapes.evaluate import evaluate, score
 from examples.shapes.generate import generate, read_scenes
 from examples.shapes.language_model import train_language_model
-from examples.shapes.phrases import ATTRIBUTES, Phrase, altered, true_phrase
+from examples.shapes.phrases import Phrase, all_phrases
 from examples.shapes.questions import KINDS, caption, conversation, describe, one_of_each
 from examples.shapes.scenes import COLOURS, HELD_OUT_PAIRS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
@@ -292,38 +292,54 @@ def test_phrases(phrase, text, holds):
     assert phrase.text == text and phrase.holds(SCENE) is holds
 
 
-def test_drawn_phrases_are_true_altered_ones_differ_in_one_thing_and_none_is_held_out():
-    rng = Random(0)
-    false = 0
-    for scene in scenes("train", 300):
-        phrase = true_phrase(scene, rng)
-        other = altered(phrase, rng)
-        assert phrase.holds(scene)
-        assert not phrase.held_out and not other.held_out
-        fields = [*ATTRIBUTES, "number", "printed"]
-        assert sum(getattr(phrase, name) != getattr(other, name) for name in fields) == 1
-        assert [getattr(phrase, name) is None for name in fields] == [getattr(other, name) is None for name in fields]
-        false += not other.holds(scene)
-    assert false > 150
-
-
-def test_clip_compares_pictures_with_texts(data, tokenizer):
-    model = build_clip(tokenizer)
-    drawn = list(read_scenes(data, "train").values())[:3]
-    phrases = draw_phrases(drawn, Random(0))
+def test_phrases_differ_and_none_is_held_out():
+    phrases = all_phrases()
     assert len({phrase.text for phrase in phrases}) == len(phrases)
-    texts = encode(tokenizer, phrases)
+    assert not any(phrase.held_out for phrase in phrases)
+    assert {"size", "colour + shape", "number", "colour + number", "printed"} <= {phrase.kind for phrase in phrases}
+    for scene in scenes("train", 50):
+        truths = [phrase.holds(scene) for phrase in phrases]
+        assert any(truths) and not all(truths)
+
+
+def test_clip_compares_pictures_with_texts(tokenizer):
+    model, phrases = build_clip(tokenizer), all_phrases()
     # Padding changes nothing: a text means the same alone.
     pixels = torch.randn(3, 3, SIDE, SIDE)
-    together, alone = similarity(model, pixels, texts), similarity(model, pixels, encode(tokenizer, phrases[:1]))
+    together = similarity(model, pixels, encode(tokenizer, phrases))
     assert together.shape == (3, len(phrases)) and together.abs().max() <= 1
-    torch.testing.assert_close(together[:, :1], alone)
+    torch.testing.assert_close(together[:, :1], similarity(model, pixels, encode(tokenizer, phrases[:1])))
+
+
+def test_contrast_is_clip_s_loss_where_each_picture_has_one_caption():
+    logits = torch.randn(4, 4)
+    labels = torch.arange(4)
+    expected = sum(torch.nn.functional.cross_entropy(rows, labels) for rows in (logits, logits.T))
+    torch.testing.assert_close(contrast(logits, torch.eye(4, dtype=torch.bool)), expected)
+
+
+def test_contrast_with_several_true_captions_is_lower_the_better_they_are_told_apart():
+    truth = torch.tensor([[True, True, False], [False, True, True]])
+    right, wrong = torch.where(truth, 5.0, -5.0), torch.where(truth, -5.0, 5.0)
+    assert contrast(right, truth) < 0.01 < 5 < contrast(wrong, truth)
+    raised = right.clone()
+    raised[0, 0] += 3
+    assert contrast(raised, truth) < contrast(right, truth)
+
+
+def test_measure_counts_pictures_whose_true_captions_all_suit_better(monkeypatch):
+    phrases = [Phrase(colour="red"), Phrase(colour="blue"), Phrase(number=1), Phrase(number=2)]
+    truth = torch.tensor([[True, False, True, False], [True, True, False, True], [False, True, True, False]])
+    cosines = torch.tensor([[0.9, 0.1, 0.3, 0.5], [0.5, 0.6, 0.1, 0.2], [0.8, 0.2, 0.9, 0.8]])
+    monkeypatch.setattr("examples.shapes.clip.similarity", lambda model, pixels, texts: cosines)
+    # Both colours of the second picture are there: none is false, and none can be worse.
+    assert measure(None, torch.zeros(3, 1), truth, {}, phrases) == {"colour": 0.6667, "number": 0.6667}
 
 
 def test_waves_tell_near_patches_from_far_ones():
-    distance = torch.cdist(waves(12, 64), waves(12, 64))
-    assert distance[0].argsort()[1:3].sort().values.tolist() == [1, 12]  # right of and below the first
-    assert (distance + torch.eye(144)).min() > 0.1
+    distance = torch.cdist(waves(8, 64), waves(8, 64))
+    assert distance[0].argsort()[1:3].sort().values.tolist() == [1, 8]  # right of and below the first
+    assert (distance + torch.eye(64)).min() > 0.1
 
 
 def test_clip_training_learns_and_repeats(data, tokenizer_folder, tmp_path):
@@ -333,6 +349,7 @@ def test_clip_training_learns_and_repeats(data, tokenizer_folder, tmp_path):
     assert last["step"] == record["settings"]["steps"] == 40 and last["loss"] < first["loss"]
     model = CLIPModel.from_pretrained(folder)
     assert LlavaSTFImageProcessor.from_pretrained(folder).crop_size["height"] == model.config.vision_config.image_size
+    assert record["told_apart"].keys() >= {"colour", "shape", "place"}
 
     short = [train_clip(data, tokenizer_folder, tmp_path / name, steps=2, batch_size=2) for name in ("a", "b")]
     assert (short[0] / "model.safetensors").read_bytes() == (short[1] / "model.safetensors").read_bytes()

@@ -7,16 +7,20 @@ python -m examples.shapes tokenizer DATA OUT                   the language mode
 python -m examples.shapes clip DATA TOKENIZER OUT              a miniature CLIP
 python -m examples.shapes language-model DATA TOKENIZER OUT    a small Llama
 python -m examples.shapes evaluate MODEL DATA                  right answers, by kind of question
+python -m examples.shapes make WORK OUT                        all of it: the model of this repository
+python -m examples.shapes ablation WORK OUT                    the same with other connectors, several seeds
 """
 
 import argparse
 import sys
 from collections.abc import Callable
 
+from .ablation import ablate, run_one
 from .clip import train_clip
 from .evaluate import evaluate
 from .generate import generate
 from .language_model import train_language_model
+from .recipe import make
 from .text import train_tokenizer
 
 
@@ -57,8 +61,31 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     evaluation.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     evaluation.add_argument("--output", metavar="FILE", help="write the result as JSON; must not exist")
+    evaluation.add_argument("--new", action="store_true", help="ask the questions of the kind that is new to the model")
     evaluation.add_argument("--batch-size", type=int, default=100, metavar="N", help="(default: 100)")
     evaluation.set_defaults(step=evaluate)
+
+    recipe = commands.add_parser("make", help="generate, train every part, and write a Hub folder")
+    recipe.add_argument(
+        "work", metavar="WORK", help="folder for data and intermediate models; goes on where it stopped"
+    )
+    recipe.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    for name in ("scenes", "test-scenes", "clip-steps", "language-model-steps", "epochs", "seed"):
+        recipe.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
+    recipe.set_defaults(step=make)
+
+    ablation = commands.add_parser("ablation", help="train and test with other connectors")
+    ablation.add_argument("work", metavar="WORK", help="folder that `make` worked in")
+    ablation.add_argument("out", metavar="OUT", help="folder for the results; goes on where it stopped")
+    for name in ("seeds", "captions", "rows"):
+        ablation.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
+    ablation.set_defaults(step=ablate)
+    run = commands.add_parser("ablation-run")  # one run of `ablation`, which starts it
+    for name in ("work", "file"):
+        run.add_argument(name)
+    for name in ("index", "seed", "captions", "rows"):
+        run.add_argument(name, type=int)
+    run.set_defaults(step=run_one)
     return parser
 
 

@@ -141,9 +141,7 @@ def similarity(model: CLIPModel, pixels: torch.Tensor, texts: dict[str, torch.Te
 def contrast(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """CLIP's loss, both ways, for many true captions: each against the false ones, each against other pictures."""
     false = logits.masked_fill(truth, -torch.inf)
-    return sum(
-        nn.functional.softplus(false.logsumexp(dim, keepdim=True) - logits)[truth].mean() for dim in (0, 1)
-    )
+    return sum(nn.functional.softplus(false.logsumexp(dim, keepdim=True) - logits)[truth].mean() for dim in (0, 1))
 
 
 @torch.inference_mode()

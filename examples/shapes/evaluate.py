@@ -6,24 +6,27 @@ import json
 import re
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
-from .questions import KINDS
 from .text import messages_of, read_rows
+from .training import DEVICE
 
 LONGEST_ANSWER = 80  # tokens; the longest caption has about 60
 
 
-def evaluate(model: str | Path, data: str | Path, output: str | Path | None = None, batch_size: int = 100) -> dict:
+def evaluate(
+    model: str | Path, data: str | Path, output: str | Path | None = None, new: bool = False, batch_size: int = 100
+) -> dict:
     """Answers every question of `data`/test.json greedily, each in a conversation of its own, and scores the answers.
 
     Args:
         model: folder or Hub id of a LLaVA-STF checkpoint.
         data: folder that `generate` made.
         output: file for the result as JSON; must not exist.
+        new: ask the questions of the new kind, `data`/new-test.json, instead.
         batch_size: questions that are answered together.
 
     Returns:
@@ -34,19 +37,21 @@ def evaluate(model: str | Path, data: str | Path, output: str | Path | None = No
     """
     if output is not None and Path(output).exists():
         raise ValueError(f"{output} exists. Choose another file; nothing was asked.")
-    rows, truth = read_rows(Path(data) / "test.json"), read_rows(Path(data) / "truth.jsonl")
-    result = {"model": str(model), **score(ask(model, Path(data), rows, batch_size), rows, truth)}
+    prefix = "new-" if new else ""
+    rows, truth = read_rows(Path(data) / f"{prefix}test.json"), read_rows(Path(data) / f"{prefix}truth.jsonl")
+    processor = LlavaSTFProcessor.from_pretrained(model)
+    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(DEVICE)
+    result = {"model": str(model), **score(ask(network, processor, Path(data), rows, batch_size), rows, truth)}
     print_table(result)
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
 
 
-def ask(model: str | Path, folder: Path, rows: list[dict], batch_size: int) -> dict[str, str]:
-    """The model's answer to the first question of each row, by the row's id."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    processor = LlavaSTFProcessor.from_pretrained(model)
-    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(device)
+def ask(
+    network: PreTrainedModel, processor: LlavaSTFProcessor, folder: Path, rows: list[dict], batch_size: int = 100
+) -> dict[str, str]:
+    """The model's greedy answer to the first question of each row, by the row's id; pictures are in `folder`."""
     # Answers of one length together: a batch is done when its longest answer is.
     rows = sorted(rows, key=lambda row: len(row["conversations"][1]["value"]))
     answers: dict[str, str] = {}
@@ -59,7 +64,7 @@ def ask(model: str | Path, folder: Path, rows: list[dict], batch_size: int) -> d
             return_dict=True,
             return_tensors="pt",
             processor_kwargs={"padding": True},
-        ).to(device, network.dtype)
+        ).to(network.device, network.dtype)
         outputs = network.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
         texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers |= {row["id"]: text.strip() for row, text in zip(batch, texts, strict=True)}
@@ -87,7 +92,7 @@ def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
         )
     right = {name: _parts(answers[name]) == _parts(sentence) for name, sentence in expected.items()}
     kinds = {}
-    for kind in KINDS:
+    for kind in dict.fromkeys(row["kind"] for row in truth):
         marks = {
             name: [right[row["id"]] for row in truth if row["kind"] == kind and row["unseen"] == (name == "unseen")]
             for name in ("seen", "unseen")

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from conversion.convert import complete_or_absent, require_empty
 
-from .questions import Question, caption, conversation, describe, one_of_each
+from .questions import Question, caption, conversation, describe, furthest_left, one_of_each
 from .scenes import Print, Scene, Thing, draw_picture, draw_scene
 from .text import PLACEHOLDER, read_rows
 
@@ -28,6 +28,7 @@ def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 
     - text.json: the same scenes, the caption in place of the picture and other questions, for the language model
     - test.json: one question of each kind per test scene, each a conversation of its own
     - truth.jsonl: of each row of test.json, the kind and whether it is about a pair that training never shows
+    - new-train.json, new-test.json, new-truth.jsonl: a kind of question that none of these ask, to fine-tune with
     - scenes.jsonl: the objects and the print of every scene, positions and radii in pixels
 
     The same arguments give the same files.
@@ -47,7 +48,11 @@ def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 
             first = rows[name]["conversations"][0]
             first["value"] = f"{describe(scene)}\n{first['value']}"
         _write_json(folder / "text.json", rows.values())
-        _write_test(folder, {name: one_of_each(scene, rng) for name, scene in test.items()})
+        _write_test(folder, "", {name: one_of_each(scene, rng) for name, scene in test.items()})
+        new = {name: furthest_left(scene) for name, scene in (train | test).items()}
+        new_train = (_row(name, True, [new[name]]) for name in train if new[name])
+        _write_json(folder / "new-train.json", new_train)
+        _write_test(folder, "new-", {name: [new[name]] for name in test if new[name]})
         truth = ({"id": name, "split": scene.split, **asdict(scene)} for name, scene in (train | test).items())
         _write_lines(folder / "scenes.jsonl", truth)
     return out
@@ -75,11 +80,13 @@ def _row(name: str, picture: bool, questions: list[Question], image_name: str | 
     return {"id": name, "image": f"images/{image_name or name}.png", "conversations": turns}
 
 
-def _write_test(folder: Path, questions: dict[str, list[Question]]) -> None:
+def _write_test(folder: Path, prefix: str, questions: dict[str, list[Question]]) -> None:
     asked = [(f"{name}-{question.kind}", name, question) for name, several in questions.items() for question in several]
-    _write_json(folder / "test.json", (_row(row_id, True, [question], name) for row_id, name, question in asked))
+    _write_json(
+        folder / f"{prefix}test.json", (_row(row_id, True, [question], name) for row_id, name, question in asked)
+    )
     truth = ({"id": row_id, "kind": question.kind, "unseen": question.unseen} for row_id, _, question in asked)
-    _write_lines(folder / "truth.jsonl", truth)
+    _write_lines(folder / f"{prefix}truth.jsonl", truth)
 
 
 def _write_json(file: Path, rows: Iterable[dict]) -> None:

@@ -167,6 +167,15 @@ KINDS: dict[str, Callable[[Scene, Random], Question | None]] = {
 }
 
 
+def furthest_left(scene: Scene) -> Question | None:
+    """Not among the kinds: what a trained model can be taught later."""
+    first, *others = scene.things
+    if not others or any(thing.column == first.column for thing in others):
+        return None
+    text, answer = "Which object is furthest to the left?", f"The {first.name} is furthest to the left."
+    return Question("furthest left", text, answer, frozenset([first.pair]))
+
+
 def one_of_each(scene: Scene, rng: Random) -> list[Question]:
     questions = (make(scene, rng) for make in KINDS.values())
     return [question for question in questions if question is not None]

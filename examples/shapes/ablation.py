@@ -1,0 +1,239 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The paper's question in miniature: what do Multi-Block and Spatial Token Fusion gain or cost?
+
+Systems that differ in nothing but the projector, trained on the same rows in the same order from the same tower and the
+same language model, with several seeds.
+"""
+
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from matplotlib.figure import Figure
+from torch import nn
+from tqdm import tqdm
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from conversion.convert import ROOT
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf.modeling_llava_stf import (
+    LlavaSTFMultiModalProjector,
+    MultiBlockTokenFusion,
+    SpatialTokenFusion,
+)
+from training.data import load_rows
+from training.trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments
+
+from .evaluate import ask, score
+from .questions import KINDS
+from .recipe import RECIPES, TAPS
+from .text import read_rows
+
+
+class PooledProjector(LlavaMultiModalProjector):
+    """LLaVA's projector on the mean of each window of patches."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__(config)
+        self.grid, self.window = config.grid_size, config.fusion_window
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) -> (B, T, D)."""
+        maps = features.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, C, G, G)
+        pooled = nn.functional.avg_pool2d(maps, self.window)
+        return super().forward(pooled.flatten(2).transpose(1, 2))
+
+
+class MixedProjector(nn.Sequential):
+    """Multi-Block Token Fusion, then LLaVA's projector on every patch. (B, N, L*C) -> (B, N, D)."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        one_layer = copy.deepcopy(config)
+        one_layer.vision_feature_layer = config.taps[:1]
+        super().__init__(MultiBlockTokenFusion(config), LlavaMultiModalProjector(one_layer))
+
+
+@dataclass(frozen=True)
+class System:
+    """A connector between tower and language model."""
+
+    name: str
+    taps: tuple[int, ...]
+    window: int
+    projector: Callable[[LlavaSTFConfig], nn.Module]
+
+    def build(self, start: str | Path, seed: int) -> tuple[LlavaSTFForConditionalGeneration, LlavaSTFProcessor]:
+        """The checkpoint `start` with this connector, new: PyTorch's initialisation of a linear layer."""
+        settings = {"vision_feature_layer": list(self.taps), "fusion_window": self.window}
+        config = LlavaSTFConfig.from_pretrained(start, **settings)
+        trained = LlavaSTFForConditionalGeneration.from_pretrained(start).state_dict()
+        model = LlavaSTFForConditionalGeneration(config)
+        torch.manual_seed(seed)
+        model.model.multi_modal_projector = self.projector(config)
+        for module in model.model.multi_modal_projector.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+        kept = {name: weight for name, weight in trained.items() if ".multi_modal_projector." not in name}
+        missing, _ = model.load_state_dict(kept, strict=False)
+        assert all(".multi_modal_projector." in name for name in missing)
+        processor = LlavaSTFProcessor.from_pretrained(start)
+        processor.fusion_window = self.window
+        return model, processor
+
+
+SYSTEMS = (
+    System("LLaVA-1.5", TAPS[:1], 1, LlavaMultiModalProjector),
+    System("average pooling 2x2", TAPS[:1], 2, PooledProjector),
+    System("STF alone", TAPS[:1], 2, SpatialTokenFusion),
+    System("MBTF alone", TAPS, 1, MixedProjector),
+    System("MBTF + STF", TAPS, 2, LlavaSTFMultiModalProjector),
+    System("MBTF + STF, window 4", TAPS, 4, LlavaSTFMultiModalProjector),
+)
+# What the issue of the comparison is: accuracy over all questions but captions, which are right as a whole only.
+ASKED = tuple(kind for kind in KINDS if kind != "caption")
+
+
+def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 6400, rows: int = 16000) -> Path:
+    """Trains and tests every system with every seed, and writes results.json, a table and a plot into `out`.
+
+    As many runs side by side as there are cores, a thread each. A run whose result is there is not done again.
+
+    Args:
+        work: folder of `make`, with data and the start (tower and language model).
+        out: folder for the results.
+        seeds: of connector and order.
+        captions, rows: to train on in stage 1, in stage 2.
+    """
+    work, runs = Path(work).resolve(), Path(out).resolve() / "runs"
+    runs.mkdir(parents=True, exist_ok=True)
+    todo = [
+        (runs / f"{index}-{seed}.json", index, seed)
+        for seed in range(seeds)
+        for index in range(len(SYSTEMS))
+        if not (runs / f"{index}-{seed}.json").exists()
+    ]
+
+    def launch(run: tuple[Path, int, int]) -> int:
+        file, index, seed = run
+        words = [sys.executable, "-m", "examples.shapes", "ablation-run", work, file, index, seed, captions, rows]
+        log = file.with_suffix(".log")
+        with log.open("w", encoding="utf-8") as stream:
+            command = [str(word) for word in words]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            return subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream).returncode
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        statuses = list(tqdm(pool.map(launch, todo), total=len(todo), desc="runs", unit="run"))
+    failed = [run[0].with_suffix(".log") for run, status in zip(todo, statuses, strict=True) if status]
+    if failed:
+        raise ValueError(f"{len(failed)} runs failed, see {failed[0]}; the others are kept.")
+    return report(Path(out))
+
+
+def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: int) -> None:
+    """Trains and tests one system with one seed; what [`ablate`] starts."""
+    data, target = Path(work) / "data", Path(file)
+    system = SYSTEMS[index]
+    model, processor = system.build(Path(work) / "start", seed)
+    seconds = {}
+    for stage, name, limit in (("stage1", "captions", captions), ("stage2", "train", rows)):
+        dataset = load_rows(data / f"{name}.json", data).select(range(limit))
+        settings = yaml.safe_load((RECIPES / f"{stage}.yaml").read_text(encoding="utf-8"))
+        settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "seed": seed, "report_to": "none"}
+        settings.pop("dtype")  # of loading
+        scratch = target.with_suffix(f".{stage}")
+        args = LlavaSTFTrainingArguments(output_dir=str(scratch), **settings)
+        started = time.perf_counter()
+        LlavaSTFTrainer(model, args, train_dataset=dataset, processing_class=processor).train()
+        seconds[stage] = round(time.perf_counter() - started, 1)
+    questions, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
+    started = time.perf_counter()
+    answers = ask(model.eval(), processor, data, questions)
+    seconds["test"] = round(time.perf_counter() - started, 1)
+    result = {
+        "system": system.name,
+        "seed": seed,
+        "vision_tokens": model.config.tokens_per_image,
+        "connector_parameters": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
+        "captions": captions,
+        "rows": rows,
+        "questions": len(questions),
+        "seconds": seconds,
+        "kinds": score(answers, questions, truth)["kinds"],
+    }
+    unfinished = target.with_suffix(".partial")
+    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    unfinished.replace(target)
+
+
+def report(out: Path) -> Path:
+    """results.json, results.md and results.png out of the runs in `out`/runs."""
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "runs").glob("*.json"))]
+    systems = {system.name: [run for run in runs if run["system"] == system.name] for system in SYSTEMS}
+    accuracies = {
+        name: {kind: [accuracy(run, [kind]) for run in of_system] for kind in ASKED}
+        | {"all": list(map(accuracy, of_system))}
+        for name, of_system in systems.items()
+    }
+    (out / "results.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+    (out / "results.md").write_text(table(systems, accuracies), encoding="utf-8")
+    draw(accuracies, out / "results.png")
+    return out
+
+
+def accuracy(run: dict, kinds: tuple[str, ...] | list[str] = ASKED) -> float:
+    """Right answers in percent, over seen and unseen pairs; the mean over the kinds."""
+    shares = []
+    for kind in kinds:
+        parts = run["kinds"][kind].values()
+        shares.append(100 * sum(part["right"] for part in parts) / sum(part["questions"] for part in parts))
+    return statistics.mean(shares)
+
+
+def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[float]]]) -> str:
+    """Markdown: a row for each system, mean and standard deviation over the seeds."""
+    kinds = [*ASKED, "all"]
+    lines = [
+        "| connector | tokens | " + " | ".join(kinds) + " | training, s | test, s |",
+        "| --- | --: |" + " --: |" * (len(kinds) + 2),
+    ]
+    for name, runs in systems.items():
+        cells = [
+            f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in accuracies[name].values()
+        ]
+        training = statistics.median(run["seconds"]["stage1"] + run["seconds"]["stage2"] for run in runs)
+        testing = statistics.median(run["seconds"]["test"] for run in runs)
+        cells = [str(runs[0]["vision_tokens"]), *cells, f"{training:.0f}", f"{testing:.0f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(accuracies: dict[str, dict[str, list[float]]], path: Path) -> None:
+    """Bars of mean accuracy by kind and system; each seed is a point."""
+    kinds = [*ASKED, "all"]
+    figure = Figure(figsize=(13, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    width = 0.8 / len(accuracies)
+    for index, (name, values) in enumerate(accuracies.items()):
+        places = [position + (index - (len(accuracies) - 1) / 2) * width for position in range(len(kinds))]
+        axes.bar(places, [statistics.mean(values[kind]) for kind in kinds], width, label=name)
+        for place, kind in zip(places, kinds, strict=True):
+            axes.plot([place] * len(values[kind]), values[kind], "k.", markersize=3)
+    axes.set(
+        ylabel="right answers, %", ylim=(0, 105), title="Same tower, language model, rows and order; each seed a point"
+    )
+    axes.set_xticks(range(len(kinds)), kinds)
+    axes.legend(ncols=3, loc="lower center")
+    axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=110)
