@@ -1,11 +1,13 @@
 """The command lines: what they print, and that an error is one line that names the file."""
 
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,8 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from conversion import convert
 from conversion.__main__ import main as conversion_main
+from examples.shapes.questions import KINDS
+from examples.shapes.scenes import draw_picture, draw_scene
 from modeling_llava_stf import LlavaSTFProcessor
-from modeling_llava_stf.__main__ import DEMO_QUESTION
+from modeling_llava_stf.__main__ import DEMO
 from modeling_llava_stf.__main__ import main as ask_main
 
 ROOT = Path(__file__).parents[1]
@@ -92,16 +96,37 @@ def test_ask_prints_the_answer(checkpoint, model, processor, goldens):
     tokens = goldens["tokens_per_image"]
     assert report["tokens"].startswith(f"{tokens} ") and report["tokens"].endswith(f" {4 * tokens}")
     assert re.match(r"\d+\.\d\d s on cpu, torch\.float32", report["time"])
-    assert "random" not in result.stdout
+    assert "small" not in result.stdout
 
 
-def test_demo_says_that_its_weights_are_random(model, processor):
+def test_demo_gives_right_answers_about_a_picture_that_it_never_saw():
     result = run("modeling_llava_stf", "demo")
     assert result.returncode == 0, result.stderr
-    report = shown(result.stdout)
-    assert (report["picture"], report["question"]) == (str(PICTURE), DEMO_QUESTION)
-    assert report["answer"] == answer_of(model, processor, PICTURE, DEMO_QUESTION, 12)
-    assert "These weights are random" in result.stdout
+    truth = json.loads(DEMO.read_text(encoding="utf-8"))
+    assert f"picture   {DEMO.parent / truth['picture']}" in result.stdout
+    assert len(truth["questions"]) == 3
+    for turn in truth["questions"]:
+        assert f"question  {turn['question']}\nanswer    {turn['answer']}\n          right" in result.stdout
+    assert "3 of 3 right" in result.stdout
+
+
+def test_the_demo_s_picture_and_truth_are_of_the_test_set():
+    truth = json.loads(DEMO.read_text(encoding="utf-8"))
+    rng = Random(truth["seed"])
+    scene = draw_scene("test", rng)
+    drawn, shown = draw_picture(scene, rng), Image.open(DEMO.parent / truth["picture"])
+    assert drawn.tobytes() == shown.tobytes()
+    for turn in truth["questions"]:
+        made = (KINDS[turn["kind"]](scene, Random(seed)) for seed in range(200))
+        assert (turn["question"], turn["answer"]) in {(question.text, question.answer) for question in made if question}
+
+
+def test_ask_without_a_model_uses_the_small_one(run_here):
+    truth = json.loads(DEMO.read_text(encoding="utf-8"))
+    turn = truth["questions"][0]
+    status, output, _ = run_here(ask_main, "ask", DEMO.parent / truth["picture"], turn["question"])
+    assert (status, shown(output)["answer"]) == (0, turn["answer"])
+    assert "knows drawn shapes and nothing else" in output
 
 
 def test_missing_picture_ends_with_one_line(checkpoint):

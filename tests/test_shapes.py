@@ -14,15 +14,18 @@ from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
 from examples.shapes.__main__ import main
+from examples.shapes.ablation import SYSTEMS, report
 from examples.shapes.clip import build_clip, contrast, encode, measure, similarity, train_clip, waves
 from examples.shapes.evaluate import evaluate, score
 from examples.shapes.generate import generate, read_scenes
 from examples.shapes.language_model import train_language_model
 from examples.shapes.phrases import Phrase, all_phrases
-from examples.shapes.questions import KINDS, caption, conversation, describe, one_of_each
+from examples.shapes.questions import KINDS, caption, conversation, describe, furthest_left, one_of_each
+from examples.shapes.recipe import TAPS, Timer
 from examples.shapes.scenes import COLOURS, HELD_OUT_PAIRS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
-from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
+from hub_card.results import read_evaluation
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
 
 SCENES, TEST_SCENES = 60, 8
 
@@ -404,6 +407,8 @@ def test_evaluates_a_checkpoint(data, checkpoint, tmp_path, capsys):
     for kind, parts in result["kinds"].items():
         assert parts["seen"]["questions"] + parts["unseen"]["questions"] == asked[kind]
         assert kind in capsys.readouterr().out or kind != "caption"
+    on_a_card = read_evaluation(output, {str(checkpoint)})
+    assert sum(int(score.samples) for score in on_a_card.scores) == asked.total()
     with pytest.raises(ValueError, match="exists"):
         evaluate(checkpoint, data, output)
 
@@ -415,3 +420,84 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert main() == 2 and "not empty" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["shapes", "tokenizer", str(tmp_path), str(tmp_path / "tokenizer")])
     assert main() == 2 and "make the data first" in capsys.readouterr().err
+
+
+def test_the_new_kind_asks_for_an_object_that_is_alone_on_the_left():
+    asked = {scene: furthest_left(scene) for scene in scenes("train", 200)}
+    assert len([question for question in asked.values() if question]) > 50
+    for scene, question in asked.items():
+        first = min(scene.things, key=lambda thing: thing.x)
+        alone = len(scene.things) > 1 and [thing.column for thing in scene.things].count(first.column) == 1
+        assert (question is not None) == alone
+        assert question is None or question.answer == f"The {first.name} is furthest to the left."
+
+
+def test_evaluates_the_new_kind(data, checkpoint):
+    assert {row["kind"] for row in read_rows(data / "new-truth.jsonl")} == {"furthest left"}
+    texts = {row["conversations"][0]["value"] for row in read_rows(data / "train.json")}
+    assert not any("furthest" in text for text in texts)
+    assert evaluate(checkpoint, data, new=True)["kinds"].keys() == {"furthest left"}
+
+
+def runs_of(accuracies):
+    return [
+        {
+            "system": system.name,
+            "seed": seed,
+            "vision_tokens": 64 // system.window**2,
+            "seconds": {"stage1": 10, "stage2": 20 + seed, "test": 5},
+            "kinds": {
+                kind: {"seen": {"right": right, "questions": 80}, "unseen": {"right": 0, "questions": 20}}
+                for kind in KINDS
+            },
+        }
+        for system, rights in zip(SYSTEMS, accuracies, strict=True)
+        for seed, right in enumerate(rights)
+    ]
+
+
+def test_the_ablation_s_table_has_mean_spread_and_cost_of_each_connector(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for run in runs_of([(80, 80, 80), (10, 20, 30), (1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 4)]):
+        (tmp_path / "runs" / f"{run['system']}-{run['seed']}.json").write_text(json.dumps(run))
+    out = report(tmp_path)
+    table = (out / "results.md").read_text().splitlines()
+    assert len(table) == 2 + len(SYSTEMS)
+    assert table[2].startswith("| LLaVA-1.5 | 64 | 80.0 ± 0.0 |") and table[2].endswith("| 31 | 5 |")
+    assert table[3].startswith("| average pooling 2x2 | 16 | 20.0 ± 10.0 |")
+    assert Image.open(out / "results.png").width > 500
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 3 * len(SYSTEMS)
+
+
+def test_steps_that_are_complete_are_not_done_again_and_failed_ones_are_named(tmp_path, monkeypatch):
+    timer = Timer(tmp_path / "seconds.json")
+    monkeypatch.setattr("examples.shapes.recipe.ROOT", tmp_path)
+    (tmp_path / "touch.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()")
+    steps = {tmp_path / name: ("touch", tmp_path / name) for name in ("a", "b")}
+    timer.run(steps)
+    first = (tmp_path / "seconds.json").read_text()
+    assert json.loads(first).keys() == {"a + b"}
+    timer.run(steps)  # would fail: the folders are there
+    assert (tmp_path / "seconds.json").read_text() == first
+    (tmp_path / "stage1").mkdir()  # of a training that was interrupted
+    with pytest.raises(ValueError, match="stage1 failed"):
+        timer.run({tmp_path / "a": ("touch", tmp_path / "a"), tmp_path / "stage1": ("touch", tmp_path / "stage1")})
+
+
+def test_one_command_makes_a_model(tmp_path, monkeypatch):
+    """All steps, each for a moment: what it makes is a complete Hub folder that loads without this package."""
+    counts = {"scenes": 40, "test-scenes": 2, "clip-steps": 2, "language-model-steps": 2, "epochs": 1}
+    options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
+    out = tmp_path / "model"
+    monkeypatch.setattr("sys.argv", ["shapes", "make", str(tmp_path / "work"), str(out), *options])
+    assert main() == 0
+    model = LlavaSTFForConditionalGeneration.from_pretrained(out, dtype="auto")
+    assert model.dtype == torch.float16 and model.config.taps == list(TAPS)
+    size = sum(file.stat().st_size for file in out.rglob("*"))
+    assert size < 8e6
+    assert {"LICENSE", "README.md", "modeling_llava_stf.py", "processor_config.json", "evaluation.json"} <= {
+        file.name for file in out.iterdir()
+    }
+    seconds = json.loads((out / "log_seconds.json").read_text())
+    assert seconds.keys() == {"data", "tokenizer", "clip + language-model", "start", "stage1", "stage2"}
+    assert json.loads((out / "evaluation.json").read_text())["kinds"].keys() == KINDS.keys()

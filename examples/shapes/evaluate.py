@@ -30,7 +30,7 @@ def evaluate(
         batch_size: questions that are answered together.
 
     Returns:
-        What [`score`] returns, and the checkpoint's name.
+        What [`score`] returns, and the same for a model card (`python -m hub_card render --results FILE`).
 
     Raises:
         ValueError: if files are missing or do not belong together, or if `output` exists.
@@ -41,8 +41,9 @@ def evaluate(
     rows, truth = read_rows(Path(data) / f"{prefix}test.json"), read_rows(Path(data) / f"{prefix}truth.jsonl")
     processor = LlavaSTFProcessor.from_pretrained(model)
     network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(DEVICE)
-    result = {"model": str(model), **score(ask(network, processor, Path(data), rows, batch_size), rows, truth)}
-    print_table(result)
+    scores = score(ask(network, processor, Path(data), rows, batch_size), rows, truth)
+    print_table(scores)
+    result = card_results(scores["kinds"], str(model)) | scores
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result
@@ -102,6 +103,31 @@ def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
         {"id": name, "expected": expected[name], "answer": answers[name]} for name in expected if not right[name]
     ]
     return {"kinds": kinds, "mistakes": mistakes}
+
+
+def card_results(kinds: dict, model: str) -> dict:
+    """The accuracies in the form that `hub_card` reads."""
+    names = {"seen": "", "unseen": ", pairs of colour and shape that training never showed"}
+    return {
+        "source": {"name": "examples/shapes", "url": ""},
+        "measured_by": "",
+        "evaluated": model,
+        "model": "Right answers",
+        "conditions": "`python -m examples.shapes evaluate`, greedy, on drawings that `generate` made for testing",
+        "results": [
+            {
+                "benchmark": f"{kind}{names[name]}",
+                "dataset": "shapes",
+                "metric": "accuracy",
+                "metric_type": "accuracy",
+                "value": part["accuracy"],
+                "samples": str(part["questions"]),
+            }
+            for kind, parts in kinds.items()
+            for name, part in parts.items()
+            if part["questions"]
+        ],
+    }
 
 
 def _parts(sentence: str) -> list[str]:

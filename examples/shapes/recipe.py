@@ -23,6 +23,8 @@ TAPS = tuple(range(LAYERS - 1, LAYERS - 5, -1))
 RECIPES = Path(__file__).parent / "recipes"
 LOGS = {"clip": "training_log.json", "language-model": "training_log.json", "stage1": "trainer_state.json"}
 LOGS["stage2"] = LOGS["stage1"]
+REPO_ID = "YOUR-NAME/llava-stf-shapes"  # on the card, until it is published
+NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
 
 
 def make(
@@ -77,7 +79,11 @@ def make(
         for step, name in LOGS.items():
             shutil.copyfile(work / step / name, folder / f"log_{step}.json")
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
-        evaluate(folder, data, folder / "evaluation.json")
+        shutil.copyfile(RECIPES / "stage2.yaml", folder / "recipe.yaml")
+    evaluate(out, data, out / "evaluation.json")
+    described = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
+    words = ("hub_card", "render", out, *described, "--results", out / "evaluation.json")
+    subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
     return out
 
 

@@ -1,0 +1,131 @@
+"""The small model of this repository: alone or in company, compiled, quantised, converted, and taught more."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
+
+from conversion import convert, convert_back
+from examples.shapes.ablation import SYSTEMS
+from examples.shapes.evaluate import ask, score
+from examples.shapes.generate import generate
+from examples.shapes.text import read_rows
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
+
+MODEL = Path(__file__).parents[1] / "examples" / "shapes" / "model"
+SCENES = 30
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The first pictures of the test that the model was evaluated with."""
+    return generate(tmp_path_factory.mktemp("shapes") / "data", scenes=1, test_scenes=SCENES)
+
+
+@pytest.fixture(scope="module")
+def rows(data):
+    return read_rows(data / "test.json")
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return LlavaSTFProcessor.from_pretrained(MODEL)
+
+
+def load(folder=MODEL, **options):
+    return LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, **options).eval()
+
+
+@pytest.fixture(scope="module")
+def answers(data, rows, processor):
+    return ask(load(), processor, data, rows)
+
+
+def share(answers, data, rows):
+    """Right answers, captions left out."""
+    kinds = score(answers, rows, read_rows(data / "truth.jsonl"))["kinds"]
+    parts = [part for kind, of_kind in kinds.items() if kind != "caption" for part in of_kind.values()]
+    return sum(part["right"] for part in parts) / sum(part["questions"] for part in parts)
+
+
+def test_it_answers_as_its_evaluation_says(answers, data, rows):
+    record = json.loads((MODEL / "evaluation.json").read_text(encoding="utf-8"))
+    recorded_mistakes = {mistake["id"] for mistake in record["mistakes"]}
+    recorded = sum(row["id"] not in recorded_mistakes for row in rows) / len(rows)
+    mistakes = {mistake["id"] for mistake in score(answers, rows, read_rows(data / "truth.jsonl"))["mistakes"]}
+    assert abs(recorded - (1 - len(mistakes) / len(rows))) <= 0.02  # it was evaluated in float16
+    assert share(answers, data, rows) > 0.8
+
+
+def test_alone_as_in_a_batch(answers, data, rows, processor):
+    model = load()
+    some = rows[:: len(rows) // 20]
+    assert ask(model, processor, data, some, batch_size=1) == {row["id"]: answers[row["id"]] for row in some}
+
+
+def test_it_looks_at_the_picture(answers, data, rows, processor):
+    """With the pictures of others it answers worse: it does not guess from the question."""
+    pictures = [row["image"] for row in rows]
+    exchanged = [
+        {**row, "image": picture} for row, picture in zip(rows, pictures[len(rows) // 2 :] + pictures, strict=False)
+    ]
+    assert share(ask(load(), processor, data, exchanged), data, rows) < share(answers, data, rows) - 0.3
+
+
+def test_there_and_back_it_gives_the_same_answers(answers, data, rows, tmp_path):
+    original = convert_back(MODEL, tmp_path / "original")
+    again = convert(original, tmp_path / "again", vision_tower=MODEL, tokenizer=MODEL)
+    some = rows[:: len(rows) // 60]
+    found = ask(load(again), LlavaSTFProcessor.from_pretrained(again), data, some)
+    assert found == {row["id"]: answers[row["id"]] for row in some}
+
+
+def test_compiled_it_gives_the_same_answers(answers, data, rows, processor):
+    model = load()
+    model.forward = torch.compile(model.forward, backend="aot_eager", dynamic=True)
+    some = rows[:: len(rows) // 20]
+    assert ask(model, processor, data, some) == {row["id"]: answers[row["id"]] for row in some}
+
+
+def test_in_8_bit_it_answers_as_well(answers, data, rows, processor):
+    pytest.importorskip("bitsandbytes")
+    quantisation = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=NOT_QUANTISED)
+    model = load(quantization_config=quantisation)
+    kinds = {type(module).__name__ for module in model.model.language_model.modules()}
+    assert "Linear8bitLt" in kinds
+    assert share(ask(model, processor, data, rows), data, rows) >= share(answers, data, rows) - 0.01
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_connectors_of_the_ablation(system):
+    model, processor = system.build(MODEL, seed=0)
+    again, _ = system.build(MODEL, seed=0)
+    torch.testing.assert_close(model.state_dict(), again.state_dict(), rtol=0, atol=0)
+    crop = processor.image_processor.crop_size["height"]
+    assert processor.num_image_tokens(crop, crop) == model.config.tokens_per_image == (8 // system.window) ** 2
+    trained = load().state_dict()
+    for name, weight in model.state_dict().items():
+        if ".multi_modal_projector." not in name:
+            assert torch.equal(weight, trained[name].to(weight.dtype)), name
+    pixels = torch.randn(2, 3, crop, crop)
+    features = torch.stack(model.model.get_image_features(pixels).pooler_output)
+    assert features.shape == (2, model.config.tokens_per_image, model.config.text_config.hidden_size)
+
+
+def test_the_first_connector_is_stock_llava():
+    model, _ = SYSTEMS[0].build(MODEL, seed=0)
+    config = model.config
+    stock = LlavaForConditionalGeneration(
+        LlavaConfig(config.vision_config, config.text_config, config.image_token_id, vision_feature_layer=-2)
+    ).eval()
+    stock.load_state_dict(model.state_dict())
+    ids = torch.full((1, config.tokens_per_image + 4), config.image_token_id)
+    ids[0, -4:] = torch.arange(10, 14)
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 96, 96)}
+    others = [token for token in range(config.text_config.vocab_size) if token != config.image_token_id]
+    with torch.no_grad():
+        ours, theirs = (network.eval()(**inputs).logits[..., others] for network in (model, stock))
+    torch.testing.assert_close(ours, theirs)
