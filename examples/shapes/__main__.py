@@ -70,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         "work", metavar="WORK", help="folder for data and intermediate models; goes on where it stopped"
     )
     recipe.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    for name in ("scenes", "test-scenes", "clip-steps", "language-model-steps", "epochs", "seed"):
+    for name in ("scenes", "test-scenes", "clip-steps", "language-model-steps", "seed"):
         recipe.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
     recipe.set_defaults(step=make)
 

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's question in miniature: what do Multi-Block and Spatial Token Fusion gain or cost?
 
-Systems that differ in nothing but the projector, trained on the same rows in the same order from the same tower and the
-same language model, with several seeds.
+Systems that differ in nothing but the connector, trained on the same rows in the same order from the same tower and the
+same language model, with several seeds. The language model is the one that `make` ends with: like Vicuna it can look up
+and compare what tokens say, which it would not learn in the minutes of a run. It learned that from MBTF + STF's tokens.
 """
 
 import copy
@@ -32,12 +33,10 @@ from modeling_llava_stf.modeling_llava_stf import (
     MultiBlockTokenFusion,
     SpatialTokenFusion,
 )
-from training.data import load_rows
-from training.trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments
 
 from .evaluate import ask, score
 from .questions import KINDS
-from .recipe import RECIPES, TAPS
+from .recipe import RECIPES, STAGES, TAPS
 from .text import read_rows
 
 
@@ -100,17 +99,18 @@ SYSTEMS = (
     System("MBTF + STF", TAPS, 2, LlavaSTFMultiModalProjector),
     System("MBTF + STF, window 4", TAPS, 4, LlavaSTFMultiModalProjector),
 )
-# What the issue of the comparison is: accuracy over all questions but captions, which are right as a whole only.
+LAST_STAGE = tuple(STAGES)[-1]
+# What is compared: accuracy over all questions but captions, which are right as a whole only.
 ASKED = tuple(kind for kind in KINDS if kind != "caption")
 
 
-def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 6400, rows: int = 16000) -> Path:
+def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 3200, rows: int = 4800) -> Path:
     """Trains and tests every system with every seed, and writes results.json, a table and a plot into `out`.
 
     As many runs side by side as there are cores, a thread each. A run whose result is there is not done again.
 
     Args:
-        work: folder of `make`, with data and the start (tower and language model).
+        work: folder of `make`, with data and the last stage's tower and language model.
         out: folder for the results.
         seeds: of connector and order.
         captions, rows: to train on in stage 1, in stage 2.
@@ -143,12 +143,16 @@ def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 64
 
 def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: int) -> None:
     """Trains and tests one system with one seed; what [`ablate`] starts."""
+    # Here, because all other commands do without TRL.
+    from training.data import load_rows
+    from training.trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments
+
     data, target = Path(work) / "data", Path(file)
     system = SYSTEMS[index]
-    model, processor = system.build(Path(work) / "start", seed)
+    model, processor = system.build(Path(work) / LAST_STAGE, seed)
     seconds = {}
-    for stage, name, limit in (("stage1", "captions", captions), ("stage2", "train", rows)):
-        dataset = load_rows(data / f"{name}.json", data).select(range(limit))
+    for stage, limit in (("stage1", captions), (LAST_STAGE, rows)):
+        dataset = load_rows(data / STAGES[stage], data).select(range(limit))
         settings = yaml.safe_load((RECIPES / f"{stage}.yaml").read_text(encoding="utf-8"))
         settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "seed": seed, "report_to": "none"}
         settings.pop("dtype")  # of loading
@@ -212,7 +216,7 @@ def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[f
         cells = [
             f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in accuracies[name].values()
         ]
-        training = statistics.median(run["seconds"]["stage1"] + run["seconds"]["stage2"] for run in runs)
+        training = statistics.median(run["seconds"]["stage1"] + run["seconds"][LAST_STAGE] for run in runs)
         testing = statistics.median(run["seconds"]["test"] for run in runs)
         cells = [str(runs[0]["vision_tokens"]), *cells, f"{training:.0f}", f"{testing:.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -25,6 +25,7 @@ def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 
     - images/: a picture per scene, PNG
     - captions.json: picture and caption, for stage 1
     - train.json: picture and up to `turns` questions and answers, for stage 2
+    - dialogues.json: picture, other questions, and at the end the caption, for a second part of stage 2
     - text.json: the same scenes, the caption in place of the picture and other questions, for the language model
     - test.json: one question of each kind per test scene, each a conversation of its own
     - truth.jsonl: of each row of test.json, the kind and whether it is about a pair that training never shows
@@ -49,6 +50,12 @@ def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 
             first["value"] = f"{describe(scene)}\n{first['value']}"
         _write_json(folder / "text.json", rows.values())
         _write_test(folder, "", {name: one_of_each(scene, rng) for name, scene in test.items()})
+        rng = Random(f"{seed}/dialogues")
+        rows = {
+            name: _row(name, True, [*conversation(scene, turns, rng), caption(scene, rng)])
+            for name, scene in train.items()
+        }
+        _write_json(folder / "dialogues.json", rows.values())
         new = {name: furthest_left(scene) for name, scene in (train | test).items()}
         new_train = (_row(name, True, [new[name]]) for name in train if new[name])
         _write_json(folder / "new-train.json", new_train)

@@ -21,8 +21,15 @@ from .evaluate import evaluate
 # As the paper's: the first is LLaVA's, the last block but one; then shallower ones.
 TAPS = tuple(range(LAYERS - 1, LAYERS - 5, -1))
 RECIPES = Path(__file__).parent / "recipes"
-LOGS = {"clip": "training_log.json", "language-model": "training_log.json", "stage1": "trainer_state.json"}
-LOGS["stage2"] = LOGS["stage1"]
+# The recipes of the stages, and their data; each goes on from the one before.
+STAGES = {"stage1": "captions.json", "stage2": "train.json", "stage2-dialogues": "dialogues.json"}
+LOGS = {
+    "clip": "training_log.json",
+    "language-model": "training_log.json",
+    "stage1": "trainer_state.json",
+    "stage2": "trainer_state.json",
+    "stage2-dialogues": "trainer_state.json",
+}
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # on the card, until it is published
 NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
 
@@ -34,7 +41,6 @@ def make(
     test_scenes: int = 500,
     clip_steps: int = 3000,
     language_model_steps: int = 900,
-    epochs: float = 2,
     seed: int = 0,
 ) -> Path:
     """Trains a small LLaVA-STF from nothing and writes it into `out`, which must not exist or be empty.
@@ -47,39 +53,38 @@ def make(
         out: the Hub folder: float16 weights, code, processor, and beside them the logs and the evaluation.
         scenes, test_scenes: to train on, to test with.
         clip_steps, language_model_steps: of the two pre-trainings, which run side by side.
-        epochs: of stage 2.
         seed: of data, weights and order.
     """
     out, work = require_empty(out), Path(work).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    data, tokenizer, clip, language_model, start, stage1, stage2 = (
-        work / name for name in ("data", "tokenizer", "clip", "language-model", "start", "stage1", "stage2")
+    data, tokenizer, clip, language_model, start = (
+        work / name for name in ("data", "tokenizer", "clip", "language-model", "start")
     )
-    shapes, train = ("examples.shapes",), ("training", "--image_folder", data, "--seed", seed)
     timer = Timer(work / "seconds.json")
     counts = ("--scenes", scenes, "--test-scenes", test_scenes, "--seed", seed)
-    timer.run({data: (*shapes, "generate", data, *counts)})
-    timer.run({tokenizer: (*shapes, "tokenizer", data, tokenizer)})
-    steps = {clip: ("clip", clip_steps), language_model: ("language-model", language_model_steps)}
+    timer.run({data: ("examples.shapes", "generate", data, *counts)})
+    timer.run({tokenizer: ("examples.shapes", "tokenizer", data, tokenizer)})
+    steps = {clip: clip_steps, language_model: language_model_steps}
     timer.run(
         {
-            folder: (*shapes, command, data, tokenizer, folder, "--steps", number, "--seed", seed)
-            for folder, (command, number) in steps.items()
+            folder: ("examples.shapes", folder.name, data, tokenizer, folder, "--steps", number, "--seed", seed)
+            for folder, number in steps.items()
         }
     )
     towers = ("--init-fusion", "--vision-tower", clip, "--keep-full-tower", "--taps", *TAPS, "--seed", seed)
     timer.run({start: ("conversion", language_model, start, *towers)})
-    captions = ("--config", RECIPES / "stage1.yaml", "--data_path", data / "captions.json")
-    timer.run({stage1: (*train, *captions, "--model_name_or_path", start, "--output_dir", stage1)})
-    questions = ("--config", RECIPES / "stage2.yaml", "--data_path", data / "train.json")
-    last = ("--model_name_or_path", stage1, "--output_dir", stage2, "--num_train_epochs", epochs)
-    timer.run({stage2: (*train, *questions, *last)})
+    trained = start
+    for stage, rows in STAGES.items():
+        paths = ("--data_path", data / rows, "--image_folder", data, "--output_dir", work / stage)
+        options = ("--config", RECIPES / f"{stage}.yaml", "--model_name_or_path", trained, "--seed", seed)
+        timer.run({work / stage: ("training", *options, *paths)})
+        trained = work / stage
     with complete_or_absent(out) as folder:
-        pack(stage2, folder)
+        pack(trained, folder)
         for step, name in LOGS.items():
             shutil.copyfile(work / step / name, folder / f"log_{step}.json")
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
-        shutil.copyfile(RECIPES / "stage2.yaml", folder / "recipe.yaml")
+        shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
     evaluate(out, data, out / "evaluation.json")
     described = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
     words = ("hub_card", "render", out, *described, "--results", out / "evaluation.json")
@@ -102,10 +107,9 @@ class Timer:
         self.file = file
 
     def run(self, steps: dict[Path, tuple]) -> None:
-        """Runs side by side the commands whose folders are not there yet, each with its share of the cores."""
+        """Runs side by side the commands whose folders are not there yet, a thread each: more gain nothing here."""
         todo = {folder: command for folder, command in steps.items() if not _complete(folder)}
-        threads = max(1, len(os.sched_getaffinity(0)) // max(1, len(todo)))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         started = time.perf_counter()
         running = {}
         for folder, command in todo.items():
