@@ -66,7 +66,11 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--subfolder", help="folder of a Hub id that holds several runs")
     source.add_argument("--init-fusion", action="store_true", help="SOURCE has no fusion weights: make new ones")
     source.add_argument(
-        "--taps", type=int, nargs="+", metavar="N", help="blocks of the tower that new fusion weights mix, in this order"
+        "--taps",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="blocks of the tower that new fusion weights mix, in this order",
     )
     source.add_argument("--seed", type=int, default=0, help="of the new fusion weights (default: 0)")
 
