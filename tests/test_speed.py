@@ -45,12 +45,6 @@ def inputs_of(processor, picture):
     return inputs
 
 
-@pytest.fixture(scope="module")
-def tiny():
-    with torch.no_grad():
-        yield eager_systems("tiny", "cpu")
-
-
 def prompt(question):
     return f"USER: <image>\n{question} ASSISTANT:"
 
@@ -122,7 +116,9 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_steps_wait_for_the_device_no_more_than_the_stock_models(tiny):
+def test_steps_wait_for_the_device_no_more_than_the_stock_models():
+    systems = eager_systems("tiny", "cpu")
+
     def waits(system, tokens):
         ids, pixels = system.prompt(1, 10), torch.zeros(1, 3, 56, 56)
         cache = System(OURS_COMPILED, system.model, system.vision).new_cache(1, 10)
@@ -133,7 +129,7 @@ def test_steps_wait_for_the_device_no_more_than_the_stock_models(tiny):
             )
         return mode.count
 
-    ours, stock = (waits(tiny[name], 12) - waits(tiny[name], 4) for name in (OURS, STOCK))
+    ours, stock = (waits(systems[name], 12) - waits(systems[name], 4) for name in (OURS, STOCK))
     assert ours == stock
 
 
