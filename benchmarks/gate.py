@@ -5,7 +5,6 @@
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, System, cast, cropped
 
@@ -71,7 +70,6 @@ def greedy(
     cache, inputs = system.new_cache(1, TEXT), {"inputs_embeds": system.embed(ids, pixels)}
     if reuse:
         seen = 1 + system.image_tokens
-        cache = DynamicCache(config=system.model.config.text_config)
         other = torch.cat([ids[:, :seen], ids[:, seen:].flip(1)], dim=1)
         system.forward(cache, inputs_embeds=system.embed(other, pixels))
         cache, inputs = cropped(cache, seen), {"input_ids": ids[:, seen:]}

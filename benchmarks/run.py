@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of LLaVA-STF (144 tokens for a picture) beside the stock LLaVA (576) and the original's maths done plainly.
 
-python -m benchmarks.run --out benchmarks/results/run_cpu.json
-python -m benchmarks.run --device cuda --out benchmarks/results/run_cuda.json
+python -m benchmarks.run --device cpu
+python -m benchmarks.run --device cuda
 python -m benchmarks.report    # puts the tables of all results into the README
 
 Writes a JSON file and a plot beside it, and prints a table. Widths are those of the 7B and weights are random. On a CPU
@@ -32,7 +32,6 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
-from transformers import DynamicCache
 
 from benchmarks import count, gate, machine, report
 from benchmarks.systems import (
@@ -46,7 +45,6 @@ from benchmarks.systems import (
     cropped,
     eager_systems,
     fill,
-    refilled,
 )
 from modeling_llava_stf import LlavaSTFImageProcessor
 
@@ -207,11 +205,8 @@ def second_question(system: System, batch: int) -> Work:
     """Another question about a picture that a cache holds, to the logits of the first token."""
     seen = 1 + system.image_tokens
     ids = system.prompt(batch, QUESTION)[:, seen:]
-    prefix = fill(DynamicCache(config=system.model.config.text_config), system, batch, seen)
-    if not system.compiled:
-        return lambda: system.forward(cropped(prefix, seen), input_ids=ids)
-    cache = system.new_cache(batch, QUESTION)
-    return lambda: system.forward(refilled(cache, prefix), input_ids=ids)
+    cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
+    return lambda: system.forward(cropped(cache, seen), input_ids=ids)
 
 
 # What the work comes to
@@ -242,7 +237,11 @@ def step_bytes(batch: int) -> Callable[[System], float]:
 
 
 def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> dict[str, Any]:
-    """Seconds of each system that takes part, in turns; what a device has no memory for is said so."""
+    """Seconds of each system that takes part, in turns; what a device has no memory for is said so.
+
+    Raises:
+        RuntimeError: if something was compiled within the time.
+    """
     runs: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in case.systems}
     for turn in range(plan.rounds):
         for name, run in runs.items():
@@ -254,9 +253,14 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
                     run["first_call_seconds"] = machine.seconds(device, work)
                 for _ in range(plan.warm_up):
                     work()
+                graphs = _graphs()
                 run["seconds"] += [machine.seconds(device, work) for _ in range(plan.repeats)]
+                if _graphs() > graphs:
+                    raise RuntimeError(
+                        f"{case.metric}, batch {case.batch}: {name} was compiled again while it was timed."
+                    )
             except torch.OutOfMemoryError:
-                run["error"] = "out of memory"
+                run |= {"error": "out of memory", "seconds": []}
             work = None
             machine.free(device)
     for name, run in runs.items():
@@ -264,6 +268,10 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
             if amount is not None and name != REFERENCE:
                 run[kind] = amount(systems[name])
     return {"metric": case.metric, "batch": case.batch, "text": case.text, "systems": runs}
+
+
+def _graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def memory(systems: dict[str, System], device: str, batch: int) -> dict[str, dict[str, int]]:
@@ -334,13 +342,16 @@ def main() -> None:
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: the size's)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="what to time (default: all)")
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write; must not exist")
+    parser.add_argument("--out", type=Path, help="JSON to write; must not exist (default: results/run_DEVICE.json)")
     options = parser.parse_args()
-    if options.out.exists():
-        parser.error(f"{options.out} exists: move it away, or name another file")
+    out = options.out or report.RESULTS / f"run_{options.device}.json"
+    if out.exists():
+        parser.error(f"{out} exists: move it away, or name another file with --out")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device here: run with --device cpu, or with a CUDA build of PyTorch")
     size = options.size or {"cpu": "slice", "cuda": "7b"}[options.device]
     plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
-    partial_out = options.out.with_suffix(".partial.json")
+    partial_out = out.with_suffix(".partial")  # no .json: `report.py` would take it for a result
     result: dict[str, Any] = {
         "device": machine.name(options.device),
         "threads": torch.get_num_threads(),
@@ -362,10 +373,10 @@ def main() -> None:
         if partial_out.exists():
             print(f"stopped; what was measured so far is in {partial_out}")
         raise
-    partial_out.replace(options.out)
+    partial_out.replace(out)
     print("\n".join(report.table(result)))
-    print(f"{options.out} is written, {result['total_seconds']:.0f} s")
-    report.draw(result, options.out.with_suffix(".png"))
+    print(f"{out} is written, {result['total_seconds']:.0f} s")
+    report.draw(result, out.with_suffix(".png"))
 
 
 def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -376,6 +387,9 @@ def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[
     outcome = gate.eager(systems, plan.dtype)
     print(f"gate: {outcome}", flush=True)
     yield {"gate": outcome}
+    yield {"memory": memory(systems, device, max(plan.images))}
+    if device == "cuda":  # before CUDA graphs take memory for themselves
+        yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK, OURS)}}
     for eager, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
         systems[name] = compile_system(systems[eager], name, **plan.compile_options)
     started = time.perf_counter()
@@ -383,7 +397,6 @@ def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[
     compile_seconds = time.perf_counter() - started
     print(f"gate, compiled: {outcome}, {compile_seconds:.0f} s", flush=True)
     yield {"gate": outcome, "compile_seconds": compile_seconds}
-    yield {"memory": memory(systems, device, max(plan.images))}
     yield {"processor": processor_seconds(plan.rounds)}
     measured: list[dict[str, Any]] = []
     todo = [case for case in cases(plan) if case.metric in metrics]
@@ -391,8 +404,6 @@ def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)
         yield {"cases": measured}
-    if device == "cuda":
-        yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK, OURS)}}
 
 
 def _line(measured: dict[str, Any]) -> str:

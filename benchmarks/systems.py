@@ -104,16 +104,12 @@ def fill(cache: Cache, system: System, batch: int, tokens: int) -> Cache:
 
 
 def cropped(cache: Cache, tokens: int) -> Cache:
-    """A cache that grows, with its first `tokens` tokens."""
-    cache.crop(tokens - cache.get_seq_length())
-    return cache
-
-
-def refilled(cache: Cache, prefix: Cache) -> Cache:
-    """A cache of fixed length, with what `prefix` holds; it stays where it is in memory."""
-    cache.reset()
-    for index, layer in enumerate(prefix.layers):
-        cache.update(layer.keys, layer.values, index)
+    """A cache with its first `tokens` tokens; one of fixed length stays where it is in memory, and counts anew."""
+    if not isinstance(cache, StaticCache):
+        cache.crop(tokens - cache.get_seq_length())
+        return cache
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(tokens)
     return cache
 
 
@@ -185,9 +181,20 @@ def compile_system(system: System, name: str, **options: Any) -> System:
     options = {"fullgraph": True, "dynamic": False, **options}
     ours = isinstance(model, LlavaSTFForConditionalGeneration)
     features = model.model.get_image_features if ours else _traceable_features(model.model)
-    model.model.get_image_features = torch.compile(features, **options)
+    model.model.get_image_features = _copied(torch.compile(features, **options))
     model.forward = torch.compile(model.forward, **options)
     return System(name, model, _features(model))
+
+
+def _copied(features: Callable[..., BaseModelOutputWithPooling]) -> Callable[..., BaseModelOutputWithPooling]:
+    """Copies the tokens: what a CUDA graph gives is gone when the next one runs, and `generate` runs one on them."""
+
+    def get_image_features(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        return BaseModelOutputWithPooling(
+            pooler_output=list(torch.stack(features(pixel_values, **kwargs).pooler_output))
+        )
+
+    return get_image_features
 
 
 def _traceable_features(stock: LlavaModel) -> Callable[..., BaseModelOutputWithPooling]:

@@ -9,7 +9,17 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from benchmarks import gate, load, report, run, serve
-from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, System, configs, eager_systems
+from benchmarks.systems import (
+    OURS,
+    OURS_COMPILED,
+    REFERENCE,
+    STOCK,
+    STOCK_COMPILED,
+    System,
+    compile_system,
+    configs,
+    eager_systems,
+)
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 
@@ -103,7 +113,7 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     assert result["versions"]["torch"] == torch.__version__ and result["device"] and result["gate"]
     states = {name: memory["hidden_states_bytes"] for name, memory in result["memory"].items()}
     assert states[REFERENCE] > states[OURS]
-    assert not list(out.parent.glob("*.partial.json"))
+    assert {file.name for file in out.parent.iterdir()} == {out.name, out.with_suffix(".png").name}
     printed = capsys.readouterr().out
     assert f"[{len(cases)}/{len(cases)}]" in printed and "| first token, batch 1, 50 tokens of text |" in printed
     with Image.open(out.with_suffix(".png")) as plot:
@@ -138,9 +148,11 @@ def test_a_run_that_stops_keeps_what_it_has(measured, monkeypatch, capsys):
     monkeypatch.setattr(run, "measure", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         measure("--metrics", "prefill", "decode")
-    partial = out.with_suffix(".partial.json")
+    partial = out.with_suffix(".partial")
     assert len(json.loads(partial.read_text())["cases"]) == 2
     assert not out.exists() and str(partial) in capsys.readouterr().out
+    monkeypatch.setattr(report, "RESULTS", out.parent)
+    assert report.files() == []  # half a result is none
 
 
 def test_a_system_without_memory_is_said_so(systems):
@@ -154,6 +166,46 @@ def test_a_system_without_memory_is_said_so(systems):
     assert report.cell(measured["systems"][STOCK]) == "out of memory"
     assert report.ratio(measured["systems"], STOCK, OURS) is None
     assert len(measured["systems"][OURS]["seconds"]) == run.PLANS["tiny"].rounds
+
+
+def test_compiling_is_not_timed(systems):
+    def prepare(system):
+        torch.compiler.reset()
+        sizes = iter(range(3, 9))
+        work = torch.compile(lambda numbers: numbers + 1, backend="eager", dynamic=False)
+        return lambda: work(torch.ones(next(sizes)))
+
+    case = run.Case("decode", 1, 50, (OURS,), prepare)
+    with pytest.raises(RuntimeError, match="ours was compiled again"):
+        run.measure(case, systems, run.PLANS["tiny"], "cpu")
+
+
+def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["run", "--device", "cuda", "--out", str(tmp_path / "run.json")])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [OURS, OURS_COMPILED])
+def test_a_second_question_reads_the_picture_from_the_cache(name, systems):
+    """A growing cache or one of fixed length; its logits are those of a whole pass."""
+    pixels = systems[name].pictures(1)
+    whole, tokens = gate.greedy(systems[name], pixels)
+    cached, _ = gate.greedy(systems[name], pixels, reuse=True, forced=tokens)
+    assert gate.error(cached, whole) < gate.FLOAT32_ERROR
+
+
+def test_compiled_systems_pass_the_gate_and_answer(systems):
+    """Graphs without kernels, which take longest to make."""
+    torch.compiler.reset()
+    for eager, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
+        systems[name] = compile_system(systems[eager], name, backend="eager")
+        answers = [run.answer(systems[system], batch=1)() for system in (eager, name)]
+        assert torch.equal(*answers)
+    gate.compiled(systems)
+    torch.compiler.reset()
 
 
 def test_largest_batch_is_found(systems, monkeypatch):
