@@ -74,7 +74,7 @@ def conditions(result: dict[str, Any]) -> str:
 
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Median milliseconds with half the interquartile range, and how many times faster ours is."""
-    yield "| ms | " + " | ".join(SYSTEMS) + " | ours / stock | compiled | ours / reference | of peak |"
+    yield "| ms | " + " | ".join(SYSTEMS) + " | ours vs stock | both compiled | ours vs reference | ours, of peak |"
     yield "| --- |" + " --: |" * (len(SYSTEMS) + 4)
     for case in result["cases"]:
         runs = case["systems"]
