@@ -8,7 +8,8 @@ python -m benchmarks.report    # puts the tables of all results into the README
 
 Writes a JSON file and a plot beside it, and prints a table. Widths are those of the 7B and weights are random. On a CPU
 the language model has two layers of it: compare ratios, not times. On CUDA each shape of the 7B takes long to compile:
-time some `--metrics` in a run. `train.py`, `load.py` and `serve.py` measure training steps, loading and serving.
+stop a run when you have to, and the same command goes on with the rows that are missing, or time some `--metrics` only.
+`train.py`, `load.py` and `serve.py` measure training steps, loading and serving.
 
 Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a compiled
 system's first call, which compiles, is counted apart.
@@ -352,26 +353,35 @@ def main() -> None:
     size = options.size or {"cpu": "slice", "cuda": "7b"}[options.device]
     plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
     partial_out = out.with_suffix(".partial")  # no .json: `report.py` would take it for a result
-    result: dict[str, Any] = {
+    conditions = {
         "device": machine.name(options.device),
         "threads": torch.get_num_threads(),
         "size": size,
+        "rounds": plan.rounds,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers)},
+    }
+    kept = json.loads(partial_out.read_text(encoding="utf-8")) if partial_out.exists() else {"cases": []}
+    others = [f"{name} {kept[name]}" for name in conditions if kept.get(name, conditions[name]) != conditions[name]]
+    if others:
+        parser.error(f"{partial_out} was measured with {', '.join(others)}: move it away, or measure the rest so, too")
+    result: dict[str, Any] = {
+        **conditions,
+        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+        "cases": kept["cases"],
     }
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape: they are more than the usual eight
     started = time.perf_counter()
     try:
         with torch.no_grad():
-            for part in run(size, plan, options.device, options.metrics):
+            for part in run(size, plan, options.device, options.metrics, kept["cases"]):
                 result.update(part)
-                result["total_seconds"] = time.perf_counter() - started
+                result["total_seconds"] = kept.get("total_seconds", 0) + time.perf_counter() - started
                 partial_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     except BaseException:
         if partial_out.exists():
-            print(f"stopped; what was measured so far is in {partial_out}")
+            print(f"stopped; what was measured so far is in {partial_out}: the same command goes on from there")
         raise
     partial_out.replace(out)
     print("\n".join(report.table(result)))
@@ -379,8 +389,10 @@ def main() -> None:
     report.draw(result, out.with_suffix(".png"))
 
 
-def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Everything, part by part: each is a field of the result."""
+def run(
+    size: str, plan: Plan, device: str, metrics: Sequence[str], kept: Sequence[dict[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Everything but the cases that are `kept` from a run that was stopped; each part is a field of the result."""
     flops = machine.best_flops(device, plan.dtype, plan.product)
     yield {"peak": {"flops": flops, "bytes": machine.best_bandwidth(device)}}
     systems = eager_systems(size, device)
@@ -398,8 +410,9 @@ def run(size: str, plan: Plan, device: str, metrics: Sequence[str]) -> Iterator[
     print(f"gate, compiled: {outcome}, {compile_seconds:.0f} s", flush=True)
     yield {"gate": outcome, "compile_seconds": compile_seconds}
     yield {"processor": processor_seconds(plan.rounds)}
-    measured: list[dict[str, Any]] = []
-    todo = [case for case in cases(plan) if case.metric in metrics]
+    measured = list(kept)
+    done = {(case["metric"], case["batch"], case["text"]) for case in kept}
+    todo = [c for c in cases(plan) if c.metric in metrics and (c.metric, c.batch, c.text) not in done]
     for position, case in enumerate(todo):
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)

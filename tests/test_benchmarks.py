@@ -135,7 +135,7 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     assert "exists" in capsys.readouterr().err and out.read_text() == before
 
 
-def test_a_run_that_stops_keeps_what_it_has(measured, monkeypatch, capsys):
+def test_a_run_that_stops_goes_on_where_it_was(measured, monkeypatch, capsys):
     measure, out = measured
     whole, calls = run.measure, []
 
@@ -153,6 +153,22 @@ def test_a_run_that_stops_keeps_what_it_has(measured, monkeypatch, capsys):
     assert not out.exists() and str(partial) in capsys.readouterr().out
     monkeypatch.setattr(report, "RESULTS", out.parent)
     assert report.files() == []  # half a result is none
+
+    half = partial.read_text()
+    with pytest.raises(SystemExit):
+        measure("--metrics", "prefill", "decode", "--rounds", "3")
+    assert "measured with rounds 2" in capsys.readouterr().err and partial.read_text() == half
+
+    monkeypatch.setattr(run, "measure", whole)
+    measure("--metrics", "prefill", "decode")
+    cases = json.loads(out.read_text())["cases"]
+    assert cases[:2] == json.loads(half)["cases"] and not partial.exists()
+    assert [(case["metric"], case["batch"], case["text"]) for case in cases] == [
+        ("prefill", 1, 10),
+        ("prefill", 1, 50),
+        ("decode", 1, 50),
+        ("decode", 2, 50),
+    ]
 
 
 def test_a_system_without_memory_is_said_so(systems):
