@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, System, cast, cropped
+from benchmarks.systems import OURS, OURS_COMPILED, QUESTION, REFERENCE, STOCK, STOCK_COMPILED, System, cast, cropped
 
-TEXT = 50
 STEPS = 8
 FLOAT32_ERROR = 1e-4  # relative to the largest number
 COSINE = 0.999  # of results in a lower precision, or compiled
@@ -66,8 +65,8 @@ def greedy(
 
     With `reuse` the picture's part of the cache is made by another question; `forced` gives the tokens to go on with.
     """
-    ids = system.prompt(1, TEXT)
-    cache, inputs = system.new_cache(1, TEXT), {"inputs_embeds": system.embed(ids, pixels)}
+    ids = system.prompt(1, QUESTION)
+    cache, inputs = system.new_cache(1, QUESTION), {"inputs_embeds": system.embed(ids, pixels)}
     if reuse:
         seen = 1 + system.image_tokens
         other = torch.cat([ids[:, :seen], ids[:, seen:].flip(1)], dim=1)

@@ -15,7 +15,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import count
-from benchmarks.systems import OURS, OURS_COMPILED, REFERENCE, STOCK, STOCK_COMPILED, configs
+from benchmarks.systems import ANSWER, OURS, OURS_COMPILED, QUESTION, REFERENCE, STOCK, STOCK_COMPILED, configs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -142,14 +142,14 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
         f"- Hidden states that the tower keeps of a picture: reference {kept[REFERENCE]:.1f} MB, ours {kept[OURS]:.1f} "
         f"MB ({kept[REFERENCE] / kept[OURS]:.1f}x less). Peak above the weights while encoding {batch}: {peaks}."
     )
-    stock, ours = (count.cache_bytes(config, 50 + 16) / 1e6 for config in configs(result["size"]))
+    stock, ours = (count.cache_bytes(config, QUESTION + ANSWER) / 1e6 for config in configs(result["size"]))
     yield (
-        f"- Cache of a request (picture, 50 and 16 tokens; counted, 16 bit): stock {stock:.3g} MB, ours {ours:.3g} MB, "
-        f"{stock / ours:.2f}x less."
+        f"- Cache of a request (picture, {QUESTION} and {ANSWER} tokens; counted, 16 bit): stock {stock:.3g} MB, ours "
+        f"{ours:.3g} MB, {stock / ours:.2f}x less."
     )
     if "largest_batch" in result:
         fits = result["largest_batch"]
-        yield f"- Largest batch (picture, 50 and 16 tokens): stock {fits[STOCK]}, ours {fits[OURS]}."
+        yield f"- Largest batch (picture, {QUESTION} and {ANSWER} tokens): stock {fits[STOCK]}, ours {fits[OURS]}."
     for case in result["cases"]:
         gain = second_question_gain(result, case["batch"]) if case["metric"] == "second question" else None
         if gain is not None:
@@ -176,7 +176,7 @@ def is_loss(case: dict[str, Any]) -> bool:
 
 def second_question_gain(result: dict[str, Any], batch: int) -> float | None:
     """First token of a whole pass over first token of a second question, of the fastest of ours that has both."""
-    cases = {case["metric"]: case for case in result["cases"] if case["batch"] == batch and case["text"] == 50}
+    cases = {case["metric"]: case for case in result["cases"] if case["batch"] == batch and case["text"] == QUESTION}
     if "first token" not in cases:
         return None
     for name in (OURS_COMPILED, OURS):

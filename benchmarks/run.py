@@ -36,8 +36,10 @@ from PIL import Image
 
 from benchmarks import count, gate, machine, report
 from benchmarks.systems import (
+    ANSWER,
     OURS,
     OURS_COMPILED,
+    QUESTION,
     REFERENCE,
     STOCK,
     STOCK_COMPILED,
@@ -49,8 +51,6 @@ from benchmarks.systems import (
 )
 from modeling_llava_stf import LlavaSTFImageProcessor
 
-ANSWER = 16  # tokens
-QUESTION = 50  # tokens of text beside a picture's
 METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question")
 Work = Callable[[], object]
 

@@ -25,13 +25,12 @@ from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
 from benchmarks import machine
-from benchmarks.systems import OURS, STOCK, configs
+from benchmarks.systems import ANSWER, OURS, STOCK, configs
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPT = "USER: <image>\n" + "a " * 40 + "ASSISTANT:"
-ANSWER = 16  # tokens
 
 
 def main() -> None:

@@ -27,7 +27,9 @@ from benchmarks import count
 from benchmarks.reference import ReferenceVision, share
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
-ANSWER_ROOM = 32  # tokens
+QUESTION = 50  # tokens of text beside a picture's
+ANSWER = 16  # tokens
+ANSWER_ROOM = 32  # tokens that a cache of fixed length has place for
 STOCK, REFERENCE, OURS = "stock", "reference", "ours"
 STOCK_COMPILED, OURS_COMPILED = "stock compiled", "ours compiled"
 
