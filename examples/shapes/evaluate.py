@@ -18,7 +18,12 @@ LONGEST_ANSWER = 80  # tokens; the longest caption has about 60
 
 
 def evaluate(
-    model: str | Path, data: str | Path, output: str | Path | None = None, new: bool = False, batch_size: int = 100
+    model: str | Path,
+    data: str | Path,
+    output: str | Path | None = None,
+    new: bool = False,
+    batch_size: int = 100,
+    name: str | None = None,
 ) -> dict:
     """Answers every question of `data`/test.json greedily, each in a conversation of its own, and scores the answers.
 
@@ -28,6 +33,7 @@ def evaluate(
         output: file for the result as JSON; must not exist.
         new: ask the questions of the new kind, `data`/new-test.json, instead.
         batch_size: questions that are answered together.
+        name: what the result calls the model, such as its id on the Hub; by default `model`.
 
     Returns:
         What [`score`] returns, and the same for a model card (`python -m hub_card render --results FILE`).
@@ -43,7 +49,7 @@ def evaluate(
     network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(DEVICE)
     scores = score(ask(network, processor, Path(data), rows, batch_size), rows, truth)
     print_table(scores)
-    result = card_results(scores["kinds"], str(model)) | scores
+    result = card_results(scores["kinds"], name or str(model)) | scores
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return result

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import torch
+import yaml
 
 from conversion.convert import ROOT, complete_or_absent, copy_licences, require_empty
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
@@ -23,13 +24,7 @@ TAPS = tuple(range(LAYERS - 1, LAYERS - 5, -1))
 RECIPES = Path(__file__).parent / "recipes"
 # The recipes of the stages, and their data; each goes on from the one before.
 STAGES = {"stage1": "captions.json", "stage2": "train.json", "stage2-dialogues": "dialogues.json"}
-LOGS = {
-    "clip": "training_log.json",
-    "language-model": "training_log.json",
-    "stage1": "trainer_state.json",
-    "stage2": "trainer_state.json",
-    "stage2-dialogues": "trainer_state.json",
-}
+LOGS = dict.fromkeys(("clip", "language-model"), "training_log.json") | dict.fromkeys(STAGES, "trainer_state.json")
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # on the card, until it is published
 NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
 
@@ -76,8 +71,8 @@ def make(
     trained = start
     for stage, rows in STAGES.items():
         paths = ("--data_path", data / rows, "--image_folder", data, "--output_dir", work / stage)
-        options = ("--config", RECIPES / f"{stage}.yaml", "--model_name_or_path", trained, "--seed", seed)
-        timer.run({work / stage: ("training", *options, *paths)})
+        options = ("--model_name_or_path", trained, "--seed", seed)
+        timer.run({work / stage: (*trainer(RECIPES / f"{stage}.yaml"), *options, *paths)})
         trained = work / stage
     with complete_or_absent(out) as folder:
         pack(trained, folder)
@@ -85,11 +80,22 @@ def make(
             shutil.copyfile(work / step / name, folder / f"log_{step}.json")
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
         shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
-    evaluate(out, data, out / "evaluation.json")
+    evaluate(out, data, out / "evaluation.json", name=REPO_ID)
     described = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
     words = ("hub_card", "render", out, *described, "--results", out / "evaluation.json")
     subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
     return out
+
+
+def trainer(recipe: Path) -> tuple:
+    """What `python -m` starts a stage with: on a CPU a process for each core, up to eight, which share a batch."""
+    if torch.cuda.is_available():
+        return ("training", "--config", recipe)
+    processes = 2 ** min(3, len(os.sched_getaffinity(0)).bit_length() - 1)
+    batch = yaml.safe_load(recipe.read_text(encoding="utf-8"))["global_batch_size"]
+    launch = ("torch.distributed.run", "--nproc-per-node", processes, "-m", "training", "--use_cpu", "true")
+    shared = ("--per_device_train_batch_size", batch // processes, "--dataloader_num_workers", 0)
+    return (*launch, "--config", recipe, *shared)
 
 
 def pack(trained: Path, folder: Path) -> None:
