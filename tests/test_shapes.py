@@ -14,7 +14,7 @@ from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
 from examples.shapes.__main__ import main
-from examples.shapes.ablation import LAST_STAGE, SYSTEMS, report
+from examples.shapes.ablation import SYSTEMS, report
 from examples.shapes.clip import build_clip, contrast, encode, measure, similarity, train_clip, waves
 from examples.shapes.evaluate import evaluate, score
 from examples.shapes.generate import generate, read_scenes
@@ -445,7 +445,7 @@ def runs_of(accuracies):
             "system": system.name,
             "seed": seed,
             "vision_tokens": 64 // system.window**2,
-            "seconds": {"stage1": 10, LAST_STAGE: 20 + seed, "test": 5},
+            "seconds": {"stage1": 10, "stage2": 20 + seed, "test": 5},
             "kinds": {
                 kind: {"seen": {"right": right, "questions": 80}, "unseen": {"right": 0, "questions": 20}}
                 for kind in KINDS

@@ -6,6 +6,7 @@ python -m examples.shapes generate DATA --scenes N --seed S    pictures, questio
 python -m examples.shapes tokenizer DATA OUT                   the language model's tokenizer
 python -m examples.shapes clip DATA TOKENIZER OUT              a miniature CLIP
 python -m examples.shapes language-model DATA TOKENIZER OUT    a small Llama
+python -m examples.shapes renew MODEL OUT                      new fusion modules
 python -m examples.shapes evaluate MODEL DATA                  right answers, by kind of question
 python -m examples.shapes make WORK OUT                        all of it: the model of this repository
 python -m examples.shapes ablation WORK OUT                    the same with other connectors, several seeds
@@ -21,6 +22,7 @@ from .evaluate import evaluate
 from .generate import generate
 from .language_model import train_language_model
 from .recipe import make
+from .renew import renew
 from .text import train_tokenizer
 
 
@@ -64,6 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("--new", action="store_true", help="ask the questions of the kind that is new to the model")
     evaluation.add_argument("--batch-size", type=int, default=100, metavar="N", help="(default: 100)")
     evaluation.set_defaults(step=evaluate)
+
+    renewal = commands.add_parser("renew", help="put new fusion modules into a checkpoint")
+    renewal.add_argument("checkpoint", metavar="MODEL", help="folder of a checkpoint")
+    renewal.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    renewal.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
+    renewal.set_defaults(step=renew)
 
     recipe = commands.add_parser("make", help="generate, train every part, and write a Hub folder")
     recipe.add_argument(

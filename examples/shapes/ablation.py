@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's question in miniature: what do Multi-Block and Spatial Token Fusion gain or cost?
 
-Systems that differ in nothing but the connector, trained on the same rows in the same order from the same tower and the
-same language model, with several seeds. The language model is the one that `make` ends with: like Vicuna it can look up
-and compare what tokens say, which it would not learn in the minutes of a run. It learned that from MBTF + STF's tokens.
+Systems that differ in nothing but the connector go through the two stages, with the same rows in the same order, from
+the same tower and the same warm language model (see `recipe.py`), with several seeds. That language model learned to
+look things up from the tokens of MBTF + STF; the connectors that it learned with are not used.
 """
 
 import copy
@@ -36,7 +36,8 @@ from modeling_llava_stf.modeling_llava_stf import (
 
 from .evaluate import ask, score
 from .questions import KINDS
-from .recipe import RECIPES, STAGES, TAPS
+from .recipe import RENEWED, STAGES, TAPS
+from .renew import initialise
 from .text import read_rows
 
 
@@ -78,11 +79,8 @@ class System:
         config = LlavaSTFConfig.from_pretrained(start, **settings)
         trained = LlavaSTFForConditionalGeneration.from_pretrained(start).state_dict()
         model = LlavaSTFForConditionalGeneration(config)
-        torch.manual_seed(seed)
         model.model.multi_modal_projector = self.projector(config)
-        for module in model.model.multi_modal_projector.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
+        initialise(model.model.multi_modal_projector, seed)
         kept = {name: weight for name, weight in trained.items() if ".multi_modal_projector." not in name}
         missing, _ = model.load_state_dict(kept, strict=False)
         assert all(".multi_modal_projector." in name for name in missing)
@@ -99,18 +97,17 @@ SYSTEMS = (
     System("MBTF + STF", TAPS, 2, LlavaSTFMultiModalProjector),
     System("MBTF + STF, window 4", TAPS, 4, LlavaSTFMultiModalProjector),
 )
-LAST_STAGE = tuple(STAGES)[-1]
 # What is compared: accuracy over all questions but captions, which are right as a whole only.
 ASKED = tuple(kind for kind in KINDS if kind != "caption")
 
 
-def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 3200, rows: int = 4800) -> Path:
+def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 4800, rows: int = 3200) -> Path:
     """Trains and tests every system with every seed, and writes results.json, a table and a plot into `out`.
 
     As many runs side by side as there are cores, a thread each. A run whose result is there is not done again.
 
     Args:
-        work: folder of `make`, with data and the last stage's tower and language model.
+        work: folder of `make`, with data, tower and warm language model.
         out: folder for the results.
         seeds: of connector and order.
         captions, rows: to train on in stage 1, in stage 2.
@@ -149,18 +146,18 @@ def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: in
 
     data, target = Path(work) / "data", Path(file)
     system = SYSTEMS[index]
-    model, processor = system.build(Path(work) / LAST_STAGE, seed)
+    model, processor = system.build(Path(work) / RENEWED, seed)
     seconds = {}
-    for stage, limit in (("stage1", captions), (LAST_STAGE, rows)):
-        dataset = load_rows(data / STAGES[stage], data).select(range(limit))
-        settings = yaml.safe_load((RECIPES / f"{stage}.yaml").read_text(encoding="utf-8"))
+    for stage, limit in zip(STAGES, (captions, rows), strict=True):
+        dataset = load_rows(data / stage.rows, data).select(range(limit))
+        settings = yaml.safe_load(stage.file.read_text(encoding="utf-8"))
         settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "seed": seed, "report_to": "none"}
         settings.pop("dtype")  # of loading
-        scratch = target.with_suffix(f".{stage}")
+        scratch = target.with_suffix(f".{stage.name}")
         args = LlavaSTFTrainingArguments(output_dir=str(scratch), **settings)
         started = time.perf_counter()
         LlavaSTFTrainer(model, args, train_dataset=dataset, processing_class=processor).train()
-        seconds[stage] = round(time.perf_counter() - started, 1)
+        seconds[stage.name] = round(time.perf_counter() - started, 1)
     questions, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
     started = time.perf_counter()
     answers = ask(model.eval(), processor, data, questions)
@@ -216,7 +213,7 @@ def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[f
         cells = [
             f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in accuracies[name].values()
         ]
-        training = statistics.median(run["seconds"]["stage1"] + run["seconds"][LAST_STAGE] for run in runs)
+        training = statistics.median(sum(run["seconds"][stage.name] for stage in STAGES) for run in runs)
         testing = statistics.median(run["seconds"]["test"] for run in runs)
         cells = [str(runs[0]["vision_tokens"]), *cells, f"{training:.0f}", f"{testing:.0f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,9 +23,34 @@ from .evaluate import evaluate
 # As the paper's: the first is LLaVA's, the last block but one; then shallower ones.
 TAPS = tuple(range(LAYERS - 1, LAYERS - 5, -1))
 RECIPES = Path(__file__).parent / "recipes"
-# The recipes of the stages, and their data; each goes on from the one before.
-STAGES = {"stage1": "captions.json", "stage2": "train.json", "stage2-dialogues": "dialogues.json"}
-LOGS = dict.fromkeys(("clip", "language-model"), "training_log.json") | dict.fromkeys(STAGES, "trainer_state.json")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training: its folder, its recipe, its rows, and what it changes of the recipe."""
+
+    name: str
+    recipe: str
+    rows: str
+    changes: tuple = ()
+
+    @property
+    def file(self) -> Path:
+        return RECIPES / f"{self.recipe}.yaml"
+
+
+# The language model learns to look up what vision tokens say: a large one can, a caption alone does not teach it. Fast
+# rates, at which the fusion modules forget what they are not asked for at first: these are thrown away.
+WARM_UP = (
+    Stage("warmup-captions", "stage1", "captions.json", ("--learning_rate", 2e-3)),
+    Stage("warmup-questions", "stage2", "train.json", ("--learning_rate", 3e-3, "--projector_learning_rate", 3e-3)),
+    Stage("warmup-dialogues", "stage2", "dialogues.json", ("--projector_learning_rate", 2e-3)),
+)
+# The paper's two stages, with new fusion modules.
+STAGES = (Stage("stage1", "stage1", "captions.json"), Stage("stage2", "stage2", "dialogues.json"))
+LOGS = dict.fromkeys(("clip", "language-model"), "training_log.json")
+LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES}
+RENEWED = "renewed"  # the warm language model with new fusion modules
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # on the card, until it is published
 NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
 
@@ -68,12 +94,10 @@ def make(
     )
     towers = ("--init-fusion", "--vision-tower", clip, "--keep-full-tower", "--taps", *TAPS, "--seed", seed)
     timer.run({start: ("conversion", language_model, start, *towers)})
-    trained = start
-    for stage, rows in STAGES.items():
-        paths = ("--data_path", data / rows, "--image_folder", data, "--output_dir", work / stage)
-        options = ("--model_name_or_path", trained, "--seed", seed)
-        timer.run({work / stage: (*trainer(RECIPES / f"{stage}.yaml"), *options, *paths)})
-        trained = work / stage
+    warm = train(WARM_UP, start, data, seed, timer)
+    renewed = work / RENEWED
+    timer.run({renewed: ("examples.shapes", "renew", warm, renewed, "--seed", seed)})
+    trained = train(STAGES, renewed, data, seed, timer)
     with complete_or_absent(out) as folder:
         pack(trained, folder)
         for step, name in LOGS.items():
@@ -85,6 +109,17 @@ def make(
     words = ("hub_card", "render", out, *described, "--results", out / "evaluation.json")
     subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
     return out
+
+
+def train(stages: tuple[Stage, ...], start: Path, data: Path, seed: int, timer: "Timer") -> Path:
+    """Trains stage after stage, each from the one before, and returns the folder of the last."""
+    for stage in stages:
+        out = start.parent / stage.name
+        paths = ("--data_path", data / stage.rows, "--image_folder", data, "--output_dir", out)
+        options = ("--model_name_or_path", start, "--seed", seed, *stage.changes)
+        timer.run({out: (*trainer(stage.file), *options, *paths)})
+        start = out
+    return start
 
 
 def trainer(recipe: Path) -> tuple:
@@ -135,5 +170,5 @@ class Timer:
 
 
 def _complete(folder: Path) -> bool:
-    """Models are complete when their config is there, which is written last; the others appear complete."""
-    return (folder / "config.json").exists() if folder.name.startswith("stage") else folder.exists()
+    """A training's folder is complete when its config is there, which is written last; the others appear complete."""
+    return (folder / "config.json").exists() if folder.name.startswith(("warmup", "stage")) else folder.exists()

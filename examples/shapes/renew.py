@@ -1,0 +1,31 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""New fusion modules for a trained tower and language model."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from conversion.convert import complete_or_absent, copy_licences, require_empty
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+
+
+def renew(checkpoint: str | Path, out: str | Path, seed: int = 0) -> Path:
+    """Writes `checkpoint` with new MBTF and STF into `out`, which must not exist or be empty."""
+    out = require_empty(out)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(checkpoint)
+    initialise(model.model.multi_modal_projector, seed)
+    with complete_or_absent(out) as folder:
+        model.save_pretrained(folder)
+        LlavaSTFProcessor.from_pretrained(checkpoint).save_pretrained(folder)
+        copy_licences(folder)
+    return out
+
+
+def initialise(connector: nn.Module, seed: int) -> None:
+    """PyTorch's initialisation of linear layers, as the original's."""
+    torch.manual_seed(seed)
+    for module in connector.modules():
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
