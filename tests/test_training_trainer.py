@@ -448,3 +448,11 @@ def test_the_best_checkpoint_is_named_where_it_is(trainer, tmp_path):
     assert Path(best).is_dir() and Path(best).parent == tmp_path / "out"
     states = [json.loads((path / "trainer_state.json").read_text()) for path in (tmp_path / "out").glob("checkpoint-*")]
     assert all(Path(state["best_model_checkpoint"]).is_dir() for state in states)
+
+
+def test_processes_that_would_each_train_by_themselves_are_refused(trainer, monkeypatch):
+    """What a launcher starts on a machine without GPUs is not connected, unless `use_cpu` says that it should be."""
+    run = trainer()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched.*--use_cpu true"):
+        LlavaSTFTrainer(run.model, run.args, train_dataset=run.train_dataset, processing_class=run.processing_class)

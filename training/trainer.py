@@ -173,6 +173,12 @@ class LlavaSTFTrainer(SFTTrainer):
         data_collator: Any = None,
         **kwargs: Any,
     ):
+        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        if launched != args.world_size:
+            raise ValueError(
+                f"{launched} processes were launched, but each would train by itself (world size {args.world_size}): "
+                "without GPUs pass `--use_cpu true`."
+            )
         processor = processing_class
         template = template_text(processor, args.chat_template_name)
         if args.image_aspect_ratio == "square":  # in training only: the saved processor pads
