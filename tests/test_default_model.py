@@ -9,13 +9,15 @@ from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGen
 
 from conversion import convert, convert_back
 from examples.shapes.ablation import SYSTEMS
-from examples.shapes.evaluate import ask, score
+from examples.shapes.evaluate import accuracy_table, ask, score
 from examples.shapes.generate import generate
 from examples.shapes.text import read_rows
+from hub_card.check import check
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
-MODEL = Path(__file__).parents[1] / "examples" / "shapes" / "model"
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "examples" / "shapes" / "model"
 SCENES = 30
 
 
@@ -129,3 +131,20 @@ def test_the_first_connector_is_stock_llava():
     with torch.no_grad():
         ours, theirs = (network.eval()(**inputs).logits[..., others] for network in (model, stock))
     torch.testing.assert_close(ours, theirs)
+
+
+def rows_of_tables(text):
+    return {line for line in text.splitlines() if line.startswith("|")}
+
+
+def test_the_readme_s_numbers_are_those_of_the_results():
+    readme = rows_of_tables((ROOT / "README.md").read_text(encoding="utf-8"))
+    shapes = ROOT / "examples" / "shapes"
+    assert rows_of_tables((shapes / "ablation" / "results.md").read_text(encoding="utf-8")) <= readme
+    kinds = json.loads((MODEL / "evaluation.json").read_text(encoding="utf-8"))["kinds"]
+    assert rows_of_tables(accuracy_table(kinds)) <= readme
+
+
+def test_the_folder_is_small_and_complete():
+    assert sum(file.stat().st_size for file in MODEL.rglob("*")) < 8e6
+    assert check(MODEL) == []

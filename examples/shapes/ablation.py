@@ -3,8 +3,9 @@
 """The paper's question in miniature: what do Multi-Block and Spatial Token Fusion gain or cost?
 
 Systems that differ in nothing but the connector go through the two stages, with the same rows in the same order, from
-the same tower and the same warm language model (see `recipe.py`), with several seeds. That language model learned to
-look things up from the tokens of MBTF + STF; the connectors that it learned with are not used.
+the same tower and the same language model, with several seeds. The language model is the one that `make` ends with: it
+can look up and compare what tokens say, as Vicuna can, and in the minutes of a run it would not learn that. It learned
+that from tokens of MBTF + STF; the connectors themselves are all new.
 """
 
 import copy
@@ -36,7 +37,7 @@ from modeling_llava_stf.modeling_llava_stf import (
 
 from .evaluate import ask, score
 from .questions import KINDS
-from .recipe import RENEWED, STAGES, TAPS
+from .recipe import STAGES, TAPS
 from .renew import initialise
 from .text import read_rows
 
@@ -101,13 +102,13 @@ SYSTEMS = (
 ASKED = tuple(kind for kind in KINDS if kind != "caption")
 
 
-def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 4800, rows: int = 3200) -> Path:
+def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 4800, rows: int = 2560) -> Path:
     """Trains and tests every system with every seed, and writes results.json, a table and a plot into `out`.
 
     As many runs side by side as there are cores, a thread each. A run whose result is there is not done again.
 
     Args:
-        work: folder of `make`, with data, tower and warm language model.
+        work: folder of `make`, with data, tower and language model.
         out: folder for the results.
         seeds: of connector and order.
         captions, rows: to train on in stage 1, in stage 2.
@@ -146,7 +147,7 @@ def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: in
 
     data, target = Path(work) / "data", Path(file)
     system = SYSTEMS[index]
-    model, processor = system.build(Path(work) / RENEWED, seed)
+    model, processor = system.build(Path(work) / STAGES[-1].name, seed)
     seconds = {}
     for stage, limit in zip(STAGES, (captions, rows), strict=True):
         dataset = load_rows(data / stage.rows, data).select(range(limit))

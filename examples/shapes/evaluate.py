@@ -48,7 +48,7 @@ def evaluate(
     processor = LlavaSTFProcessor.from_pretrained(model)
     network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(DEVICE)
     scores = score(ask(network, processor, Path(data), rows, batch_size), rows, truth)
-    print_table(scores)
+    print(accuracy_table(scores["kinds"]))
     result = card_results(scores["kinds"], name or str(model)) | scores
     if output is not None:
         Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -145,9 +145,13 @@ def _counts(marks: list[bool]) -> dict:
     return counts | ({"accuracy": round(sum(marks) / len(marks), 4)} if marks else {})
 
 
-def print_table(result: dict) -> None:
-    print(f"{'kind':<12} {'accuracy':>8}  {'right/all':<12} {'unseen pairs':>12}  right/all")
-    for kind, parts in result["kinds"].items():
-        shares = {name: f"{part['accuracy']:.1%}" if part["questions"] else "-" for name, part in parts.items()}
-        counts = {name: f"{part['right']}/{part['questions']}" for name, part in parts.items()}
-        print(f"{kind:<12} {shares['seen']:>8}  {counts['seen']:<12} {shares['unseen']:>12}  {counts['unseen']}")
+def accuracy_table(kinds: dict) -> str:
+    """Markdown: a row for each kind, seen and unseen pairs apart."""
+    lines = ["| kind of question | right, % | of | unseen pairs, right, % | of |", "| --- | --: | --: | --: | --: |"]
+    for kind, parts in kinds.items():
+        cells = [
+            f"{100 * part['accuracy']:.1f} | {part['questions']}" if part["questions"] else " | 0"
+            for part in parts.values()
+        ]
+        lines.append(f"| {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
