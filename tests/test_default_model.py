@@ -148,3 +148,10 @@ def test_the_readme_s_numbers_are_those_of_the_results():
 def test_the_folder_is_small_and_complete():
     assert sum(file.stat().st_size for file in MODEL.rglob("*")) < 8e6
     assert check(MODEL) == []
+
+
+def test_its_code_is_this_package_s():
+    package = ROOT / "modeling_llava_stf"
+    for file in MODEL.glob("*.py"):
+        assert file.read_text(encoding="utf-8") == (package / file.name).read_text(encoding="utf-8"), file.name
+    assert {file.name for file in MODEL.glob("*.py")} == {file.name for file in package.glob("[a-z]*.py")}

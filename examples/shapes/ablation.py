@@ -37,7 +37,7 @@ from modeling_llava_stf.modeling_llava_stf import (
 
 from .evaluate import ask, score
 from .questions import KINDS
-from .recipe import STAGES, TAPS
+from .recipe import AGAIN, STAGES, TAPS
 from .renew import initialise
 from .text import read_rows
 
@@ -147,7 +147,7 @@ def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: in
 
     data, target = Path(work) / "data", Path(file)
     system = SYSTEMS[index]
-    model, processor = system.build(Path(work) / STAGES[-1].name, seed)
+    model, processor = system.build(Path(work) / AGAIN[-1].name, seed)
     seconds = {}
     for stage, limit in zip(STAGES, (captions, rows), strict=True):
         dataset = load_rows(data / stage.rows, data).select(range(limit))

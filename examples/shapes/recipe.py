@@ -48,8 +48,9 @@ WARM_UP = (
 )
 # The paper's two stages, with new fusion modules.
 STAGES = (Stage("stage1", "stage1", "captions.json"), Stage("stage2", "stage2", "dialogues.json"))
+AGAIN = (Stage("stage2-again", "stage2", "dialogues.json", ("--num_train_epochs", 0.5)),)
 LOGS = dict.fromkeys(("clip", "language-model"), "training_log.json")
-LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES}
+LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES + AGAIN}
 RENEWED = "renewed"  # the warm language model with new fusion modules
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # on the card, until it is published
 NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
@@ -97,7 +98,7 @@ def make(
     warm = train(WARM_UP, start, data, seed, timer)
     renewed = work / RENEWED
     timer.run({renewed: ("examples.shapes", "renew", warm, renewed, "--seed", seed)})
-    trained = train(STAGES, renewed, data, seed, timer)
+    trained = train(STAGES + AGAIN, renewed, data, seed, timer)
     with complete_or_absent(out) as folder:
         pack(trained, folder)
         for step, name in LOGS.items():

@@ -1,0 +1,126 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of LLaVA-STF: the stock LLaVA configuration and the three numbers the paper adds."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, LlavaConfig
+
+# Every checkpoint carries its own code: the references never name another repository.
+AUTO_MAP = {
+    "AutoConfig": "configuration_llava_stf.LlavaSTFConfig",
+    "AutoModel": "modeling_llava_stf.LlavaSTFModel",
+    "AutoModelForImageTextToText": "modeling_llava_stf.LlavaSTFForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_llava_stf.LlavaSTFForConditionalGeneration",
+}
+FUSION_FIELDS = (
+    "vision_feature_layer",
+    "vision_feature_select_strategy",
+    "fusion_window",
+    "block_fusion_hidden_size",
+    "spatial_fusion_hidden_size",
+)
+
+
+@strict
+class LlavaSTFConfig(LlavaConfig):
+    r"""
+    Configuration of a LLaVA-STF model (arXiv 2506.07138). The defaults are the released 7B model.
+
+    The fields of [`LlavaConfig`] keep their names and meaning. `image_seq_length` is derived, and
+    `vision_feature_layer` holds the taps of Multi-Block Token Fusion.
+
+    Args:
+        vision_feature_layer (`list[int]`, defaults to `[23, 21, 18, 15, 12, 9, 6, 3]`):
+            The taps, in the order in which their channels are concatenated: indices into the tower's hidden states,
+            0 being the embeddings. A negative index counts from the end of the tower that this config describes and is
+            stored as the absolute index, because a tower may be stored without the layers behind its last tap.
+        fusion_window (`int`, defaults to 2):
+            Side k of the window of Spatial Token Fusion: k x k patches become one token.
+        block_fusion_hidden_size (`int`, *optional*):
+            Hidden width of Multi-Block Token Fusion; `None` is the paper's 4C, C being the tower's hidden size.
+        spatial_fusion_hidden_size (`int`, *optional*):
+            Hidden width of Spatial Token Fusion; `None` is the paper's 16C.
+
+    Raises:
+        ValueError: if the window does not divide the patch grid, if a tap does not exist in the tower, or if
+            `vision_feature_select_strategy` would keep the class token.
+    """
+
+    model_type = "llava_stf"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+
+    vision_feature_layer: int | list[int] | tuple[int, ...] = (23, 21, 18, 15, 12, 9, 6, 3)
+    fusion_window: int = 2
+    block_fusion_hidden_size: int | None = None
+    spatial_fusion_hidden_size: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        super().__post_init__(**kwargs)
+        self.vision_feature_layer = self.taps
+        self.check_fusion()
+        self.image_seq_length = self.tokens_per_image
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As [`PreTrainedConfig.from_dict`], but refuses the configuration of another model with a `ValueError`."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(
+                f"This is the configuration of a `{found}` model, expected `{cls.model_type}`. The weights of another "
+                "model have no fusion modules: convert the checkpoint first (python -m conversion SOURCE DESTINATION)."
+            )
+        # Overrides go through the constructor, to be checked with the rest; transformers would set them afterwards.
+        overrides = {name: kwargs.pop(name) for name in FUSION_FIELDS if name in kwargs}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
+
+    @property
+    def grid_size(self) -> int:
+        """Side of the tower's patch grid (24 for CLIP ViT-L/14-336)."""
+        return self.vision_config.image_size // self.vision_config.patch_size
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens that one image, or one video frame, takes in the language model (144 for the released model)."""
+        return (self.grid_size // self.fusion_window) ** 2
+
+    @property
+    def fusion_widths(self) -> tuple[int, int]:
+        """Hidden widths of Multi-Block and of Spatial Token Fusion; by default the paper's 4C and 16C."""
+        width = self.vision_config.hidden_size
+        return self.block_fusion_hidden_size or 4 * width, self.spatial_fusion_hidden_size or 16 * width
+
+    @property
+    def taps(self) -> list[int]:
+        """`vision_feature_layer` as a list of absolute indices into the tower's hidden states, in fusion order."""
+        layers = self.vision_feature_layer
+        taps = [layers] if isinstance(layers, int) else list(layers)
+        depth = self.vision_config.num_hidden_layers
+        missing = [tap for tap in taps if not -depth - 1 <= tap <= depth]
+        if missing or not taps:
+            raise ValueError(
+                f"`vision_feature_layer` is {taps}, but a vision tower of {depth} layers has the hidden states 0 to "
+                f"{depth}. Choose at least one tap, all of them in that range"
+                + (f"; out of range: {missing}." if missing else ".")
+            )
+        return [tap % (depth + 1) for tap in taps]
+
+    def check_fusion(self) -> None:
+        """Raises a `ValueError` if window and strategy do not fit the tower; also run when a model is built."""
+        if self.fusion_window < 1 or self.grid_size % self.fusion_window:
+            raise ValueError(
+                f"`fusion_window` is {self.fusion_window}, but the vision tower has a grid of {self.grid_size} x "
+                f"{self.grid_size} patches ({self.vision_config.image_size} pixels, patches of "
+                f"{self.vision_config.patch_size}). Choose a window that divides {self.grid_size}: with another one "
+                "the last rows and columns would be lost."
+            )
+        if self.vision_feature_select_strategy != "default":
+            raise ValueError(
+                f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}, expected 'default': "
+                "the class token has no place in a window of patches."
+            )
+
+
+__all__ = ["LlavaSTFConfig"]

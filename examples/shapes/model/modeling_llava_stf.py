@@ -1,0 +1,368 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""LLaVA-STF (arXiv 2506.07138): LLaVA with Multi-Block Token Fusion and Spatial Token Fusion.
+
+Everything but the two fusion modules is the stock LLaVA of transformers. Shapes in the comments:
+
+    B images      C width of the tower      G side of the patch grid      N = G*G patches
+    L taps        k side of the window      T = N/(k*k) tokens            D width of the language model
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+import transformers
+from packaging import version
+from torch import nn
+from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers.activations import ACT2FN
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, is_tracing, logging, torch_compilable_check
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+
+from .configuration_llava_stf import LlavaSTFConfig
+
+logger = logging.get_logger(__name__)
+
+# Images, or video frames, that go through the vision tower together: bounds its activations, and 32 keep a GPU busy.
+IMAGES_PER_PASS = 32
+# Given a list, transformers 5.23 keeps just the hidden states that it names; 5.17 to 5.22 count them in another way.
+SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
+# So far below any logit that its probability is zero, and still finite.
+NO_ANSWER_LOGIT = -1e4
+# For `llm_int8_skip_modules` and the like: what stays in 16 bit when the language model is quantised.
+NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# Fetched here, because torch.compile cannot trace `property.fget`.
+_STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
+
+
+class MultiBlockTokenFusion(nn.Module):
+    """Mixes the features of several vision blocks into one feature map (original: `mm_projector_crosslayer`)."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        hidden, _ = config.fusion_widths
+        self.linear_1 = nn.Linear(len(config.taps) * width, hidden, config.multimodal_projector_bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden, width, config.multimodal_projector_bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features of the tapped blocks, concatenated on channels: (B, N, L*C) -> (B, N, C)."""
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class SpatialTokenFusion(nn.Module):
+    """Fuses each k x k window of patches into one token of the language model (original: `mm_projector`)."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__()
+        width = config.vision_config.hidden_size
+        _, hidden = config.fusion_widths
+        self.grid, self.window = config.grid_size, config.fusion_window
+        self.linear_1 = nn.Linear(self.window**2 * width, hidden, config.multimodal_projector_bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(hidden, config.text_config.hidden_size, config.multimodal_projector_bias)
+
+    def windows(self, features: torch.Tensor) -> torch.Tensor:
+        """Patches in raster order to windows in raster order: (B, N, C) -> (B, T, C*k*k).
+
+        Inside a window the order is channel-major, `out[c*k*k + dy*k + dx]`, that of a convolution's kernel. Any other
+        order loads the same weights without complaint and computes something else.
+        """
+        side, k = self.grid // self.window, self.window
+        features = features.unflatten(1, (side, k, side, k))  # (B, G/k, k, G/k, k, C)
+        features = features.permute(0, 1, 3, 5, 2, 4)  # (B, G/k, G/k, C, k, k)
+        return features.flatten(3).flatten(1, 2)  # (B, T, C*k*k)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """(B, N, C) -> (B, T, D)."""
+        return self.linear_2(self.act(self.linear_1(self.windows(features))))
+
+
+class LlavaSTFMultiModalProjector(nn.Module):
+    """The paper: eight blocks into one map, then four patches into one token. (B, N, L*C) -> (B, T, D)."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        super().__init__()
+        self.block_fusion = MultiBlockTokenFusion(config)
+        self.spatial_fusion = SpatialTokenFusion(config)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        features = self.block_fusion(features)  # (B, N, L*C) -> (B, N, C)
+        return self.spatial_fusion(features)  # (B, N, C) -> (B, T, D)
+
+
+class _BlocksUpToLastTap(nn.ModuleList):
+    """The tower's blocks, all of them stored and indexable; a forward pass iterates no further than the last tap.
+
+    Only a caller who asks for all hidden states or attentions gets those of the blocks behind it, too.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], last_tap: int | None = None):  # None: a slice of blocks
+        super().__init__(blocks)
+        self.last_tap = last_tap
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return islice(super().__iter__(), self.last_tap)
+
+    @contextmanager
+    def all(self) -> Iterator[None]:
+        last_tap, self.last_tap = self.last_tap, None
+        try:
+            yield
+        finally:
+            self.last_tap = last_tap
+
+
+class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
+    config: LlavaSTFConfig
+    config_class = LlavaSTFConfig
+    # The taps meet in the fusion, and the fusion is small: kept whole by `device_map`.
+    _no_split_modules = ["LlavaSTFMultiModalProjector"]
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        # For custom code transformers skips the sub-models' own initialisers when weights are missing from a
+        # checkpoint. All initialisation here is transformers' own, so its guarded functions are used throughout.
+        return False
+
+
+class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
+    """LLaVA-STF without the language model's head: vision tower, fusion, language model."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        # Not LlavaModel.__init__, which would build the stock projector.
+        config.check_fusion()
+        LlavaPreTrainedModel.__init__(self, config)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        blocks = self.vision_tower.encoder.layers
+        self.vision_tower.encoder.layers = _BlocksUpToLastTap(blocks, max(config.taps))
+        self.multi_modal_projector = LlavaSTFMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
+        """Encodes images, or the frames of videos, `IMAGES_PER_PASS` at a time.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, 3, image_size, image_size)`):
+                Normalised pixels. A batch of videos may be given as `(videos, frames, 3, image_size, image_size)`.
+
+        Returns:
+            The tower's output; its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each.
+
+        Raises:
+            ValueError: if the pixels have another shape, or a call asks for other taps than those of the config.
+        """
+        self._check_pixels(pixel_values)
+        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
+            if kwargs.pop(name, None) not in (None, getattr(self.config, name)):
+                raise ValueError(f"`{name}` is {getattr(self.config, name)} for these weights and cannot be changed.")
+
+        images = pixel_values.flatten(0, -4)  # (B, 3, H, W)
+        passes = [self._encode(chunk, **kwargs) for chunk in images.split(IMAGES_PER_PASS)]
+        return passes[0] if len(passes) == 1 else _concatenate(passes)
+
+    def _encode(self, images: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+        taps, vision = self.config.taps, self.config.vision_config
+        all_hidden_states = kwargs.pop("output_hidden_states", None) or getattr(vision, "output_hidden_states", False)
+        attentions = kwargs.get("output_attentions") or getattr(vision, "output_attentions", False)
+        blocks = self.vision_tower.encoder.layers.all() if all_hidden_states or attentions else nullcontext()
+        # A frozen tower never runs backward, not even where gradient checkpointing makes its inputs require gradients.
+        tower_learns = torch.is_grad_enabled() and (
+            images.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
+        )
+        with blocks, torch.set_grad_enabled(tower_learns):
+            wanted = taps if SELECTS_HIDDEN_STATES and not all_hidden_states else True
+            outputs = self.vision_tower(images, output_hidden_states=wanted, return_dict=True, **kwargs)
+        features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
+        tokens = self.multi_modal_projector(torch.cat(features, dim=-1))  # (B, T, D)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=list(tokens),
+            hidden_states=outputs.hidden_states if all_hidden_states else None,
+            attentions=outputs.attentions,
+        )
+
+    def _check_pixels(self, pixel_values: torch.Tensor) -> None:
+        size = self.config.vision_config.image_size
+        expected = (self.config.vision_config.num_channels, size, size)
+        torch_compilable_check(
+            pixel_values.ndim in (4, 5) and tuple(pixel_values.shape[-3:]) == expected,
+            lambda: (
+                f"`pixel_values` has the shape {tuple(pixel_values.shape)}, expected (images, {expected[0]}, {size}, "
+                f"{size}) or (videos, frames, {expected[0]}, {size}, {size}). Use the processor of this checkpoint."
+            ),
+        )
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
+    ) -> torch.Tensor:
+        """Where the images' tokens go: (batch, sequence, 1).
+
+        `image_features` is (images*T, D) or (images, T, D). A `ValueError` if there are more or fewer placeholders.
+        """
+        mask = self.find_placeholders(input_ids, inputs_embeds)
+        features, per_image = image_features.numel() // image_features.shape[-1], self.config.tokens_per_image
+        torch_compilable_check(
+            mask.sum() == features,
+            lambda: (
+                f"Image tokens and image features do not match: the text has {int(mask.sum())} image tokens, the "
+                f"images give {features} ({features // per_image} images or frames of {per_image} tokens each). Usual "
+                "causes: the prompt has no `<image>` for an image (or one too many), truncation cut into an image, or "
+                "the inputs come from the processor of another model (LLaVA-1.5 writes 576 tokens per image)."
+            ),
+        )
+        return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """Where the image tokens are, (batch, sequence), in ids or else in embeddings."""
+        if inputs_embeds is None or (input_ids is not None and input_ids.numel()):
+            return input_ids == self.config.image_token_id
+        image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(image_token)).all(-1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | LlavaModelOutputWithPast:
+        """As [`LlavaModel.forward`]; a prompt with image tokens but no image draws a warning.
+
+        In training a batch without images sends a blank image through tower and fusion and uses none of it, so that
+        every rank of a distributed run touches the same parameters (original: the dummy image of its collator).
+        """
+        has_images = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
+        if not has_images:
+            self._warn_of_missing_images(input_ids)
+            if self.training and torch.is_grad_enabled():
+                if inputs_embeds is None:
+                    inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
+                inputs_embeds = inputs_embeds + self._blank_image_features(inputs_embeds)[:0].sum()
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _warn_of_missing_images(self, input_ids: torch.Tensor | None) -> None:
+        # Not an error: with a cache the images may be in it, and an assistant model drafts without them.
+        if input_ids is None or input_ids.shape[1] == 1 or is_tracing(input_ids):
+            return
+        if (input_ids == self.config.image_token_id).any():
+            logger.warning_once(
+                "The text has image tokens, but no `pixel_values` were given: unless a cache holds the images, the "
+                "model does not see them."
+            )
+
+    def _blank_image_features(self, like: torch.Tensor) -> torch.Tensor:
+        vision = self.config.vision_config
+        blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        return self.get_image_features(blank, return_dict=True).pooler_output[0].to(like.device, like.dtype)
+
+
+class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin):
+    """LLaVA-STF with the language model's head: answers about images, videos and text."""
+
+    def __init__(self, config: LlavaSTFConfig):
+        # Not LlavaForConditionalGeneration.__init__, which would build a stock LlavaModel first.
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = LlavaSTFModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    @LlavaForConditionalGeneration.loss_function.getter
+    def loss_function(self) -> Callable[..., torch.Tensor]:
+        """The stock loss over all tokens but `<image>`, which is never an answer: neither in the softmax nor a target.
+
+        The original has no such token in its vocabulary, and ignores the labels of images.
+        """
+        stock_loss = _STOCK_LOSS(self)
+
+        def loss(logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+            image_token = self.config.image_token_id
+            for name in ("labels", "shift_labels"):
+                if kwargs.get(name) is not None:
+                    kwargs[name] = kwargs[name].masked_fill(kwargs[name] == image_token, -100)
+            column = torch.arange(logits.shape[-1], device=logits.device) == image_token
+            return stock_loss(logits=logits.masked_fill(column, NO_ANSWER_LOGIT), **kwargs)
+
+        return loss
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        is_first_iteration: bool = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        # transformers drops the images from all passes but the first, and takes an assistant's first one and (before
+        # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image. Not asked in a
+        # step of decoding, where it is never empty: the length of a static cache would have to wait for the device.
+        prompt = inputs_embeds is None and kwargs.get("next_sequence_length") != 1
+        unseen = prompt and past_key_values is not None and past_key_values.get_seq_length() == 0
+        return super().prepare_inputs_for_generation(
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration or unseen,
+            **kwargs,
+        )
+
+    def _expand_inputs_for_generation(
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **model_kwargs: Any,
+    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
+        # For beams and several answers. Before transformers 5.18 pixels arrive here, and the stock method repeats them
+        # image by image, which mixes up the images of a prompt that has several: they belong together.
+        pixel_values = model_kwargs.get("pixel_values")
+        if expand_size > 1 and pixel_values is not None:
+            placeholders = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
+            images = pixel_values.flatten(0, -4).split((placeholders // self.config.tokens_per_image).tolist())
+            pixel_values = torch.cat([own for own in images for _ in range(expand_size)])
+            del model_kwargs["pixel_values"]
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        return input_ids, model_kwargs if pixel_values is None else {**model_kwargs, "pixel_values": pixel_values}
+
+
+def _concatenate(passes: list[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:
+    """One output of several passes through the tower."""
+
+    def layers(name: str) -> tuple | None:
+        if getattr(passes[0], name) is None:
+            return None
+        by_layer = zip(*(getattr(output, name) for output in passes), strict=True)
+        return tuple(None if states[0] is None else torch.cat(states) for states in by_layer)
+
+    return BaseModelOutputWithPooling(
+        last_hidden_state=torch.cat([p.last_hidden_state for p in passes]),
+        pooler_output=[tokens for p in passes for tokens in p.pooler_output],
+        hidden_states=layers("hidden_states"),
+        attentions=layers("attentions"),
+    )
+
+
+__all__ = ["LlavaSTFForConditionalGeneration", "LlavaSTFModel", "LlavaSTFPreTrainedModel"]
