@@ -120,9 +120,10 @@ def test_connectors_of_the_ablation(system):
 def test_the_first_connector_is_stock_llava():
     model, _ = SYSTEMS[0].build(MODEL, seed=0)
     config = model.config
-    stock = LlavaForConditionalGeneration(
-        LlavaConfig(config.vision_config, config.text_config, config.image_token_id, vision_feature_layer=-2)
-    ).eval()
+    stock_config = LlavaConfig(
+        vision_config=config.vision_config, text_config=config.text_config, image_token_id=config.image_token_id
+    )
+    stock = LlavaForConditionalGeneration(stock_config).float()
     stock.load_state_dict(model.state_dict())
     ids = torch.full((1, config.tokens_per_image + 4), config.image_token_id)
     ids[0, -4:] = torch.arange(10, 14)

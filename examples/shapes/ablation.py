@@ -78,8 +78,8 @@ class System:
         """The checkpoint `start` with this connector, new: PyTorch's initialisation of a linear layer."""
         settings = {"vision_feature_layer": list(self.taps), "fusion_window": self.window}
         config = LlavaSTFConfig.from_pretrained(start, **settings)
-        trained = LlavaSTFForConditionalGeneration.from_pretrained(start).state_dict()
-        model = LlavaSTFForConditionalGeneration(config)
+        trained = LlavaSTFForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
+        model = LlavaSTFForConditionalGeneration(config).float()
         model.model.multi_modal_projector = self.projector(config)
         initialise(model.model.multi_modal_projector, seed)
         kept = {name: weight for name, weight in trained.items() if ".multi_modal_projector." not in name}
