@@ -158,7 +158,8 @@ class Timer:
             print(f"\n{folder.name}: python -m {' '.join(map(str, command))}", flush=True)
             words = [sys.executable, "-m", *map(str, command)]
             running[folder] = subprocess.Popen(words, cwd=ROOT, env=environment)
-        failed = [folder.name for folder, process in running.items() if process.wait()]
+        # A process that shared a batch may fail when it takes leave of the others, after all is saved.
+        failed = [folder.name for folder, process in running.items() if process.wait() and not _complete(folder)]
         if failed:
             raise ValueError(
                 f"{' and '.join(failed)} failed, see above; what is complete is kept for the next attempt."
