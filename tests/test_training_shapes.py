@@ -47,7 +47,7 @@ def test_lora_teaches_a_new_kind_of_question(tmp_path):
     command = [
         *("--config", "examples/shapes/recipes/lora.yaml", "--model_name_or_path", str(MODEL)),
         *("--data_path", str(data / "new-train.json"), "--image_folder", str(data)),
-        *("--output_dir", str(tmp_path / "adapter")),
+        *("--output_dir", str(tmp_path / "adapter"), "--num_train_epochs", "4"),  # few rows, often
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     subprocess.run([sys.executable, "-m", "training", *command], cwd=ROOT, env=environment, check=True, timeout=300)
