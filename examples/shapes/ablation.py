@@ -236,6 +236,6 @@ def draw(accuracies: dict[str, dict[str, list[float]]], path: Path) -> None:
         ylabel="right answers, %", ylim=(0, 105), title="Same tower, language model, rows and order; each seed a point"
     )
     axes.set_xticks(range(len(kinds)), kinds)
-    axes.legend(ncols=3, loc="lower center")
+    figure.legend(ncols=len(accuracies), loc="outside lower center")
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=110)
