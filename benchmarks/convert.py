@@ -26,8 +26,11 @@ import transformers
 from sentencepiece import sentencepiece_model_pb2
 from tqdm import tqdm
 
+from benchmarks import machine, output
+
 ROOT = Path(__file__).resolve().parents[1]
 GOLDENS = ROOT / "tests" / "goldens"
+RESULT = ROOT / "benchmarks" / "results" / "convert_7b.json"
 SHARD_BYTES = 5_000_000_000
 CLIP = {
     "model_type": "clip_vision_model",
@@ -64,16 +67,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="scratch folder (default: a temporary one)")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "convert_7b.json")
+    parser.add_argument("--output", type=Path, default=RESULT, help="JSON to write; must not exist")
     arguments = parser.parse_args()
+    output.require_absent(arguments.output, parser)
     scratch = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.folder))
     try:
         source = make_source(scratch / "source", arguments.layers)
         result = measure(source, scratch, arguments.rounds)
     finally:
         shutil.rmtree(scratch)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    output.write(result, arguments.output)
     print(json.dumps(result, indent=2))
 
 
@@ -145,7 +148,7 @@ def measure(source: Path, scratch: Path, rounds: int) -> dict:
         "peak_file_backed_bytes": max(run["peak_file_backed_bytes"] for run in conversions),
         "runs": {"copy": copies, "conversion": conversions},
         "page_cache_dropped": drop_page_cache(),
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "system": platform.system()},
+        "machine": {"processor": machine.name("cpu"), "cores": os.cpu_count(), "system": platform.system()},
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
@@ -191,11 +194,6 @@ def drop_page_cache() -> bool:
     except OSError:
         return False
     return True
-
-
-def _processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import transformers
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from benchmarks import count, machine
+from benchmarks import count, machine, output
 from benchmarks.convert import SHARD_BYTES, drop_page_cache, timed
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
@@ -40,8 +40,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
     parser.add_argument("--device", default="cpu", help="where to (default: cpu)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
+    output.require_absent(options.output, parser)
     scratch = Path(tempfile.mkdtemp(prefix="load-", dir=options.folder))
     try:
         config = count.NAMED["stf-7b"]()
@@ -51,7 +52,7 @@ def main() -> None:
     finally:
         shutil.rmtree(scratch)
     if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        output.write(result, options.output)
     print(json.dumps(result, indent=2))
 
 

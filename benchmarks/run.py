@@ -34,7 +34,7 @@ import torch
 import transformers
 from PIL import Image
 
-from benchmarks import count, gate, machine, report
+from benchmarks import count, gate, machine, output, report
 from benchmarks.systems import (
     ANSWER,
     OURS,
@@ -343,16 +343,15 @@ def main() -> None:
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: the size's)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="what to time (default: all)")
-    parser.add_argument("--out", type=Path, help="JSON to write; must not exist (default: results/run_DEVICE.json)")
+    parser.add_argument("--output", type=Path, help="JSON to write; must not exist (default: results/run_DEVICE.json)")
     options = parser.parse_args()
-    out = options.out or report.RESULTS / f"run_{options.device}.json"
-    if out.exists():
-        parser.error(f"{out} exists: move it away, or name another file with --out")
+    out = options.output or report.RESULTS / f"run_{options.device}.json"
+    output.require_absent(out, parser)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here: run with --device cpu, or with a CUDA build of PyTorch")
     size = options.size or {"cpu": "slice", "cuda": "7b"}[options.device]
     plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
-    partial_out = out.with_suffix(".partial")  # no .json: `report.py` would take it for a result
+    partial_out = out.with_suffix(".unfinished")  # no .json: `report.py` would take it for a result
     conditions = {
         "device": machine.name(options.device),
         "threads": torch.get_num_threads(),
@@ -378,7 +377,7 @@ def main() -> None:
             for part in run(size, plan, options.device, options.metrics, kept["cases"]):
                 result.update(part)
                 result["total_seconds"] = kept.get("total_seconds", 0) + time.perf_counter() - started
-                partial_out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+                output.write(result, partial_out)
     except BaseException:
         if partial_out.exists():
             print(f"stopped; what was measured so far is in {partial_out}: the same command goes on from there")

@@ -24,7 +24,7 @@ import transformers
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from benchmarks import machine
+from benchmarks import machine, output
 from benchmarks.systems import ANSWER, OURS, STOCK, configs
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
@@ -40,9 +40,10 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a turn, in a process of its own
     options = parser.parse_args()
+    output.require_absent(options.output, parser)
     if options.serve is not None:
         (options.serve / "turn.json").write_text(json.dumps(serve(options)), encoding="utf-8")
         return
@@ -62,7 +63,7 @@ def main() -> None:
         "ratio": rates[OURS] / rates[STOCK],
     }
     if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        output.write(result, options.output)
     print(json.dumps(result, indent=2))
 
 

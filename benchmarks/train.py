@@ -35,7 +35,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from benchmarks import machine
+from benchmarks import machine, output
 from benchmarks.count import clip
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import (
@@ -183,8 +183,9 @@ def main() -> None:
     parser.add_argument("--optim", default="sgd", help="optimizer of the Trainer, such as adamw_torch")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
     parser.add_argument("--peak-tflops", type=float, help="of the device, in bfloat16 (default: measured)")
-    parser.add_argument("--output", type=Path, help="JSON to write")
+    parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
+    output.require_absent(options.output, parser)
 
     if options.peak_tflops is None:
         options.peak_tflops = measure_tflops(torch.device(options.device), bf16=True)
@@ -203,7 +204,7 @@ def main() -> None:
         "stages": {stage: summary(stage, turns, options) for stage in options.stages},
     }
     if options.output is not None:
-        options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        output.write(result, options.output)
     print(json.dumps(result["stages"], indent=2))
 
 

@@ -26,6 +26,7 @@ def build_config(
     Without fusion weights (an initialisation) they are the released model's.
     """
     fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {}
+    taps = _taps(original, fusion.pop("taps", None), vision.num_hidden_layers)
     return LlavaSTFConfig(
         vision_config=vision,
         text_config=text,
@@ -33,7 +34,7 @@ def build_config(
         pad_token_id=text.pad_token_id,
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
-        vision_feature_layer=_taps(original, fusion.pop("taps", None), vision.num_hidden_layers),
+        vision_feature_layer=taps,
         dtype=weights["model.embed_tokens.weight"].dtype,
         **fusion,
     )

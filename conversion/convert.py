@@ -421,6 +421,13 @@ def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
     )
 
 
+def save_checkpoint(folder: Path, model: LlavaSTFForConditionalGeneration, processor: str | Path) -> None:
+    """Writes a model, the processor of another checkpoint, and the licence of the code."""
+    model.save_pretrained(folder)
+    LlavaSTFProcessor.from_pretrained(processor).save_pretrained(folder)
+    copy_licences(folder)
+
+
 def copy_licences(folder: Path) -> None:
     """Lays the licence of the code beside the code that a checkpoint carries."""
     for name in ("LICENSE", "NOTICE"):

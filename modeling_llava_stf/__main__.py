@@ -75,10 +75,11 @@ def demo() -> int:
     right = 0
     for turn in truth["questions"]:
         answer, seconds = _answer(processor, network, picture, turn["question"], max_new_tokens=64)
-        right += answer == turn["answer"]
+        correct = answer == turn["answer"]
+        right += correct
         print(f"\nquestion  {turn['question']}")
         print(f"answer    {answer}")
-        print(f"          {'right' if answer == turn['answer'] else 'wrong: ' + turn['answer']}, {seconds:.2f} s")
+        print(f"          {'right' if correct else 'wrong: ' + turn['answer']}, {seconds:.2f} s")
     print(f"\n{right} of {len(truth['questions'])} right. How the model was made: examples/shapes/README.md")
     return 0
 

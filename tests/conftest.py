@@ -75,6 +75,15 @@ def picture():
     return lambda name: Image.open(GOLDENS / "images" / name).convert("RGB")
 
 
+@pytest.fixture
+def counters():
+    """What torch.compile counts, from zero."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    yield torch._dynamo.utils.counters
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
 def card_folder(checkpoint, tmp_path_factory) -> Path:
     """The full fine-tune with its card, as `python -m hub_card render` writes it for `some/tiny`."""

@@ -96,7 +96,7 @@ def measured(monkeypatch, tmp_path):
     out = tmp_path / "run_tiny.json"
 
     def measure(*options):
-        monkeypatch.setattr("sys.argv", ["run", "--size", "tiny", "--rounds", "2", "--out", str(out), *options])
+        monkeypatch.setattr("sys.argv", ["run", "--size", "tiny", "--rounds", "2", "--output", str(out), *options])
         run.main()
 
     return measure, out
@@ -148,7 +148,7 @@ def test_a_run_that_stops_goes_on_where_it_was(measured, monkeypatch, capsys):
     monkeypatch.setattr(run, "measure", fails_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         measure("--metrics", "prefill", "decode")
-    partial = out.with_suffix(".partial")
+    partial = out.with_suffix(".unfinished")
     assert len(json.loads(partial.read_text())["cases"]) == 2
     assert not out.exists() and str(partial) in capsys.readouterr().out
     monkeypatch.setattr(report, "RESULTS", out.parent)
@@ -198,7 +198,7 @@ def test_compiling_is_not_timed(systems):
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("sys.argv", ["run", "--device", "cuda", "--out", str(tmp_path / "run.json")])
+    monkeypatch.setattr("sys.argv", ["run", "--device", "cuda", "--output", str(tmp_path / "run.json")])
     with pytest.raises(SystemExit):
         run.main()
     assert "no CUDA device" in capsys.readouterr().err

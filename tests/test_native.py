@@ -160,48 +160,40 @@ def test_cached_equals_uncached(model_and_inputs):
 # Compile, export
 
 
-@pytest.fixture
-def dynamo():
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch.compiler.reset()
-
-
 def assert_one_graph(counters):
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
 
 
-def test_forward_with_images_compiles_to_one_graph(model, inputs, dynamo):
+def test_forward_with_images_compiles_to_one_graph(model, inputs, counters):
     expected = logits_of(model, inputs)  # transformers installs its output hooks in the first, eager, forward
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(logits_of(compiled, inputs), expected, **SAME)
-    assert_one_graph(dynamo)
+    assert_one_graph(counters)
 
 
-def test_inductor_equals_eager(dynamo):
+def test_inductor_equals_eager(counters):
     model = second_model(vision_feature_layer=[1, 2])  # two blocks of the tower run: less to compile
     inputs = second_inputs(model.config)
     expected = logits_of(model, inputs)
     compiled = torch.compile(model, fullgraph=True, backend="inductor")
     torch.testing.assert_close(logits_of(compiled, inputs), expected, rtol=0, atol=1e-4)
-    assert_one_graph(dynamo)
+    assert_one_graph(counters)
 
 
 @pytest.mark.parametrize("images", [True, False], ids=["images", "text only"])
-def test_training_step_compiles_to_one_graph(images, dynamo):
+def test_training_step_compiles_to_one_graph(images, counters):
     model = second_model(vision_feature_layer=[1, 2]).train()
     inputs = second_inputs(model.config)
     if not images:
         inputs.pop("pixel_values")
         inputs["input_ids"] = inputs["input_ids"].where(inputs["input_ids"] != model.config.image_token_id, 20)
     loss, gradients = loss_and_gradients(model, inputs)
-    dynamo.clear()
+    counters.clear()
     compiled_loss, compiled_gradients = loss_and_gradients(
         torch.compile(model, fullgraph=True, backend="aot_eager"), inputs
     )
-    assert_one_graph(dynamo)
+    assert_one_graph(counters)
     torch.testing.assert_close(compiled_loss, loss, **SAME)
     for name, gradient in compiled_gradients.items():
         torch.testing.assert_close(gradient, gradients[name.removeprefix("_orig_mod.")], **SAME)

@@ -19,14 +19,6 @@ GREEDY = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
 
 
 @pytest.fixture
-def counters():
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    yield torch._dynamo.utils.counters
-    torch.compiler.reset()
-
-
-@pytest.fixture
 def no_inductor(monkeypatch):
     """`torch.compile` as it is, but for the making of kernels, which takes longest."""
     compile_function = torch.compile

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from peft import PeftConfig, PeftModel
 
-from conversion.convert import complete_or_absent, copy_licences, require_empty
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from conversion.convert import complete_or_absent, require_empty, save_checkpoint
+from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 
 def merge(adapter: str, destination: str, base: str | None = None) -> Path:
@@ -35,7 +35,5 @@ def merge(adapter: str, destination: str, base: str | None = None) -> Path:
     for name, weight in model.named_parameters():
         weight.data = weight.data.to(dtypes[name])
     with complete_or_absent(target) as folder:
-        model.save_pretrained(folder)
-        LlavaSTFProcessor.from_pretrained(adapter).save_pretrained(folder)
-        copy_licences(folder)
+        save_checkpoint(folder, model, adapter)
     return target

@@ -126,9 +126,8 @@ class LlavaSTFTrainingArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         if self.global_batch_size is not None:
-            devices = int(os.environ.get("WORLD_SIZE", "1"))
             self.gradient_accumulation_steps = accumulation_steps(
-                self.global_batch_size, self.per_device_train_batch_size, devices
+                self.global_batch_size, self.per_device_train_batch_size, launched_processes()
             )
         super().__post_init__()
 
@@ -136,6 +135,11 @@ class LlavaSTFTrainingArguments(SFTConfig):
     def order_seed(self) -> int:
         """Of the order of the rows."""
         return self.seed if self.data_seed is None else self.data_seed
+
+
+def launched_processes() -> int:
+    """As the launcher says, whether or not they are connected yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
@@ -173,7 +177,7 @@ class LlavaSTFTrainer(SFTTrainer):
         data_collator: Any = None,
         **kwargs: Any,
     ):
-        launched = int(os.environ.get("WORLD_SIZE", "1"))
+        launched = launched_processes()
         if launched != args.world_size:
             raise ValueError(
                 f"{launched} processes were launched, but each would train by itself (world size {args.world_size}): "

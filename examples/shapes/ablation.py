@@ -12,8 +12,7 @@ import copy
 import json
 import os
 import statistics
-import subprocess
-import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,12 +21,10 @@ from pathlib import Path
 
 import torch
 import yaml
-from matplotlib.figure import Figure
 from torch import nn
 from tqdm import tqdm
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from conversion.convert import ROOT
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import (
     LlavaSTFMultiModalProjector,
@@ -36,6 +33,7 @@ from modeling_llava_stf.modeling_llava_stf import (
 )
 
 from .evaluate import ask, score
+from .processes import start_module
 from .questions import KINDS
 from .recipe import AGAIN, STAGES, TAPS
 from .renew import initialise
@@ -124,12 +122,9 @@ def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 48
 
     def launch(run: tuple[Path, int, int]) -> int:
         file, index, seed = run
-        words = [sys.executable, "-m", "examples.shapes", "ablation-run", work, file, index, seed, captions, rows]
-        log = file.with_suffix(".log")
-        with log.open("w", encoding="utf-8") as stream:
-            command = [str(word) for word in words]
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            return subprocess.run(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream).returncode
+        words = ("examples.shapes", "ablation-run", work, file, index, seed, captions, rows)
+        with file.with_suffix(".log").open("w", encoding="utf-8") as log:
+            return start_module(*words, stdout=log, stderr=log).wait()
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         statuses = list(tqdm(pool.map(launch, todo), total=len(todo), desc="runs", unit="run"))
@@ -154,11 +149,11 @@ def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: in
         settings = yaml.safe_load(stage.file.read_text(encoding="utf-8"))
         settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "seed": seed, "report_to": "none"}
         settings.pop("dtype")  # of loading
-        scratch = target.with_suffix(f".{stage.name}")
-        args = LlavaSTFTrainingArguments(output_dir=str(scratch), **settings)
-        started = time.perf_counter()
-        LlavaSTFTrainer(model, args, train_dataset=dataset, processing_class=processor).train()
-        seconds[stage.name] = round(time.perf_counter() - started, 1)
+        with tempfile.TemporaryDirectory() as scratch:
+            args = LlavaSTFTrainingArguments(output_dir=scratch, **settings)
+            started = time.perf_counter()
+            LlavaSTFTrainer(model, args, train_dataset=dataset, processing_class=processor).train()
+            seconds[stage.name] = round(time.perf_counter() - started, 1)
     questions, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
     started = time.perf_counter()
     answers = ask(model.eval(), processor, data, questions)
@@ -224,6 +219,8 @@ def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[f
 def draw(accuracies: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Bars of mean accuracy by kind and system; each seed is a point."""
     kinds = [*ASKED, "all"]
+    from matplotlib.figure import Figure  # here, because all other commands do without it
+
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(accuracies)

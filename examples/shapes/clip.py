@@ -52,11 +52,11 @@ def train_clip(
     """
     out = require_empty(out)
     torch.manual_seed(seed)
-    phrases = all_phrases()
-    texts = encode(read_tokenizer(Path(tokenizer)), phrases)
+    phrases, words = all_phrases(), read_tokenizer(Path(tokenizer))
+    texts = encode(words, phrases)
     image_processor = LlavaSTFImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
     pixels, truth = read_pictures(Path(data), "train", image_processor, phrases)
-    model = build_clip(read_tokenizer(Path(tokenizer))).to(DEVICE)
+    model = build_clip(words).to(DEVICE)
 
     def loss() -> torch.Tensor:
         batch = torch.randint(len(pixels), (batch_size,))

@@ -5,8 +5,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,12 @@ from pathlib import Path
 import torch
 import yaml
 
-from conversion.convert import ROOT, complete_or_absent, copy_licences, require_empty
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from conversion.convert import complete_or_absent, require_empty, save_checkpoint
+from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 from .clip import LAYERS
 from .evaluate import evaluate
+from .processes import start_module
 
 # As the paper's: the first is LLaVA's, the last block but one; then shallower ones.
 TAPS = tuple(range(LAYERS - 1, LAYERS - 5, -1))
@@ -107,8 +106,9 @@ def make(
         shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
     evaluate(out, data, out / "evaluation.json", name=REPO_ID)
     described = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
-    words = ("hub_card", "render", out, *described, "--results", out / "evaluation.json")
-    subprocess.run([sys.executable, "-m", *map(str, words)], cwd=ROOT, check=True)
+    card = start_module("hub_card", "render", out, *described, "--results", out / "evaluation.json")
+    if card.wait():
+        raise ValueError("The card could not be written, see above.")
     return out
 
 
@@ -137,9 +137,7 @@ def trainer(recipe: Path) -> tuple:
 def pack(trained: Path, folder: Path) -> None:
     """A checkpoint in float16: half the size, and closer to the trained weights than bfloat16."""
     model = LlavaSTFForConditionalGeneration.from_pretrained(trained, dtype=torch.float16)
-    model.save_pretrained(folder)
-    LlavaSTFProcessor.from_pretrained(trained).save_pretrained(folder)
-    copy_licences(folder)
+    save_checkpoint(folder, model, trained)
 
 
 class Timer:
@@ -149,15 +147,13 @@ class Timer:
         self.file = file
 
     def run(self, steps: dict[Path, tuple]) -> None:
-        """Runs side by side the commands whose folders are not there yet, a thread each: more gain nothing here."""
+        """Runs side by side the commands whose folders are not there yet."""
         todo = {folder: command for folder, command in steps.items() if not _complete(folder)}
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
         started = time.perf_counter()
         running = {}
         for folder, command in todo.items():
             print(f"\n{folder.name}: python -m {' '.join(map(str, command))}", flush=True)
-            words = [sys.executable, "-m", *map(str, command)]
-            running[folder] = subprocess.Popen(words, cwd=ROOT, env=environment)
+            running[folder] = start_module(*command)
         # A process that shared a batch may fail when it takes leave of the others, after all is saved.
         failed = [folder.name for folder, process in running.items() if process.wait() and not _complete(folder)]
         if failed:

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from conversion.convert import complete_or_absent, copy_licences, require_empty
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from conversion.convert import complete_or_absent, require_empty, save_checkpoint
+from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 
 def renew(checkpoint: str | Path, out: str | Path, seed: int = 0) -> Path:
@@ -17,9 +17,7 @@ def renew(checkpoint: str | Path, out: str | Path, seed: int = 0) -> Path:
     model = LlavaSTFForConditionalGeneration.from_pretrained(checkpoint)
     initialise(model.model.multi_modal_projector, seed)
     with complete_or_absent(out) as folder:
-        model.save_pretrained(folder)
-        LlavaSTFProcessor.from_pretrained(checkpoint).save_pretrained(folder)
-        copy_licences(folder)
+        save_checkpoint(folder, model, checkpoint)
     return out
 
 

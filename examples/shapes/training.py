@@ -28,9 +28,9 @@ def train(
     Returns:
         The log: step, seconds since the start and mean loss since the last entry.
     """
-    parameters = list(model.parameters())
-    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and ".layers." in name]
-    others = [weight for weight in parameters if not any(weight is matrix for matrix in matrices)]
+    matrices, others = [], []
+    for name, weight in model.named_parameters():
+        (matrices if weight.ndim == 2 and ".layers." in name else others).append(weight)
     optimizers = [
         torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.05),
         torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
@@ -46,7 +46,7 @@ def train(
         value = loss()
         model.zero_grad()
         value.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for follower in optimizers + schedules:
             follower.step()
         losses.append(value.item())

@@ -1,0 +1,16 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Commands as processes of their own."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+from conversion.convert import ROOT
+
+
+def start_module(*words: object, **options: Any) -> subprocess.Popen:
+    """Starts `python -m words...` with one thread: for models as small as these, more gain nothing."""
+    command = [sys.executable, "-m", *map(str, words)]
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
