@@ -3,8 +3,8 @@
 torchrun --nproc-per-node=2 distributed_worker.py CHECKPOINT {ddp,fsdp2,none} OUTPUT.json
 """
 
+import gc
 import json
-import os
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -67,8 +67,10 @@ def main(checkpoint: str, strategy: str, output: str) -> None:
         optimizer.zero_grad()
     if rank == 0:
         Path(output).write_text(json.dumps(losses))
-    dist.barrier()
-    os._exit(0)  # the work is done; taking gloo's process group down was once seen to hang
+    # DDP's reducer must not outlive the process group, see `training/__main__.py`.
+    del wrapped, optimizer, loss
+    gc.collect()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

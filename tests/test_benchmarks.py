@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks import gate, load, report, run, serve
+from benchmarks import convert, gate, load, report, run, serve
 from benchmarks.systems import (
     OURS,
     OURS_COMPILED,
@@ -254,6 +254,16 @@ def test_readme_says_what_the_results_say():
 def test_readme_without_a_place_for_the_tables_is_refused():
     with pytest.raises(ValueError, match="lacks"):
         report.updated("# A README\n")
+
+
+@pytest.mark.parametrize("module", [convert, load, serve])
+def test_a_result_is_not_overwritten(module, monkeypatch, tmp_path, capsys):
+    result = tmp_path / "result.json"
+    result.write_text("{}")
+    monkeypatch.setattr("sys.argv", [module.__name__, "--output", str(result)])
+    with pytest.raises(SystemExit):
+        module.main()
+    assert "exists" in capsys.readouterr().err and result.read_text() == "{}"
 
 
 def test_checkpoint_for_loading_is_complete(monkeypatch, tmp_path):

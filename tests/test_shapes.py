@@ -471,7 +471,7 @@ def test_the_ablation_s_table_has_mean_spread_and_cost_of_each_connector(tmp_pat
 
 def test_steps_that_are_complete_are_not_done_again_and_failed_ones_are_named(tmp_path, monkeypatch):
     timer = Timer(tmp_path / "seconds.json")
-    monkeypatch.setattr("examples.shapes.recipe.ROOT", tmp_path)
+    monkeypatch.setattr("examples.shapes.processes.ROOT", tmp_path)
     (tmp_path / "touch.py").write_text("import pathlib, sys; pathlib.Path(sys.argv[1]).mkdir()")
     steps = {tmp_path / name: ("touch", tmp_path / name) for name in ("a", "b")}
     timer.run(steps)

@@ -4,13 +4,14 @@ torchrun --nproc-per-node=2 training_rank.py OPTIONS
 accelerate launch --config_file training/accelerate/fsdp2.yaml --num_processes 2 training_rank.py OPTIONS
 """
 
-import os
+import gc
 import sys
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator, DistributedType, PartialState
+from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
+from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.__main__ import main  # noqa: E402
@@ -26,16 +27,12 @@ def create_with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None
         self.fsdp_plugin = fsdp_plugin
 
 
-def leave(self: Accelerator) -> None:
-    """The work is done; taking gloo's process group down was seen to hang, and to abort, once in many runs."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+def leave(self: PartialState, group: Any = None) -> None:
+    reducers = [thing for thing in gc.get_objects() if isinstance(thing, DistributedDataParallel)]
+    assert not reducers, "DDP outlives its process group: now and then gloo hangs or aborts on that"
+    destroy_process_group(self, group)
 
 
+destroy_process_group, PartialState.destroy_process_group = PartialState.destroy_process_group, leave
 AcceleratorState.__init__ = create_with_fsdp  # type: ignore[method-assign]
-Accelerator.end_training = leave  # type: ignore[method-assign]
-status = main()  # comes back from an error only
-sys.stdout.flush()
-sys.stderr.flush()
-os._exit(status)
+sys.exit(main())

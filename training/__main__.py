@@ -12,6 +12,7 @@ command line goes before that of the recipe. `python -m training --help` lists a
 """
 
 import argparse
+import gc
 import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -94,7 +96,11 @@ def train_command(arguments: list[str]) -> int:
     trainer.save_model()
     if args.should_save:
         print(f"wrote {args.output_dir}; curves: {curves}", flush=True)
-    trainer.accelerator.end_training()
+    # DDP's reducer must not outlive the process group: the last to hold it takes it down, and a reducer does that with
+    # the interpreter locked, for which gloo's threads then wait forever.
+    del trainer
+    gc.collect()
+    PartialState().destroy_process_group()
     return 0
 
 

@@ -154,8 +154,7 @@ class Timer:
         for folder, command in todo.items():
             print(f"\n{folder.name}: python -m {' '.join(map(str, command))}", flush=True)
             running[folder] = start_module(*command)
-        # A process that shared a batch may fail when it takes leave of the others, after all is saved.
-        failed = [folder.name for folder, process in running.items() if process.wait() and not _complete(folder)]
+        failed = [folder.name for folder, process in running.items() if process.wait()]
         if failed:
             raise ValueError(
                 f"{' and '.join(failed)} failed, see above; what is complete is kept for the next attempt."
