@@ -41,7 +41,7 @@ def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def compiled(systems: dict[str, System]) -> dict[str, Any]:
-    """Compares the compiled systems with the eager ones, on features and on the logits of a prompt and of a step.
+    """Compares the compiled systems with the eager ones: features, and logits of prompts and steps, of `generate`, too.
 
     Raises:
         SystemExit: if outputs differ.
@@ -55,6 +55,11 @@ def compiled(systems: dict[str, System]) -> dict[str, Any]:
         )
         logits, tokens = greedy(system, pixels)
         outcome[f"{name} and eager, logits: cosine"] = cosine(logits, greedy(eager_system, pixels, forced=tokens)[0])
+        ids = system.prompt(1, QUESTION)
+        answer = system.generate(system.new_cache(1, QUESTION), ids, STEPS, pixel_values=pixels)
+        forced, logits = answer.sequences[:, ids.shape[1] :], torch.stack(answer.logits, dim=1)
+        expected, _ = greedy(eager_system, pixels, forced=forced)
+        outcome[f"{name} and eager, logits of generate: cosine"] = cosine(logits, expected)
     return checked(outcome)
 
 

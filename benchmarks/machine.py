@@ -5,11 +5,14 @@
 import ctypes
 import gc
 import platform
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def name(device: str) -> str:
@@ -26,6 +29,34 @@ def seconds(device: str, work: Callable[[], object]) -> float:
     work()
     wait(device)
     return time.perf_counter() - started
+
+
+def host_seconds(device: str, work: Callable[[], object]) -> float:
+    """How long the host is busy with handing `work` to an idle device."""
+    wait(device)
+    started = time.perf_counter()
+    work()
+    busy = time.perf_counter() - started
+    wait(device)
+    return busy
+
+
+def clocks() -> str:
+    """Clocks, power and temperature of the GPU as they are right now."""
+    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def keep_large_buffers() -> None:
+    """Tells glibc to keep freed buffers up to 1 GiB; by default each above 32 MiB is mapped, page by page, anew.
+
+    Its environment variables `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` do the same for any process.
+    """
+    mallopt = ctypes.CDLL(None).mallopt
+    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        if not mallopt(option, 2**30):
+            raise OSError("The C library refuses to keep large buffers.")
 
 
 def wait(device: str) -> None:

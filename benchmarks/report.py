@@ -21,8 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- speed: written by benchmarks/report.py -->\n", "<!-- speed: end -->"
+PAIRS = ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED))
 SYSTEMS = (STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED)
 EVEN = 1.05  # ratios up to this one, either way, are no gain and no loss
+LONG_ANSWER = 512  # tokens
 
 
 def main() -> None:
@@ -66,9 +68,10 @@ def section(result: dict[str, Any], path: Path) -> str:
 def conditions(result: dict[str, Any]) -> str:
     layers = {"7b": "the whole 7B", "slice": "full width, 2 layers of the language model"}
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
+    buffers = "; large buffers kept by the C library" if result["buffers_kept"] else ""
     return (
         f"{result['device']}, {result['threads']} threads, {result['dtype']}, {layers.get(result['size'], 'tiny')}, "
-        f"random weights; {versions}"
+        f"random weights; {versions}{buffers}"
     )
 
 
@@ -79,10 +82,7 @@ def table(result: dict[str, Any]) -> Iterator[str]:
     for case in result["cases"]:
         runs = case["systems"]
         cells = [cell(runs.get(name)) for name in SYSTEMS]
-        ratios = [
-            verdict(ratio(runs, baseline, ours))
-            for baseline, ours in ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED), (REFERENCE, OURS))
-        ]
+        ratios = [verdict(runs, *pair) for pair in (*PAIRS, (REFERENCE, OURS))]
         yield "| " + " | ".join([label(case), *cells, *ratios, share_of_peak(result, runs)]) + " |"
 
 
@@ -96,12 +96,12 @@ def cell(run: dict[str, Any] | None) -> str:
         return ""
     if "error" in run:
         return run["error"]
-    milliseconds = [1e3 * seconds for seconds in run["seconds"]]
-    spread = ""
-    if len(milliseconds) > 1:
-        low, _, high = quantiles(milliseconds, n=4, method="inclusive")
-        spread = f" ± {digits((high - low) / 2)}"
-    return digits(median(milliseconds)) + spread
+    low, middle, high = (1e3 * seconds for seconds in quartiles(run["seconds"]))
+    return f"{digits(middle)} ± {digits((high - low) / 2)}"
+
+
+def quartiles(seconds: list[float]) -> list[float]:
+    return quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
 
 
 def digits(number: float) -> str:
@@ -114,12 +114,20 @@ def ratio(runs: dict[str, Any], baseline: str, ours: str) -> float | None:
     return median(times[0]) / median(times[1]) if all(times) else None
 
 
-def verdict(faster: float | None) -> str:
+def gains(runs: dict[str, Any], baseline: str, ours: str) -> bool:
+    """Faster by more than a little, and by more than the spread: quartiles do not meet."""
+    faster = ratio(runs, baseline, ours)
+    (low, _, _), (_, _, high) = quartiles(runs[baseline]["seconds"]), quartiles(runs[ours]["seconds"])
+    return faster is not None and faster > EVEN and low > high
+
+
+def verdict(runs: dict[str, Any], baseline: str, ours: str) -> str:
+    faster = ratio(runs, baseline, ours)
     if faster is None:
         return ""
-    if faster > EVEN:
+    if gains(runs, baseline, ours):
         return f"**{faster:.2f}x**"
-    return f"{faster:.2f}x, no gain" if faster >= 1 / EVEN else f"{faster:.2f}x, slower"
+    return f"{faster:.2f}x, slower" if gains(runs, ours, baseline) else f"{faster:.2f}x, no gain"
 
 
 def share_of_peak(result: dict[str, Any], runs: dict[str, Any]) -> str:
@@ -147,21 +155,23 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
         f"- Cache of a request (picture, {QUESTION} and {ANSWER} tokens; counted, 16 bit): stock {stock:.3g} MB, ours "
         f"{ours:.3g} MB, {stock / ours:.2f}x less."
     )
+    stock, ours = (count.weight_bytes(config) / 1e9 for config in configs("7b"))
+    yield (
+        f"- Weights of the 7B (counted, 16 bit): stock {stock:.2f} GB, ours {ours:.2f} GB, "
+        f"{100 * (ours / stock - 1):.1f} % more."
+    )
     if "largest_batch" in result:
         fits = result["largest_batch"]
         yield f"- Largest batch (picture, {QUESTION} and {ANSWER} tokens): stock {fits[STOCK]}, ours {fits[OURS]}."
-    for case in result["cases"]:
-        gain = second_question_gain(result, case["batch"]) if case["metric"] == "second question" else None
-        if gain is not None:
-            yield (
-                f"- A second question about a picture, batch {case['batch']}, is {gain:.1f}x faster to the first token "
-                "than the first one was (ours, picture in the cache)."
-            )
+    for batch in sorted({case["batch"] for case in result["cases"]}):
+        yield from across_rows(result, batch)
     for size, works in result["processor"].items():
-        one, eight, threads = (1e3 * median(works[name]) for name in ("one", "eight", "eight, threads"))
+        stock_one, one, eight, threads = (
+            f"{1e3 * median(works[name]):.0f} ms" for name in ("stock, one", "one", "eight", "eight, threads")
+        )
         yield (
-            f"- Preparing a picture of {size}: {one:.0f} ms on the CPU, not in the times above; eight in {eight:.0f} "
-            f"ms, with threads in {threads:.0f} ms."
+            f"- Preparing a picture of {size}, not in the times above: {one} on the CPU (stock's class for the same "
+            f"pixels: {stock_one}); eight in {eight}, with threads in {threads}."
         )
     losses = [label(case) for case in result["cases"] if is_loss(case)]
     yield f"- No gain over stock, or a loss: {'; '.join(losses) or 'nowhere'}."
@@ -169,21 +179,44 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
 
 
 def is_loss(case: dict[str, Any]) -> bool:
-    pairs = ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED))
-    ratios = [ratio(case["systems"], *pair) for pair in pairs]
-    return any(faster is not None and faster <= EVEN for faster in ratios)
+    runs = case["systems"]
+    return any(ratio(runs, *pair) is not None and not gains(runs, *pair) for pair in PAIRS)
 
 
-def second_question_gain(result: dict[str, Any], batch: int) -> float | None:
-    """First token of a whole pass over first token of a second question, of the fastest of ours that has both."""
-    cases = {case["metric"]: case for case in result["cases"] if case["batch"] == batch and case["text"] == QUESTION}
-    if "first token" not in cases:
-        return None
-    for name in (OURS_COMPILED, OURS):
-        times = [cases[metric]["systems"].get(name, {}).get("seconds") for metric in ("first token", "second question")]
-        if all(times):
-            return median(times[0]) / median(times[1])
+def seconds(result: dict[str, Any], name: str, metric: str, batch: int) -> float | None:
+    """Median of a system in the row with a picture and a question."""
+    for case in result["cases"]:
+        if (case["metric"], case["batch"], case["text"]) == (metric, batch, QUESTION):
+            times = case["systems"].get(name, {}).get("seconds")
+            return median(times) if times else None
     return None
+
+
+def across_rows(result: dict[str, Any], batch: int) -> Iterator[str]:
+    """Ratios of times in different rows: what a picture in the cache saves, and an answer of many tokens."""
+    pairs = [pair for pair in reversed(PAIRS) if seconds(result, pair[1], "first token", batch)]
+    for stock, ours in pairs[:1]:  # compiled where there is such a row
+        whole, second = (seconds(result, ours, metric, batch) for metric in ("first token", "second question"))
+        if whole and second:
+            yield (
+                f"- A second question about a picture, batch {batch}, is {whole / second:.1f}x faster to the first "
+                f"token than the first one was ({ours}, picture in the cache)."
+            )
+        whole, second = seconds(result, stock, "answer", batch), seconds(result, ours, "second answer", batch)
+        if whole and second:
+            yield (
+                f"- An answer of {ANSWER} tokens to a second question, batch {batch}: {whole / second:.2f}x faster "
+                f"than {stock}'s with a whole pass ({ours}, picture in the cache)."
+            )
+        first, step = (
+            [seconds(result, name, metric, batch) for name in (stock, ours)] for metric in ("first token", "decode")
+        )
+        if all(first + step):
+            theirs, mine = (a + (LONG_ANSWER - 1) * b for a, b in zip(first, step, strict=True))
+            yield (
+                f"- An answer of {LONG_ANSWER} tokens, batch {batch}, reckoned from the rows of first token and "
+                f"decode: {theirs / mine:.2f}x ({ours} against {stock})."
+            )
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
@@ -191,9 +224,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     cases = result["cases"]
     figure = Figure(figsize=(8, 0.45 * len(cases) + 1.5), layout="constrained")
     axes = figure.subplots()
-    for offset, (name, pair) in enumerate(
-        {"eager": (STOCK, OURS), "compiled": (STOCK_COMPILED, OURS_COMPILED)}.items()
-    ):
+    for offset, (name, pair) in enumerate(zip(("eager", "compiled"), PAIRS, strict=True)):
         places = [place + 0.4 * offset - 0.2 for place in range(len(cases))]
         axes.barh(places, [ratio(case["systems"], *pair) or 0 for case in cases], height=0.4, label=name)
     axes.axvline(1, color="black", linewidth=1)

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +34,7 @@ import numpy as np
 import torch
 import transformers
 from PIL import Image
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from benchmarks import count, gate, machine, output, report
 from benchmarks.systems import (
@@ -51,7 +53,8 @@ from benchmarks.systems import (
 )
 from modeling_llava_stf import LlavaSTFImageProcessor
 
-METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question")
+METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question", "second answer")
+SIZES = {"cpu": "slice", "cuda": "7b"}  # by device
 Work = Callable[[], object]
 
 
@@ -63,7 +66,8 @@ class Plan:
     product: int  # side of the matrix product that gives the peak
     rounds: int
     warm_up: int  # calls at the start of a turn that are not counted
-    repeats: int  # counted calls of a turn
+    repeats: int  # counted calls of a turn, at least
+    turn_seconds: float  # a turn goes on until it has lasted so long, or has as many calls as an answer has tokens
     images: tuple[int, ...]
     texts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -82,6 +86,7 @@ PLANS = {
         rounds=2,
         warm_up=0,
         repeats=1,
+        turn_seconds=0,
         images=(1, 2),
         texts=(10, QUESTION),
         batches=(1, 2),
@@ -92,9 +97,10 @@ PLANS = {
     "slice": Plan(
         dtype=torch.bfloat16,
         product=4096,
-        rounds=5,
+        rounds=7,
         warm_up=0,
         repeats=1,
+        turn_seconds=1,
         images=(1, 8),
         texts=(10, QUESTION, 200, 1000),
         batches=(1, 4),
@@ -108,6 +114,7 @@ PLANS = {
         rounds=5,
         warm_up=3,
         repeats=10,
+        turn_seconds=0,
         images=(1, 8, 32),
         texts=(10, QUESTION, 200, 1000),
         batches=(1, 8, 32),
@@ -153,6 +160,8 @@ def cases(plan: Plan) -> Iterator[Case]:
         yield Case("answer", batch, QUESTION, systems(both, batch), partial(answer, batch=batch))
     for batch in plan.batches:
         yield Case("second question", batch, QUESTION, systems(both, batch), partial(second_question, batch=batch))
+    for batch in plan.batches:
+        yield Case("second answer", batch, QUESTION, systems(both, batch), partial(second_answer, batch=batch))
 
 
 # The work
@@ -190,16 +199,7 @@ def answer(system: System, batch: int) -> Work:
     """`generate`, from pixels and ids to an answer of 16 tokens."""
     ids, pixels = system.prompt(batch, QUESTION), system.pictures(batch)
     cache = system.new_cache(batch, QUESTION)
-    return lambda: system.model.generate(
-        input_ids=ids,
-        pixel_values=pixels,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=system.emptied(cache),
-        min_new_tokens=ANSWER,
-        max_new_tokens=ANSWER,
-        do_sample=False,
-        disable_compile=True,  # compiled systems are compiled already
-    )
+    return lambda: system.generate(system.emptied(cache), ids, ANSWER, pixel_values=pixels).sequences
 
 
 def second_question(system: System, batch: int) -> Work:
@@ -208,6 +208,14 @@ def second_question(system: System, batch: int) -> Work:
     ids = system.prompt(batch, QUESTION)[:, seen:]
     cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
     return lambda: system.forward(cropped(cache, seen), input_ids=ids)
+
+
+def second_answer(system: System, batch: int) -> Work:
+    """`generate`, from another question about a picture that a cache holds to an answer of 16 tokens."""
+    seen = 1 + system.image_tokens
+    ids = system.prompt(batch, QUESTION)
+    cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
+    return lambda: system.generate(cropped(cache, seen), ids, ANSWER).sequences
 
 
 # What the work comes to
@@ -255,7 +263,15 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
                 for _ in range(plan.warm_up):
                     work()
                 graphs = _graphs()
-                run["seconds"] += [machine.seconds(device, work) for _ in range(plan.repeats)]
+                turn_seconds: list[float] = []
+                while len(turn_seconds) < plan.repeats or (
+                    sum(turn_seconds) < plan.turn_seconds and len(turn_seconds) < ANSWER
+                ):
+                    turn_seconds.append(machine.seconds(device, work))
+                run["seconds"] += turn_seconds
+                if device == "cuda":
+                    run.setdefault("host_seconds", []).append(machine.host_seconds(device, work))
+                    run["clocks"] = machine.clocks()
                 if _graphs() > graphs:
                     raise RuntimeError(
                         f"{case.metric}, batch {case.batch}: {name} was compiled again while it was timed."
@@ -321,12 +337,14 @@ def largest_batch(system: System) -> int:
 def processor_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
     """A picture's way from PIL to pixels, by its size, and of eight pictures with a thread for each core."""
     process = LlavaSTFImageProcessor()
+    stock = LlavaImageProcessorPil(size=process.size, crop_size=process.crop_size, do_pad=True)
     result = {}
     for width, height in ((640, 480), (1920, 1080)):
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = Image.fromarray(noise)
         with ThreadPoolExecutor(os.cpu_count()) as threads:
             works = {
+                "stock, one": partial(stock, picture, return_tensors="pt"),
                 "one": partial(process, picture, return_tensors="pt"),
                 "eight": lambda picture=picture: [process(picture) for _ in range(8)],
                 "eight, threads": lambda picture=picture, threads=threads: list(threads.map(process, [picture] * 8)),
@@ -339,17 +357,23 @@ def processor_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: the size's)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="what to time (default: all)")
+    parser.add_argument(
+        "--keep-buffers",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a CPU: have the C library keep large buffers, for all systems (default: yes)",
+    )
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist (default: results/run_DEVICE.json)")
     options = parser.parse_args()
     out = options.output or report.RESULTS / f"run_{options.device}.json"
     output.require_absent(out, parser)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("PyTorch finds no CUDA device here: run with --device cpu, or with a CUDA build of PyTorch")
-    size = options.size or {"cpu": "slice", "cuda": "7b"}[options.device]
+    size = options.size or SIZES[options.device]
     plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
     partial_out = out.with_suffix(".unfinished")  # no .json: `report.py` would take it for a result
     conditions = {
@@ -358,6 +382,7 @@ def main() -> None:
         "size": size,
         "rounds": plan.rounds,
         "dtype": str(plan.dtype).removeprefix("torch."),
+        "buffers_kept": options.device == "cpu" and options.keep_buffers,
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers)},
     }
@@ -367,9 +392,11 @@ def main() -> None:
         parser.error(f"{partial_out} was measured with {', '.join(others)}: move it away, or measure the rest so, too")
     result: dict[str, Any] = {
         **conditions,
-        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "cases": kept["cases"],
     }
+    if conditions["buffers_kept"]:
+        machine.keep_large_buffers()
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape: they are more than the usual eight
     started = time.perf_counter()
     try:

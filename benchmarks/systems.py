@@ -78,6 +78,21 @@ class System:
         """Logits of the last token, (batch, vocabulary)."""
         return self.model(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
 
+    def generate(self, cache: Cache, ids: torch.Tensor, tokens: int, **inputs: torch.Tensor) -> Any:
+        """The greedy answer of `tokens` tokens to a prompt; what the cache holds of it is not read again."""
+        return self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            do_sample=False,
+            disable_compile=True,  # compiled systems are compiled already
+            return_dict_in_generate=True,
+            output_logits=True,
+            **inputs,
+        )
+
     def new_cache(self, batch: int, text: int) -> Cache:
         """An empty cache for a picture, `text` tokens and an answer; it grows, but that of a compiled model."""
         settings = self.model.config.text_config

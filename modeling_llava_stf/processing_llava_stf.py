@@ -3,7 +3,7 @@
 """Processor of LLaVA-STF: pictures, videos and text in, pixels and token ids out."""
 
 import mimetypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,11 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         """One picture, of any kind, as (channels, height, width)."""
         if do_convert_rgb and isinstance(image, PIL.Image.Image):
             image = _decoded(image)
+            edge, resample = getattr(kwargs.get("size"), "shortest_edge", None), kwargs.get("resample")
+            if edge and kwargs.get("do_pad") and kwargs.get("do_resize") and isinstance(resample, int):
+                # As the stock class will, but it does so with arrays: a large picture would be copied several times.
+                image = _squared(image, kwargs["image_mean"])
+                image = image.resize((edge, edge), resample)
         elif do_convert_rgb and kwargs.get("input_data_format") is None:
             image = _three_channels(np.asarray(image))
         array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
@@ -301,6 +306,14 @@ def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:
     except (OSError, SyntaxError) as error:
         name = getattr(image, "filename", "") or "a picture"
         raise ValueError(f"Cannot decode {name}: {error}. The file is damaged or not complete.") from error
+
+
+def _squared(image: PIL.Image.Image, mean: Sequence[float] | None) -> PIL.Image.Image:
+    """In the middle of a square of the mean colour, or of a black one."""
+    side = max(image.size)
+    square = PIL.Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean) if mean else 0)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
 
 
 def _three_channels(array: np.ndarray) -> np.ndarray:

@@ -9,8 +9,9 @@ import torch
 from conftest import GOLDENS
 from PIL import Image
 from transformers import CLIPImageProcessorPil, LlamaTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from modeling_llava_stf import LlavaSTFProcessor
+from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
 
 
 @pytest.fixture
@@ -196,6 +197,41 @@ def test_damaged_pictures_are_named(processor, tmp_path):
 def test_pixels_that_are_not_finite_are_refused(value, processor):
     with pytest.raises(ValueError, match="NaN or infinite"):
         processor(images=np.full((60, 60, 3), value, dtype=np.float32), text="<image>")
+
+
+@pytest.mark.parametrize("shape", [(108, 192), (300, 100), (56, 56), (5, 7)])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"image_mean": None, "do_normalize": False},
+        {"resample": Image.Resampling.BILINEAR},
+        {"do_resize": False, "crop_size": {"height": 40, "width": 40}},
+        {"size": {"height": 60, "width": 50}},
+        {"do_pad": False},
+    ],
+)
+def test_pictures_are_padded_and_resized_as_the_stock_class_does(shape, changes, processor):
+    """Ours does it before a picture becomes an array, so that a large one is copied less often."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+    settings = {"size": {"shortest_edge": 56}, "crop_size": {"height": 56, "width": 56}, "do_pad": True, **changes}
+    pixels = LlavaSTFImageProcessor(**settings)(noise, return_tensors="pt").pixel_values
+    assert torch.equal(pixels, LlavaImageProcessorPil(**settings)(noise, return_tensors="pt").pixel_values)
+
+
+def test_resizing_before_padding_gives_other_pixels(processor):
+    """Why a picture is padded first, though the other order would be faster."""
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (108, 192, 3), dtype=np.uint8))
+    settings = processor.image_processor
+    side = settings.crop_size["height"]
+    height = round(side * noise.height / noise.width)
+    square = Image.new("RGB", (side, side), tuple(int(255 * mean) for mean in settings.image_mean))
+    square.paste(noise.resize((side, height), Image.Resampling.BICUBIC), (0, (side - height) // 2))
+    pixels = settings(noise, return_tensors="pt").pixel_values[0]
+    other = settings(square, do_pad=False, return_tensors="pt").pixel_values[0]
+    grey_levels = 255 * (pixels - other).abs() * torch.tensor(settings.image_std).view(3, 1, 1)
+    middle = grey_levels[:, side // 2 - height // 4 : side // 2 + height // 4]  # far from the border
+    assert middle.max() > 2
 
 
 def test_pictures_scaled_to_one_are_not_scaled_twice(processor, picture):

@@ -1,0 +1,104 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Where the time of a row of `run.py` goes: its operators, or on CUDA its kernels, by the time that they take.
+
+python -m benchmarks.hotspots encode --batch 8 [--system ours] [--device cuda] [--output FILE]
+
+The profiler itself takes time: look at the shares, not at the milliseconds.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import machine, output
+from benchmarks.report import SYSTEMS
+from benchmarks.run import METRICS, PLANS, SIZES, Case, Work, cases
+from benchmarks.systems import OURS, OURS_COMPILED, STOCK, STOCK_COMPILED, cast, compile_system, eager_systems
+
+EAGER = {STOCK_COMPILED: STOCK, OURS_COMPILED: OURS}
+
+
+def hotspots(work: Work, device: str) -> list[dict[str, Any]]:
+    """Name, calls, milliseconds and share of each operator or kernel, the longest first."""
+    for _ in range(3):
+        work()
+    machine.wait(device)
+    activity, kind = {
+        "cpu": (ProfilerActivity.CPU, DeviceType.CPU),
+        "cuda": (ProfilerActivity.CUDA, DeviceType.CUDA),
+    }[device]
+    with profile(activities=[activity]) as profiler:
+        work()
+        machine.wait(device)
+    times = {
+        event.key: (event.count, event.self_cpu_time_total if device == "cpu" else event.self_device_time_total)
+        for event in profiler.key_averages()
+        if event.device_type == kind
+    }
+    total = sum(microseconds for _, microseconds in times.values())
+    return [
+        {"name": name, "calls": calls, "milliseconds": microseconds / 1e3, "share": microseconds / total}
+        for name, (calls, microseconds) in sorted(times.items(), key=lambda item: -item[1][1])
+    ]
+
+
+def choose(rows: list[Case], metric: str, batch: int, text: int | None) -> Case:
+    """The row of that metric and batch; without `text` the first one."""
+    for case in rows:
+        if (case.metric, case.batch) == (metric, batch) and text in (None, case.text):
+            return case
+    batches = sorted({case.batch for case in rows if case.metric == metric})
+    raise SystemExit(f"error: run.py has no row of {metric} with batch {batch} and text {text}; batches: {batches}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("metric", choices=METRICS)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--text", type=int, help="tokens beside the picture's (default: the first row's)")
+    parser.add_argument("--system", choices=SYSTEMS, default=OURS)
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
+    parser.add_argument("--rows", type=int, default=12, help="to print (default: 12)")
+    parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
+    options = parser.parse_args()
+    output.require_absent(options.output, parser)
+    size = options.size or SIZES[options.device]
+    plan = PLANS[size]
+    case = choose(list(cases(plan)), options.metric, options.batch, options.text)
+    if options.device == "cpu":
+        machine.keep_large_buffers()
+    with torch.no_grad():
+        systems = eager_systems(size, options.device)
+        cast(systems.values(), plan.dtype)
+        system = systems[EAGER.get(options.system, options.system)]
+        if options.system in EAGER:
+            system = compile_system(system, options.system, **plan.compile_options)
+        found = hotspots(case.prepare(system), options.device)
+    print("| operator | calls | ms | share |\n| --- | --: | --: | --: |")
+    for spot in found[: options.rows]:
+        print(f"| {spot['name'][:80]} | {spot['calls']} | {spot['milliseconds']:.1f} | {spot['share']:.1%} |")
+    if options.output is not None:
+        result = {
+            "device": machine.name(options.device),
+            "threads": torch.get_num_threads(),
+            "size": size,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "row": {"metric": case.metric, "batch": case.batch, "text": case.text, "system": options.system},
+            "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+            "command": shlex.join(["python", "-m", "benchmarks.hotspots", *sys.argv[1:]]),
+            "hotspots": found,
+        }
+        output.write(result, options.output)
+
+
+if __name__ == "__main__":
+    main()
