@@ -55,6 +55,8 @@ def compiled(systems: dict[str, System]) -> dict[str, Any]:
         )
         logits, tokens = greedy(system, pixels)
         outcome[f"{name} and eager, logits: cosine"] = cosine(logits, greedy(eager_system, pixels, forced=tokens)[0])
+        cached, _ = greedy(system, pixels, reuse=True, forced=tokens)
+        outcome[f"{name}, picture in a cache or not, logits: cosine"] = cosine(cached, logits)
         ids = system.prompt(1, QUESTION)
         answer = system.generate(system.new_cache(1, QUESTION), ids, STEPS, pixel_values=pixels)
         forced, logits = answer.sequences[:, ids.shape[1] :], torch.stack(answer.logits, dim=1)

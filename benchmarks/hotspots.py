@@ -50,13 +50,14 @@ def hotspots(work: Work, device: str) -> list[dict[str, Any]]:
     ]
 
 
-def choose(rows: list[Case], metric: str, batch: int, text: int | None) -> Case:
-    """The row of that metric and batch; without `text` the first one."""
-    for case in rows:
-        if (case.metric, case.batch) == (metric, batch) and text in (None, case.text):
+def choose(rows: list[Case], metric: str, batch: int, text: int | None, system: str) -> Case:
+    """The row of that metric and batch that the system takes part in; without `text` the first one."""
+    of_system = [case for case in rows if case.metric == metric and system in case.systems]
+    for case in of_system:
+        if case.batch == batch and text in (None, case.text):
             return case
-    batches = sorted({case.batch for case in rows if case.metric == metric})
-    raise SystemExit(f"error: run.py has no row of {metric} with batch {batch} and text {text}; batches: {batches}")
+    there = ", ".join(f"batch {case.batch} with text {case.text}" for case in of_system)
+    raise SystemExit(f"error: run.py times no such {metric} of {system}; it times: {there or 'none'}")
 
 
 def main() -> None:
@@ -71,11 +72,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
     output.require_absent(options.output, parser)
+    machine.require(options.device, parser)
     size = options.size or SIZES[options.device]
     plan = PLANS[size]
-    case = choose(list(cases(plan)), options.metric, options.batch, options.text)
-    if options.device == "cpu":
-        machine.keep_large_buffers()
+    case = choose(list(cases(plan)), options.metric, options.batch, options.text, options.system)
     with torch.no_grad():
         systems = eager_systems(size, options.device)
         cast(systems.values(), plan.dtype)

@@ -26,9 +26,13 @@ from benchmarks import count, machine, output
 from benchmarks.convert import SHARD_BYTES, drop_page_cache, timed
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
-IMPORT = "from modeling_llava_stf import LlavaSTFForConditionalGeneration as Model"
-LOAD = """
+START = """
 import sys
+import torch
+from modeling_llava_stf import LlavaSTFForConditionalGeneration as Model
+torch.zeros(1, device=sys.argv[2])
+"""
+LOAD = """
 model = Model.from_pretrained(sys.argv[1], dtype="auto", device_map=sys.argv[2])
 print(sum(weight.flatten()[::1024].float().sum() for weight in model.parameters()))
 """
@@ -38,11 +42,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="scratch folder (default: a temporary one)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
-    parser.add_argument("--device", default="cpu", help="where to (default: cpu)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to (default: cpu)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
     output.require_absent(options.output, parser)
+    machine.require(options.device, parser)
     scratch = Path(tempfile.mkdtemp(prefix="load-", dir=options.folder))
     try:
         config = count.NAMED["stf-7b"]()
@@ -81,15 +86,15 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     shards = [str(file) for file in checkpoint.glob("*.safetensors")]
     commands = {
         "read": ["cat", *shards],
-        "import": [sys.executable, "-c", IMPORT],
-        "load": [sys.executable, "-c", IMPORT + LOAD, str(checkpoint), options.device],
+        "start": [sys.executable, "-c", START, str(checkpoint), options.device],
+        "load": [sys.executable, "-c", START + LOAD, str(checkpoint), options.device],
     }
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in commands}
     for _ in range(options.rounds):
         for name, command in commands.items():
             runs[name].append(timed(command))
     seconds = {name: median(run["seconds"] for run in turns) for name, turns in runs.items()}
-    loading = seconds["load"] - seconds["import"]
+    loading = seconds["load"] - seconds["start"]
     return {
         "what": f"safetensors, bfloat16, {options.layers} layers, to {options.device}; against cat of the same files",
         "device": machine.name(options.device),

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The machine that is measured: its name, its clock, its memory, and how fast it is at best."""
 
+import argparse
 import ctypes
 import gc
 import platform
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import torch
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+
+def require(device: str, parser: argparse.ArgumentParser) -> None:
+    """Ends the command if there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("PyTorch finds no CUDA device here: run with --device cpu, or with a CUDA build of PyTorch")
 
 
 def name(device: str) -> str:
@@ -42,21 +47,14 @@ def host_seconds(device: str, work: Callable[[], object]) -> float:
 
 
 def clocks() -> str:
-    """Clocks, power and temperature of the GPU as they are right now."""
-    fields = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-
-def keep_large_buffers() -> None:
-    """Tells glibc to keep freed buffers up to 1 GiB; by default each above 32 MiB is mapped, page by page, anew.
-
-    Its environment variables `MALLOC_MMAP_THRESHOLD_` and `MALLOC_TRIM_THRESHOLD_` do the same for any process.
-    """
-    mallopt = ctypes.CDLL(None).mallopt
-    for option in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
-        if not mallopt(option, 2**30):
-            raise OSError("The C library refuses to keep large buffers.")
+    """Clocks, power and temperature of the GPU as they are right now, as far as its driver tells."""
+    gpu = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
+    fields = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
+    try:
+        command = ["nvidia-smi", gpu, fields, "--format=csv,noheader"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError) as error:
+        return f"unknown: {error}"
 
 
 def wait(device: str) -> None:

@@ -37,7 +37,7 @@ class ReferenceVision:
         features = self._two_layers(self.projector.block_fusion, features)
         grid, window = self.config.grid_size, self.config.fusion_window
         maps = features.transpose(1, 2).unflatten(2, (grid, grid))
-        windows = functional.unfold(maps, window, stride=window).transpose(1, 2)
+        windows = functional.unfold(maps, window, stride=window).transpose(1, 2).contiguous()
         return self._two_layers(self.projector.spatial_fusion, windows)
 
     @staticmethod

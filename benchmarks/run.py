@@ -97,7 +97,7 @@ PLANS = {
     "slice": Plan(
         dtype=torch.bfloat16,
         product=4096,
-        rounds=7,
+        rounds=5,
         warm_up=0,
         repeats=1,
         turn_seconds=1,
@@ -249,7 +249,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
     """Seconds of each system that takes part, in turns; what a device has no memory for is said so.
 
     Raises:
-        RuntimeError: if something was compiled within the time.
+        RuntimeError: if something was compiled within the time, or a compiled system runs without its CUDA graphs.
     """
     runs: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in case.systems}
     for turn in range(plan.rounds):
@@ -257,6 +257,8 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
             if "error" in run:
                 continue
             try:
+                if device == "cuda":  # of a process, memory that is used again does not show
+                    machine.reset_peak(device)
                 work = case.prepare(systems[name])
                 if turn == 0:
                     run["first_call_seconds"] = machine.seconds(device, work)
@@ -271,11 +273,14 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
                 run["seconds"] += turn_seconds
                 if device == "cuda":
                     run.setdefault("host_seconds", []).append(machine.host_seconds(device, work))
+                    run["peak_bytes"] = machine.peak(device)  # weights of all systems included
                     run["clocks"] = machine.clocks()
                 if _graphs() > graphs:
                     raise RuntimeError(
                         f"{case.metric}, batch {case.batch}: {name} was compiled again while it was timed."
                     )
+                if torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]:
+                    raise RuntimeError(f"{case.metric}, batch {case.batch}: {name} runs without CUDA graphs.")
             except torch.OutOfMemoryError:
                 run |= {"error": "out of memory", "seconds": []}
             work = None
@@ -331,6 +336,7 @@ def largest_batch(system: System) -> int:
     while high - low > 32:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
+    machine.free("cuda")
     return low
 
 
@@ -361,18 +367,11 @@ def main() -> None:
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: the size's)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="what to time (default: all)")
-    parser.add_argument(
-        "--keep-buffers",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="on a CPU: have the C library keep large buffers, for all systems (default: yes)",
-    )
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist (default: results/run_DEVICE.json)")
     options = parser.parse_args()
     out = options.output or report.RESULTS / f"run_{options.device}.json"
     output.require_absent(out, parser)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("PyTorch finds no CUDA device here: run with --device cpu, or with a CUDA build of PyTorch")
+    machine.require(options.device, parser)
     size = options.size or SIZES[options.device]
     plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
     partial_out = out.with_suffix(".unfinished")  # no .json: `report.py` would take it for a result
@@ -382,7 +381,6 @@ def main() -> None:
         "size": size,
         "rounds": plan.rounds,
         "dtype": str(plan.dtype).removeprefix("torch."),
-        "buffers_kept": options.device == "cpu" and options.keep_buffers,
         "versions": {"python": platform.python_version()}
         | {module.__name__: module.__version__ for module in (torch, transformers)},
     }
@@ -395,8 +393,7 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "cases": kept["cases"],
     }
-    if conditions["buffers_kept"]:
-        machine.keep_large_buffers()
+    torch.backends.cudnn.allow_tf32 = False  # what the gate compares in float32 is float32
     torch._dynamo.config.recompile_limit = 64  # a graph for each shape: they are more than the usual eight
     started = time.perf_counter()
     try:
@@ -432,9 +429,12 @@ def run(
         systems[name] = compile_system(systems[eager], name, **plan.compile_options)
     started = time.perf_counter()
     outcome |= gate.compiled(systems)
-    compile_seconds = time.perf_counter() - started
-    print(f"gate, compiled: {outcome}, {compile_seconds:.0f} s", flush=True)
-    yield {"gate": outcome, "compile_seconds": compile_seconds}
+    compiling = {
+        "seconds": time.perf_counter() - started,
+        "kernels_from_disk": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"],
+    }
+    print(f"gate, compiled: {outcome}, {compiling['seconds']:.0f} s", flush=True)
+    yield {"gate": outcome, "compiling": compiling}
     yield {"processor": processor_seconds(plan.rounds)}
     measured = list(kept)
     done = {(case["metric"], case["batch"], case["text"]) for case in kept}

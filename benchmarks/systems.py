@@ -100,14 +100,14 @@ class System:
             return DynamicCache(config=settings)
         cache = StaticCache(config=settings, max_cache_len=self.image_tokens + text + ANSWER_ROOM)
         cache.early_initialization(batch, *_heads(settings), self.model.dtype, self.model.device)
+        for layer in cache.layers:
+            for tensor in (layer.keys, layer.values, layer.cumulative_length):
+                torch._dynamo.mark_static_address(tensor, guard=False)  # another cache is no reason to compile again
         return cache
 
     def emptied(self, cache: Cache) -> Cache:
         """For the next prompt; a cache of fixed length stays where it is in memory."""
-        if not self.compiled:
-            return DynamicCache(config=self.model.config.text_config)
-        cache.reset()
-        return cache
+        return cropped(cache, 0) if self.compiled else DynamicCache(config=self.model.config.text_config)
 
 
 def fill(cache: Cache, system: System, batch: int, tokens: int) -> Cache:
@@ -125,8 +125,9 @@ def cropped(cache: Cache, tokens: int) -> Cache:
     if not isinstance(cache, StaticCache):
         cache.crop(tokens - cache.get_seq_length())
         return cache
-    for layer in cache.layers:
-        layer.cumulative_length.fill_(tokens)
+    lengths = [layer.cumulative_length for layer in cache.layers]
+    torch._foreach_zero_(lengths)  # few kernels, whatever the number of layers: it is within the time
+    torch._foreach_add_(lengths, tokens)
     return cache
 
 
@@ -218,8 +219,9 @@ def _traceable_features(stock: LlavaModel) -> Callable[..., BaseModelOutputWithP
     """The stock `get_image_features`, whose decorators cannot be traced into one graph, without them."""
 
     def get_image_features(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        states = stock.vision_tower(pixel_values, output_hidden_states=True).hidden_states
-        features = stock.multi_modal_projector(states[stock.config.vision_feature_layer][:, 1:])
-        return BaseModelOutputWithPooling(pooler_output=list(features))
+        outputs = stock.vision_tower(pixel_values, output_hidden_states=True)
+        features = stock.multi_modal_projector(outputs.hidden_states[stock.config.vision_feature_layer][:, 1:])
+        # Given back as by the stock model: else the compiler would leave out the last layer.
+        return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state, pooler_output=list(features))
 
     return get_image_features

@@ -31,6 +31,9 @@ logger = logging.get_logger(__name__)
 
 # Images, or video frames, that go through the vision tower together: bounds its activations, and 32 keep a GPU busy.
 IMAGES_PER_PASS = 32
+# On a CPU so few that a layer's widest activations, in bytes, stay below this. The C library does not keep much larger
+# buffers: mapping them anew in each layer takes longer than the sharing of weights saves.
+CPU_BYTES_PER_PASS = 20 * 2**20
 # Given a list, transformers 5.23 keeps just the hidden states that it names; 5.17 to 5.22 count them in another way.
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
 # So far below any logit that its probability is zero, and still finite.
@@ -150,7 +153,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
-        """Encodes images, or the frames of videos, `IMAGES_PER_PASS` at a time.
+        """Encodes images, or the frames of videos, `IMAGES_PER_PASS` at a time; fewer on a CPU if the tower is wide.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, image_size, image_size)`):
@@ -168,8 +171,15 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 raise ValueError(f"`{name}` is {getattr(self.config, name)} for these weights and cannot be changed.")
 
         images = pixel_values.flatten(0, -4)  # (B, 3, H, W)
-        passes = [self._encode(chunk, **kwargs) for chunk in images.split(IMAGES_PER_PASS)]
+        passes = [self._encode(chunk, **kwargs) for chunk in images.split(self._images_per_pass())]
         return passes[0] if len(passes) == 1 else _concatenate(passes)
+
+    def _images_per_pass(self) -> int:
+        if self.device.type != "cpu":
+            return IMAGES_PER_PASS
+        vision = self.config.vision_config
+        widest = self.config.grid_size**2 * vision.intermediate_size * self.dtype.itemsize
+        return min(IMAGES_PER_PASS, max(1, CPU_BYTES_PER_PASS // widest))
 
     def _encode(self, images: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         taps, vision = self.config.taps, self.config.vision_config

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks import convert, gate, load, report, run, serve
+from benchmarks import convert, gate, hotspots, load, report, run, serve
 from benchmarks.systems import (
     OURS,
     OURS_COMPILED,
@@ -39,11 +39,16 @@ def systems():
 
 def test_equal_systems_pass_the_gate(systems):
     assert gate.eager(systems, torch.float32)["ours and reference, tokens: equal"] is True
-    assert gate.compiled(systems).keys() == {
-        f"{name} and eager, {what}: cosine"
+    outcome = gate.compiled(systems)
+    assert outcome.keys() == {
+        f"{name}{what}: cosine"
         for name in (STOCK_COMPILED, OURS_COMPILED)
-        for what in ("features", "logits", "logits of generate")
+        for what in (
+            *(" and eager, features", " and eager, logits", " and eager, logits of generate"),
+            ", picture in a cache or not, logits",
+        )
     }
+    assert min(outcome.values()) > 0.9999
 
 
 def other_windows(systems):
@@ -260,11 +265,28 @@ def test_readme_without_a_place_for_the_tables_is_refused():
         report.updated("# A README\n")
 
 
-@pytest.mark.parametrize("module", [convert, load, serve])
+def test_hotspots_name_the_operators(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "hotspots.json"
+    options = ["encode", "--batch", "2", "--size", "tiny", "--output", str(out)]
+    monkeypatch.setattr("sys.argv", ["hotspots", *options])
+    hotspots.main()
+    found = json.loads(out.read_text())
+    shares = [spot["share"] for spot in found["hotspots"]]
+    assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
+    assert "aten::addmm" in [spot["name"] for spot in found["hotspots"][:5]]
+    assert found["row"] == {"metric": "encode", "batch": 2, "text": None, "system": OURS}
+    assert f"| {found['hotspots'][0]['name']} |" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["hotspots", "prefill", "--size", "tiny", "--system", REFERENCE])
+    with pytest.raises(SystemExit, match="no such prefill of reference; it times: none"):
+        hotspots.main()
+
+
+@pytest.mark.parametrize("module", [convert, hotspots, load, serve])
 def test_a_result_is_not_overwritten(module, monkeypatch, tmp_path, capsys):
     result = tmp_path / "result.json"
     result.write_text("{}")
-    monkeypatch.setattr("sys.argv", [module.__name__, "--output", str(result)])
+    needed = ["encode"] if module is hotspots else []
+    monkeypatch.setattr("sys.argv", [module.__name__, *needed, "--output", str(result)])
     with pytest.raises(SystemExit):
         module.main()
     assert "exists" in capsys.readouterr().err and result.read_text() == "{}"

@@ -601,13 +601,21 @@ def test_frames_go_through_the_tower_in_chunks(monkeypatch, model, golden_tensor
 
     features, gradients, passes = run()
     assert (len(pixels), passes) == (5, 1)
-    monkeypatch.setattr(sys.modules[LlavaSTFModel.__module__], "IMAGES_PER_PASS", 2)
-    chunked_features, chunked_gradients, passes = run()
-    assert passes == 3
-    torch.testing.assert_close(chunked_features, features, **SAME)
-    outputs = model.get_image_features(pixels, output_hidden_states=True)
-    assert {len(state) for state in outputs.hidden_states} == {len(outputs.last_hidden_state)} == {5}
-    torch.testing.assert_close(chunked_gradients, gradients, rtol=1e-4, atol=1e-3)
+    vision = model.config.vision_config
+    widest = 4 * model.config.grid_size**2 * vision.intermediate_size
+    for name, value, expected in (
+        ("IMAGES_PER_PASS", 2, 3),
+        ("CPU_BYTES_PER_PASS", 3 * widest - 1, 3),
+        ("CPU_BYTES_PER_PASS", 1, 5),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.modules[LlavaSTFModel.__module__], name, value)
+            chunked_features, chunked_gradients, passes = run()
+            assert passes == expected
+            torch.testing.assert_close(chunked_features, features, **SAME)
+            outputs = model.get_image_features(pixels, output_hidden_states=True)
+            assert {len(state) for state in outputs.hidden_states} == {len(outputs.last_hidden_state)} == {5}
+            torch.testing.assert_close(chunked_gradients, gradients, rtol=1e-4, atol=1e-3)
 
 
 def test_videos_of_frames_are_images_in_a_row(model, inputs):
