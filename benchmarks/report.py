@@ -178,7 +178,8 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     losses = [label(case) for case in result["cases"] if is_loss(case)]
     yield f"- No gain over stock, or a loss: {'; '.join(losses) or 'nowhere'}."
     if not result["compiling"]["kernels_from_disk"]:
-        yield f"- Compiling took {result['compiling']['seconds']:.0f} s for the first graphs; it is in none of the times."
+        seconds = result["compiling"]["seconds"]
+        yield f"- Compiling took {seconds:.0f} s for the first graphs; it is in none of the times."
 
 
 def is_loss(case: dict[str, Any]) -> bool:

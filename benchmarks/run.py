@@ -97,7 +97,7 @@ PLANS = {
     "slice": Plan(
         dtype=torch.bfloat16,
         product=4096,
-        rounds=5,
+        rounds=4,
         warm_up=0,
         repeats=1,
         turn_seconds=1,

@@ -33,7 +33,7 @@ logger = logging.get_logger(__name__)
 IMAGES_PER_PASS = 32
 # On a CPU so few that a layer's widest activations, in bytes, stay below this. The C library does not keep much larger
 # buffers: mapping them anew in each layer takes longer than the sharing of weights saves.
-CPU_BYTES_PER_PASS = 20 * 2**20
+CPU_BYTES_PER_PASS = 10 * 2**20
 # Given a list, transformers 5.23 keeps just the hidden states that it names; 5.17 to 5.22 count them in another way.
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
 # So far below any logit that its probability is zero, and still finite.
