@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.systems import OURS, OURS_COMPILED, QUESTION, REFERENCE, STOCK, STOCK_COMPILED, System, cast, cropped
+from benchmarks.systems import EAGER, OURS, QUESTION, REFERENCE, System, cast, cropped
 
 STEPS = 8
 FLOAT32_ERROR = 1e-4  # relative to the largest number
@@ -47,7 +47,7 @@ def compiled(systems: dict[str, System]) -> dict[str, Any]:
         SystemExit: if outputs differ.
     """
     outcome = {}
-    for eager_name, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
+    for name, eager_name in EAGER.items():
         eager_system, system = systems[eager_name], systems[name]
         pixels = system.pictures(1)
         outcome[f"{name} and eager, features: cosine"] = cosine(

@@ -14,16 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine, output
 from benchmarks.report import SYSTEMS
-from benchmarks.run import METRICS, PLANS, SIZES, Case, Work, cases
-from benchmarks.systems import OURS, OURS_COMPILED, STOCK, STOCK_COMPILED, cast, compile_system, eager_systems
-
-EAGER = {STOCK_COMPILED: STOCK, OURS_COMPILED: OURS}
+from benchmarks.run import METRICS, PLANS, SIZES, Case, Work, cases, conditions
+from benchmarks.systems import EAGER, OURS, cast, compile_system, eager_systems
 
 
 def hotspots(work: Work, device: str) -> list[dict[str, Any]]:
@@ -88,12 +85,8 @@ def main() -> None:
         print(f"| {spot['name'][:80]} | {spot['calls']} | {spot['milliseconds']:.1f} | {spot['share']:.1%} |")
     if options.output is not None:
         result = {
-            "device": machine.name(options.device),
-            "threads": torch.get_num_threads(),
-            "size": size,
-            "dtype": str(plan.dtype).removeprefix("torch."),
+            **conditions(options.device, size),
             "row": {"metric": case.metric, "batch": case.batch, "text": case.text, "system": options.system},
-            "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
             "command": shlex.join(["python", "-m", "benchmarks.hotspots", *sys.argv[1:]]),
             "hotspots": found,
         }

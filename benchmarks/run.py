@@ -39,6 +39,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from benchmarks import count, gate, machine, output, report
 from benchmarks.systems import (
     ANSWER,
+    EAGER,
     OURS,
     OURS_COMPILED,
     QUESTION,
@@ -265,12 +266,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
                 for _ in range(plan.warm_up):
                     work()
                 graphs = _graphs()
-                turn_seconds: list[float] = []
-                while len(turn_seconds) < plan.repeats or (
-                    sum(turn_seconds) < plan.turn_seconds and len(turn_seconds) < ANSWER
-                ):
-                    turn_seconds.append(machine.seconds(device, work))
-                run["seconds"] += turn_seconds
+                run["seconds"] += turn_of(work, plan, device)
                 if device == "cuda":
                     run.setdefault("host_seconds", []).append(machine.host_seconds(device, work))
                     run["peak_bytes"] = machine.peak(device)  # weights of all systems included
@@ -290,6 +286,14 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
             if amount is not None and name != REFERENCE:
                 run[kind] = amount(systems[name])
     return {"metric": case.metric, "batch": case.batch, "text": case.text, "systems": runs}
+
+
+def turn_of(work: Work, plan: Plan, device: str) -> list[float]:
+    """Seconds of the calls of a turn."""
+    seconds: list[float] = []
+    while len(seconds) < plan.repeats or (sum(seconds) < plan.turn_seconds and len(seconds) < ANSWER):
+        seconds.append(machine.seconds(device, work))
+    return seconds
 
 
 def _graphs() -> int:
@@ -361,6 +365,18 @@ def processor_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
     return result
 
 
+def conditions(device: str, size: str) -> dict[str, Any]:
+    """What the numbers of a result depend on."""
+    return {
+        "device": machine.name(device),
+        "threads": torch.get_num_threads(),
+        "size": size,
+        "dtype": str(PLANS[size].dtype).removeprefix("torch."),
+        "versions": {"python": platform.python_version()}
+        | {module.__name__: module.__version__ for module in (torch, transformers)},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SIZES, default="cpu")
@@ -375,26 +391,17 @@ def main() -> None:
     size = options.size or SIZES[options.device]
     plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
     partial_out = out.with_suffix(".unfinished")  # no .json: `report.py` would take it for a result
-    conditions = {
-        "device": machine.name(options.device),
-        "threads": torch.get_num_threads(),
-        "size": size,
-        "rounds": plan.rounds,
-        "dtype": str(plan.dtype).removeprefix("torch."),
-        "versions": {"python": platform.python_version()}
-        | {module.__name__: module.__version__ for module in (torch, transformers)},
-    }
+    found = {**conditions(options.device, size), "rounds": plan.rounds}
     kept = json.loads(partial_out.read_text(encoding="utf-8")) if partial_out.exists() else {"cases": []}
-    others = [f"{name} {kept[name]}" for name in conditions if kept.get(name, conditions[name]) != conditions[name]]
+    others = [f"{name} {kept[name]}" for name in found if kept.get(name, found[name]) != found[name]]
     if others:
         parser.error(f"{partial_out} was measured with {', '.join(others)}: move it away, or measure the rest so, too")
     result: dict[str, Any] = {
-        **conditions,
+        **found,
         "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
         "cases": kept["cases"],
     }
     torch.backends.cudnn.allow_tf32 = False  # what the gate compares in float32 is float32
-    torch._dynamo.config.recompile_limit = 64  # a graph for each shape: they are more than the usual eight
     started = time.perf_counter()
     try:
         with torch.no_grad():
@@ -425,7 +432,7 @@ def run(
     yield {"memory": memory(systems, device, max(plan.images))}
     if device == "cuda":  # before CUDA graphs take memory for themselves
         yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK, OURS)}}
-    for eager, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
+    for name, eager in EAGER.items():
         systems[name] = compile_system(systems[eager], name, **plan.compile_options)
     started = time.perf_counter()
     outcome |= gate.compiled(systems)

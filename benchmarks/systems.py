@@ -32,6 +32,7 @@ ANSWER = 16  # tokens
 ANSWER_ROOM = 32  # tokens that a cache of fixed length has place for
 STOCK, REFERENCE, OURS = "stock", "reference", "ours"
 STOCK_COMPILED, OURS_COMPILED = "stock compiled", "ours compiled"
+EAGER = {STOCK_COMPILED: STOCK, OURS_COMPILED: OURS}  # what a compiled system was before
 
 
 @dataclass
@@ -44,7 +45,7 @@ class System:
 
     @property
     def compiled(self) -> bool:
-        return self.name in (STOCK_COMPILED, OURS_COMPILED)
+        return self.name in EAGER
 
     @property
     def tower(self) -> torch.nn.Module:
@@ -195,6 +196,7 @@ def compile_system(system: System, name: str, **options: Any) -> System:
     """The same weights, with tower and connector as one graph, and one graph for each shape of the language model."""
     # transformers installs hooks in the first pass, which a graph cannot hold.
     system.forward(system.new_cache(1, 1), inputs_embeds=system.embed(system.prompt(1, 1), system.pictures(1)))
+    torch._dynamo.config.recompile_limit = 64  # a graph for each shape: they are more than the usual eight
     model = copy.deepcopy(system.model, {id(weight): weight for weight in system.model.parameters()})
     options = {"fullgraph": True, "dynamic": False, **options}
     ours = isinstance(model, LlavaSTFForConditionalGeneration)

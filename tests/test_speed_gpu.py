@@ -9,9 +9,7 @@ pytestmark = pytest.mark.gpu
 
 
 @torch.no_grad()
-def test_cuda_graphs_answer_as_eager_passes():
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
+def test_cuda_graphs_answer_as_eager_passes(counters):
     ours = eager_systems("tiny", "cuda")[OURS]
     compiled = compile_system(ours, OURS_COMPILED, mode="reduce-overhead")
     cache = compiled.new_cache(1, 50)
@@ -26,7 +24,7 @@ def test_cuda_graphs_answer_as_eager_passes():
             **inputs, pixel_values=pixels, do_sample=False, past_key_values=cache, disable_compile=True
         )
         assert torch.equal(tokens, expected)
-        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+    assert not counters["graph_break"]
+    assert not counters["inductor"]["cudagraph_skips"]

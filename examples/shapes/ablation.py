@@ -218,9 +218,9 @@ def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[f
 
 def draw(accuracies: dict[str, dict[str, list[float]]], path: Path) -> None:
     """Bars of mean accuracy by kind and system; each seed is a point."""
-    kinds = [*ASKED, "all"]
     from matplotlib.figure import Figure  # here, because all other commands do without it
 
+    kinds = [*ASKED, "all"]
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     axes = figure.add_subplot()
     width = 0.8 / len(accuracies)
