@@ -22,6 +22,7 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration,
 from .config import build_config, build_image_processor, build_text_config, read_vision_config
 from .keys import TOWER_PREFIX, ConversionError, to_hub, to_original
 from .source import (
+    ADAPTER_CONFIG_FILE,
     MBTF,
     PEFT_PREFIX,
     STF,
@@ -434,6 +435,18 @@ def copy_licences(folder: Path) -> None:
         shutil.copyfile(ROOT / name, folder / name)
 
 
+def name_auto_class(folder: Path) -> None:
+    """Lets `AutoPeftModel` load a PEFT adapter's base with transformers' Auto class.
+
+    PEFT 0.21 names the module of the base's class, which with `trust_remote_code` exists in one cache only, and
+    imports nothing outside transformers. A task type would make `AutoPeftModel` refuse the adapter.
+    """
+    path = folder / ADAPTER_CONFIG_FILE
+    auto_class = {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"}
+    settings = {**read_json(path), "task_type": None, "auto_mapping": auto_class}
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
 def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:
     """The LoRA run as a PEFT adapter of the converted base in `destination/base`; the fusion modules are in both."""
     assert plan.adapter is not None and plan.source.adapter_config is not None
@@ -446,5 +459,6 @@ def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:
         "target_modules": rf".*language_model.*\.({'|'.join(sorted(adapted))})",
         "modules_to_save": ["multi_modal_projector"],
     }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    name_auto_class(folder)
     plan.processor.save_pretrained(folder)

@@ -7,21 +7,62 @@ python examples/dpo.py --model_name_or_path MODEL --dataset_name DATA --output_d
 DATA has `images`, `prompt`, `chosen` and `rejected` in TRL's conversational form, as HuggingFaceH4/rlaif-v_formatted.
 """
 
+from dataclasses import dataclass
+from typing import Any
+
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from trl.data_utils import prepare_multimodal_messages
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+
+
+@dataclass
+class PreferenceCollator:
+    """Makes a batch of whole conversations: all with the chosen answer, then all with the rejected one.
+
+    TRL 1.16 tokenizes the answer apart from the prompt, which puts a `▁` before it that no inference has.
+    """
+
+    processor: LlavaSTFProcessor
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """`input_ids`, `attention_mask` and `completion_mask` are (2 * rows, sequence)."""
+        conversations = [
+            prepare_multimodal_messages(row["prompt"] + row[answer], images=row["images"])
+            for answer in ("chosen", "rejected")
+            for row in rows
+        ]
+        batch = self.processor.apply_chat_template(
+            conversations,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            return_assistant_tokens_mask=True,
+            processor_kwargs={"padding": True, "padding_side": "right"},
+        )
+        batch["completion_mask"] = _last_run(batch.pop("assistant_masks"))
+        return batch
+
+
+def _last_run(mask: torch.Tensor) -> torch.Tensor:
+    """The last run of ones in each row: answers of earlier turns belong to the prompt."""
+    runs = (mask.diff(dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1).cumsum(1)
+    return mask * (runs == runs[:, -1:])
 
 
 def main() -> None:
     script, args, choice = TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config()
     args.max_length = None  # a row that is cut could lose a part of its image
+    processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path)
     trainer = DPOTrainer(
         LlavaSTFForConditionalGeneration.from_pretrained(choice.model_name_or_path, dtype=choice.dtype),
         args=args,
         train_dataset=load_dataset(script.dataset_name, split=script.dataset_train_split),
-        processing_class=LlavaSTFProcessor.from_pretrained(choice.model_name_or_path),
+        processing_class=processor,
+        data_collator=PreferenceCollator(processor),
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"),
     )
     trainer.train()

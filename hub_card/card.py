@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
+from conversion.convert import name_auto_class
 from conversion.weights import Weights, read_file, read_folder
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
@@ -199,6 +200,7 @@ def name_base(folder: Path, base: str, revision: str) -> None:
     settings = read_object(folder / ADAPTER_CONFIG_FILE)
     settings |= {"base_model_name_or_path": base, "revision": revision}
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    name_auto_class(folder)
 
 
 def is_adapter(folder: Path) -> bool:

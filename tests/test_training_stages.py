@@ -14,7 +14,10 @@ from datasets import Dataset, Image, List
 from peft import PeftModel
 from PIL import Image as Picture
 from training_runs import CONVERSATIONS, IMAGES, ROOT, run, trainer_of, weights_of
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from examples.dpo import PreferenceCollator
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training.merge import merge
 
@@ -204,6 +207,35 @@ def grpo_rows(picture):
         "solution": ["", ""],  # which is in every answer: the shorter one is worth more
     }
     return Dataset.from_dict(rows).cast_column("image", Image())
+
+
+def test_preferences_train_the_ids_of_the_template(processor, picture):
+    """TRL's own collator gives an answer a `▁` that no inference has."""
+    rows = list(dpo_rows(picture))
+    rows[1]["prompt"] = [*user("How many?"), {"role": "assistant", "content": "2"}, *user("Are you sure?")]
+    ours, theirs = PreferenceCollator(processor), DataCollatorForVisionPreference(processor)
+    batch = ours(rows)
+    for index, (row, answer) in enumerate([(row, name) for name in ("chosen", "rejected") for row in rows]):
+        whole = processor.apply_chat_template(
+            prepare_multimodal_messages(row["prompt"] + row[answer], images=row["images"]),
+            tokenize=True,
+            return_dict=True,
+        )["input_ids"][0]
+        prompt = processor.apply_chat_template(
+            prepare_multimodal_messages(row["prompt"], images=row["images"]),
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+        )["input_ids"][0]
+        seen = batch["attention_mask"][index].bool()
+        assert batch["input_ids"][index][seen].tolist() == whole
+        trained = batch["completion_mask"][index].bool()
+        assert batch["input_ids"][index][trained].tolist() == whole[len(prompt) :]
+    assert batch["pixel_values"].shape[0] == 4
+    trained = theirs([{**row} for row in dpo_rows(picture)])
+    assert trained["input_ids"][trained["completion_mask"].bool()].tolist() != (
+        batch["input_ids"][batch["completion_mask"].bool()].tolist()
+    )
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

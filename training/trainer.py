@@ -28,7 +28,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from trl import SFTConfig, SFTTrainer
 
-from conversion.convert import copy_licences
+from conversion.convert import copy_licences, name_auto_class
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
 from .data import Collator, DataError
@@ -412,6 +412,8 @@ class LlavaSTFTrainer(SFTTrainer):
             super()._save(str(folder), state_dict)
         if self.args.should_save:
             (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which knows less than ours
+            if isinstance(self.model, PeftModel):
+                name_auto_class(folder)
             copy_licences(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:

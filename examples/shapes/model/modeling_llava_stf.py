@@ -8,6 +8,8 @@ Everything but the two fusion modules is the stock LLaVA of transformers. Shapes
     L taps        k side of the window      T = N/(k*k) tokens            D width of the language model
 """
 
+import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -22,6 +24,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
+from transformers.quantizers.auto import AutoQuantizationConfig
 from transformers.utils import TransformersKwargs, is_tracing, logging, torch_compilable_check
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 
@@ -38,8 +41,9 @@ CPU_BYTES_PER_PASS = 10 * 2**20
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
 # So far below any logit that its probability is zero, and still finite.
 NO_ANSWER_LOGIT = -1e4
-# For `llm_int8_skip_modules` and the like: what stays in 16 bit when the language model is quantised.
+# What stays in 16 bit when the language model is quantised; the fields in which the configs of transformers name it.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 # Fetched here, because torch.compile cannot trace `property.fget`.
 _STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
 
@@ -128,6 +132,33 @@ class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
     config_class = LlavaSTFConfig
     # The taps meet in the fusion, and the fusion is small: kept whole by `device_map`.
     _no_split_modules = ["LlavaSTFMultiModalProjector"]
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
+        """Loads a checkpoint, see [`PreTrainedModel.from_pretrained`].
+
+        A quantisation leaves vision tower, fusion and head in 16 bit, unless `quantization_config` names modules.
+        """
+        if quantization_config is not None:
+            quantization_config = _language_model_only(quantization_config)
+        return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Puts a PEFT adapter on the model, see [`PreTrainedModel.load_adapter`].
+
+        Raises:
+            ValueError: if transformers finds no place for a weight of the adapter, or no weight for a place. It would
+                only warn. 5.24 loses DoRA's magnitudes, 5.16 modules that were trained in full. PEFT loads both.
+        """
+        found = super().load_adapter(*args, **kwargs)
+        unfilled = {name for name in found.missing_keys if ".lora_" in name or ".modules_to_save." in name}
+        lost = sorted({*found.unexpected_keys, *unfilled})
+        if lost:
+            raise ValueError(
+                f"transformers {transformers.__version__} cannot load this adapter: {len(lost)} weights would be lost, "
+                f"such as {lost[0]!r}. Load it with PEFT: `PeftModel.from_pretrained(model, ADAPTER)`."
+            )
+        return found
 
     @classmethod
     def is_custom_code(cls) -> bool:
@@ -356,6 +387,20 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, model_kwargs if pixel_values is None else {**model_kwargs, "pixel_values": pixel_values}
+
+
+def _language_model_only(quantization_config: Any) -> Any:
+    """The config with [`NOT_QUANTISED`] in its field for modules to leave out, if that still has its default."""
+    if isinstance(quantization_config, dict):
+        quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
+    settings = inspect.signature(type(quantization_config).__init__).parameters
+    for name in SKIP_FIELDS:
+        if name in settings and getattr(quantization_config, name) in (None, settings[name].default):
+            quantization_config = copy.copy(quantization_config)
+            # Without the prefix they are the modules of the model without a head.
+            in_base = [module.removeprefix("model.") for module in NOT_QUANTISED[:-1]]
+            setattr(quantization_config, name, NOT_QUANTISED + in_base)
+    return quantization_config
 
 
 def _concatenate(passes: list[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:
