@@ -114,11 +114,13 @@ def test_adapter_merged_and_reloaded_give_the_same_logits(stages):
 
 ANSWER = """
 import sys
+from peft import AutoPeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
-folder, picture = sys.argv[1:]
+folder, picture, loader = sys.argv[1:]
 processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
-assert type(model).__module__.startswith("transformers_modules")
+model = globals()[loader].from_pretrained(folder, trust_remote_code=True)
+network = model.get_base_model() if loader == "AutoPeftModel" else model
+assert type(network).__module__.startswith("transformers_modules")
 content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
 inputs = processor.apply_chat_template(
     [{"role": "user", "content": content}],
@@ -129,12 +131,20 @@ print(output[0, inputs["input_ids"].shape[1]:].tolist())
 """
 
 
-@pytest.mark.parametrize("name", ["stage1", "merged", "lora/checkpoint-4"])
-def test_folders_load_by_themselves_and_answer(name, stages, tmp_path):
+@pytest.mark.parametrize(
+    "name, loader",
+    [
+        ("stage1", "AutoModelForImageTextToText"),
+        ("merged", "AutoModelForImageTextToText"),
+        ("lora/checkpoint-4", "AutoModelForImageTextToText"),
+        ("lora", "AutoPeftModel"),
+    ],
+)
+def test_folders_load_by_themselves_and_answer(name, loader, stages, tmp_path):
     """In a fresh process, away from the clone, with nothing but transformers (and PEFT, for the adapter)."""
     root, _ = stages
     result = subprocess.run(
-        [sys.executable, "-I", "-c", ANSWER, root / name, IMAGES / "wide.png"],
+        [sys.executable, "-I", "-c", ANSWER, root / name, IMAGES / "wide.png", loader],
         cwd=tmp_path,
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""},
         capture_output=True,
