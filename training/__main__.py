@@ -27,7 +27,6 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, TrlParser, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .data import Checker, Report, check_rows, fit_rows, fit_stream, load_rows
 from .merge import merge
@@ -173,7 +172,6 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
             bnb_4bit_quant_storage=choice.bnb_4bit_quant_storage,
             bnb_4bit_quant_type=choice.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=choice.use_bnb_nested_quant,
-            llm_int8_skip_modules=NOT_QUANTISED,
         )
     return LlavaSTFForConditionalGeneration.from_pretrained(
         name,

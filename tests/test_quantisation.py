@@ -1,0 +1,110 @@
+"""Quantising the language model alone, by every config of transformers, unless the user names modules himself."""
+
+import copy
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.utils import is_bitsandbytes_available, is_torchao_available
+
+from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED, SKIP_FIELDS, _language_model_only
+
+
+def torchao(name):
+    """Imported late: to import torchao takes seconds and prints warnings."""
+    import torchao.quantization
+
+    return TorchAoConfig(getattr(torchao.quantization, name)())
+
+
+DOORS = {
+    "bitsandbytes": lambda: BitsAndBytesConfig(load_in_8bit=True),
+    "bitsandbytes, as a dictionary": lambda: {"load_in_8bit": True, "quant_method": "bitsandbytes"},
+    "bitsandbytes, 4 bit": lambda: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4"),
+    "torchao, int8": lambda: torchao("Int8WeightOnlyConfig"),
+    "torchao, int8 dynamic": lambda: torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao, fp8": lambda: torchao("Float8WeightOnlyConfig"),
+}
+
+
+@pytest.fixture(params=DOORS)
+def door(request):
+    available = is_torchao_available() if request.param.startswith("torchao") else is_bitsandbytes_available()
+    if not available:
+        pytest.skip("not installed")
+    return DOORS[request.param]()
+
+
+def quantised(model):
+    """Names of the linear layers whose weight is of another class, or of whole numbers."""
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and (type(module.weight.data) is not torch.Tensor or not module.weight.dtype.is_floating_point)
+    }
+
+
+def language_layers(model):
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name and "language_model" in name
+    }
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForImageTextToText, AutoModel])
+def test_by_default_only_the_language_model_is_quantised(door, auto_class, checkpoint):
+    before = copy.deepcopy(door)
+    model = auto_class.from_pretrained(checkpoint, dtype=torch.float16, quantization_config=door)
+    assert quantised(model) == language_layers(model) != set()
+    assert {w.dtype for n, w in model.named_parameters() if "vision_tower" in n or "projector" in n} == {torch.float16}
+    assert vars_of(door) == vars_of(before)  # the user's object is his
+
+
+def vars_of(config):
+    return config if isinstance(config, dict) else config.to_dict()
+
+
+def test_saved_and_loaded_again_it_gives_the_same_logits(door, checkpoint, processor, picture, tmp_path):
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt").to(torch.bfloat16)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, quantization_config=door
+    ).eval()
+    model.save_pretrained(tmp_path)
+    again = LlavaSTFForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert quantised(again) == quantised(model) == language_layers(model)
+    with torch.no_grad():
+        assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_a_user_who_names_modules_gets_exactly_those(checkpoint):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=["lm_head"])
+    model = LlavaSTFForConditionalGeneration.from_pretrained(checkpoint, quantization_config=config)
+    assert any("vision_tower" in name for name in quantised(model))
+    assert any("multi_modal_projector" in name for name in quantised(model))
+
+
+# FPQuantConfig writes ["lm_head"] where its user wrote nothing: that cannot be told from a list of his own.
+CONFIGS = sorted(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - {"fp_quant"})
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_every_config_with_a_field_for_it(kind):
+    try:
+        config = AUTO_QUANTIZATION_CONFIG_MAPPING[kind]()
+    except (TypeError, ValueError, ImportError):
+        pytest.skip("cannot be made without arguments, or without its library")
+    for name in [name for name in SKIP_FIELDS if hasattr(config, name)]:
+        before = getattr(config, name)
+        assert set(NOT_QUANTISED) <= set(getattr(_language_model_only(config), name))
+        assert getattr(config, name) == before
+        setattr(config, name, ["mine"])
+        assert getattr(_language_model_only(config), name) == ["mine"]
+
+
+def test_fields_of_the_three_front_doors():
+    assert _language_model_only(QuantoConfig(weights="int8")).modules_to_not_convert[:3] == NOT_QUANTISED
