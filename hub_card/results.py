@@ -134,16 +134,17 @@ def read_evaluation(path: Path, names: set[str], base_model: Iterable[str] = ())
 
 def _read_own(content: dict[str, Any]) -> Evaluation:
     source = _object(content, "source")
-    if source["url"] and not re.match(r"https?://\w", str(source["url"])):
-        raise ValueError(f"The source's url is {source['url']!r}: expected a web address, or '' if there is none.")
+    url = _text(source, "url")
+    if url and not re.match(r"https?://\w", url):
+        raise ValueError(f"The source's url is {url!r}: expected a web address, or '' if there is none.")
     return Evaluation(
-        source=source["name"],
-        url=source["url"],
-        measured_by=content["measured_by"],
-        evaluated=content["evaluated"],
-        model=content["model"],
-        baseline=content.get("baseline", ""),
-        conditions=content.get("conditions", ""),
+        source=_text(source, "name"),
+        url=url,
+        measured_by=_text(content, "measured_by"),
+        evaluated=_text(content, "evaluated"),
+        model=_text(content, "model"),
+        baseline=_text({"baseline": "", **content}, "baseline"),
+        conditions=_text({"conditions": "", **content}, "conditions"),
         scores=[_own_score(row, f"Row {number} of `results`") for number, row in enumerate(content["results"], 1)],
     )
 
@@ -159,8 +160,8 @@ def _own_score(row: Any, place: str) -> Score:
         raise ValueError(
             f"{place} {' and '.join(wrong)}: it needs {', '.join(needed)}, and may have {', '.join(known)}."
         )
-    for name in ("benchmark", "dataset", "metric", "metric_type"):
-        if not isinstance(row[name], str) or not row[name].strip():
+    for name in ("benchmark", "dataset", "metric", "metric_type", "dataset_config", "split"):
+        if (name in needed or row.get(name) is not None) and not _text(row, name).strip():
             raise ValueError(f"{place}: the {name} is {row[name]!r}, expected a name.")
     for name in ("value", "baseline", *ERRORS.values()):
         if not is_number(row.get(name)) and (name == "value" or row.get(name) is not None):
@@ -177,7 +178,7 @@ def _read_lmms_eval(content: dict[str, Any]) -> Evaluation:
         source="lmms-eval",
         url=LMMS_EVAL,
         measured_by="",
-        evaluated=named[0] if named else _unquoted(content.get("model_name", "")),
+        evaluated=named[0] if named else _unquoted(content.get("model_name") or ""),
         model="",
         baseline="",
         conditions=", ".join(_conditions(content, settings, arguments)),
@@ -206,7 +207,7 @@ def _unquoted(value: Any) -> str:
 
 def _conditions(content: dict[str, Any], settings: dict[str, Any], arguments: dict[str, str]) -> Iterator[str]:
     limit = _number(settings.get("limit")) or -1  # -1 is all
-    versions = {task: number for task, number in (content.get("versions") or {}).items() if is_number(number)}
+    versions = {task: number for task, number in _object(content, "versions", {}).items() if is_number(number)}
     yield f"model class `{settings['model']}`"
     if arguments.get("revision"):
         yield f"revision `{arguments['revision']}`"
@@ -244,14 +245,15 @@ def _task_scores(task: str, content: dict[str, Any]) -> Iterator[Score | str]:
 
 def _metric_scores(task: str, metric: str, filter_name: str, content: dict[str, Any]) -> Iterator[Score | str]:
     """The value of a metric with its errors, or its values if it is an object."""
-    values, shots = content["results"][task], _about(task, "n-shot", content)
+    values, shots = content["results"][task], _object(content, "n-shot", {}).get(task)
     details = [filter_name] * (filter_name != "none") + [f"{shots}-shot"] * bool(shots)
     errors = {
         field: dict(_numbers(metric, values.get(f"{metric}{suffix},{filter_name}"))) for suffix, field in ERRORS.items()
     }
+    higher_is_better = _object(_object(content, "higher_is_better", {}), task, {})
     facts = _task_facts(task, content) | {
         "metric_type": metric,
-        "higher_is_better": (_about(task, "higher_is_better", content) or {}).get(metric) is not False,
+        "higher_is_better": higher_is_better.get(metric) is not False,
     }
     for name, number in _numbers(metric, values[f"{metric},{filter_name}"]):
         if number is None:
@@ -263,23 +265,22 @@ def _metric_scores(task: str, metric: str, filter_name: str, content: dict[str, 
 
 def _task_facts(task: str, content: dict[str, Any]) -> dict[str, Any]:
     """The fields of a [`Score`] that all metrics of a task share."""
-    values, config = content["results"][task], _object(content, "configs").get(task) or {}
+    values, config = content["results"][task], _object(_object(content, "configs"), task, {})
     alias = str(values.get("alias", task)).lstrip(" -")  # indented, if the task belongs to a group
-    members = _about(task, "group_subtasks", content)
-    notes = [task] * (alias != task) + ([f"group of {len(members)} tasks"] if members else [])
-    samples = _about(task, "n-samples", content)
+    members = _object(content, "group_subtasks", {}).get(task)
+    notes = [task] * (alias != task) + (
+        [f"group of {len(members)} tasks"] if isinstance(members, list) and members else []
+    )
+    samples = _object(_object(content, "n-samples", {}), task, {})
+    split = config.get("test_split") or config.get("validation_split")
     path = str(config.get("dataset_path"))
     return {
         "benchmark": f"{alias} ({', '.join(notes)})" if notes else task,
         "dataset": path if HUB_ID.fullmatch(path) else task,  # not a format, such as json, nor a folder
         "samples": f"{samples['effective']} of {samples['original']}" if samples else str(values.get("samples", "")),
-        "dataset_config": config.get("dataset_name"),
-        "split": config.get("test_split") or config.get("validation_split"),
+        "dataset_config": str(config["dataset_name"]) if config.get("dataset_name") else None,
+        "split": str(split) if split else None,
     }
-
-
-def _about(task: str, name: str, content: dict[str, Any]) -> Any:
-    return (content.get(name) or {}).get(task)
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
@@ -325,7 +326,7 @@ def model_index(evaluations: Iterable[Evaluation]) -> list[EvalResult]:
                 task_type=TASK,
                 dataset_type=score.dataset,
                 dataset_name=score.benchmark,
-                dataset_config=", ".join(str(part) for part in (score.dataset_config, *apart) if part) or None,
+                dataset_config=", ".join(filter(None, [score.dataset_config, *apart])) or None,
                 dataset_split=score.split,
                 metric_type=score.metric_type,
                 metric_name=score.metric,
@@ -393,9 +394,17 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def _object(content: dict[str, Any], name: str) -> dict[str, Any]:
-    if not isinstance(content[name], dict):
-        raise ValueError(f"`{name}` is a {type(content[name]).__name__}, expected an object with named fields.")
+def _object(content: dict[str, Any], name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A field that has fields; without a default it has to be there."""
+    value = content[name] if default is None else content.get(name) or default
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` is a {type(value).__name__}, expected an object with named fields.")
+    return value
+
+
+def _text(content: dict[str, Any], name: str) -> str:
+    if not isinstance(content[name], str):
+        raise ValueError(f"`{name}` is {content[name]!r}, expected text.")
     return content[name]
 
 

@@ -14,7 +14,7 @@ from examples.shapes.recipe import CARD
 from hub_card import Facts, gather
 from hub_card.__main__ import main
 from hub_card.card import ROOT
-from hub_card.results import read_evaluation
+from hub_card.results import model_index, read_evaluation
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 AUTHORS = ROOT / "hub_card" / "results" / "authors_7b.json"
@@ -326,6 +326,34 @@ def test_damaged_results_of_lmms_eval_are_refused(change, reason, tmp_path):
         read(tmp_path, {**lmms_eval({"gqa": {"acc,none": 0.5}}), **change})
 
 
+def damaged(content):
+    """The same, with one field after the other replaced by what does not belong there."""
+    for name, value in content.items() if isinstance(content, dict) else enumerate(content):
+        for other in (None, "x", 3, True, [1], {"a": 1}):
+            copied = content.copy()
+            copied[name] = other
+            yield copied
+        if isinstance(value, dict | list):
+            for other in damaged(value):
+                copied = content.copy()
+                copied[name] = other
+                yield copied
+
+
+@pytest.mark.parametrize("name", ["lmms-eval", "own"])
+def test_any_damage_is_one_line(name, tmp_path):
+    row = {"benchmark": "GQA", "dataset": "gqa", "metric": "accuracy", "metric_type": "accuracy", "value": 0.5}
+    whole = {"lmms-eval": LMMS_EVAL, "own": own({**row, "split": "test"}, baseline="", conditions="")}[name]
+    refused = 0
+    for content in damaged(whole):
+        try:
+            assert model_index([read(tmp_path, content)])
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 30
+
+
 def test_two_values_of_one_name_are_refused_and_two_sources_are_shown(card_of):
     first, second = (lmms_eval({"gqa": {"acc,none": value}}) for value in (0.25, 0.5))
     with pytest.raises(ValueError, match="gqa, acc, of lmms-eval has 2 values, 0.25 and 0.5"):
@@ -391,7 +419,8 @@ def test_a_small_difference_is_not_rounded_away(card_of):
         ({"baseline": "60"}, "the baseline of GQA is '60'"),
         ({"stderr": 0.1}, "has 'stderr': it needs benchmark, dataset, metric, metric_type, value"),
         ({"benchmark": " "}, "the benchmark is ' '"),
-        ({"metric": 3}, "the metric is 3"),
+        ({"metric": 3}, "`metric` is 3, expected text"),
+        ({"dataset_config": ["a"]}, "`dataset_config` is .'a'., expected text"),
     ],
 )
 def test_damaged_rows_are_refused(change, reason, tmp_path):
@@ -428,9 +457,9 @@ def test_a_source_has_a_real_address_or_none(card_of, tmp_path):
 
 def test_what_a_file_does_not_say_leaves_no_gap(card_of):
     row = {"benchmark": "GQA", "dataset": "gqa", "metric": "accuracy", "metric_type": "accuracy", "value": 0.5}
-    text, (entry,) = card_of(own({**row, "samples": None, "split": None, "dataset_config": 3}))
+    text, (entry,) = card_of(own({**row, "samples": None, "split": None}))
     assert "\nMeasured with our harness.\n" in text and "None" not in text
-    assert rows_of(text) == [["GQA", "accuracy", "0.5", "", ""]] and entry.dataset_config == "3"
+    assert rows_of(text) == [["GQA", "accuracy", "0.5", "", ""]] and entry.dataset_split is None
 
 
 # What somebody measured of the base is not this model's
