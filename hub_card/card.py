@@ -81,7 +81,7 @@ class Card:
     def is_of_base(self, evaluation: Evaluation) -> bool:
         """Whether somebody evaluated what this model was made from, and its weights are others: not its own results."""
         changed = self.base or self.quantisation or (self.training and not self.converted)
-        return bool(changed) and evaluation.evaluated in self.base_model
+        return bool(changed) and evaluation.evaluated in {*self.base_model, *self.facts.base_model}
 
     @property
     def metadata(self) -> ModelCardData:

@@ -21,8 +21,8 @@ LMMS_EVAL = "https://github.com/EvolvingLMMs-Lab/lmms-eval"
 # What lmms-eval 0.7 writes beside `METRIC,FILTER`: standard errors, and with repeats how much the answers vary.
 ERRORS = {"_stderr": "error", "_stderr_clt": "error_clt", "_stderr_clustered": "error_clustered"}
 REPEATS = ("_expected_accuracy", "_consensus_accuracy", "_internal_variance", "_consistency_rate")
-# What it says of a task beside its metrics; a blank stands for a group without a value of its own.
-NO_METRICS = ("alias", "samples", " ")
+# What it says of a task beside its metrics.
+NO_METRICS = ("alias", "samples")
 # Where its `model_args` name the model, in this order: an adapter goes before its base.
 MODEL_ARGUMENTS = ("peft", "delta", "pretrained", "model", "model_version", "model_name", "model_id", "path", "engine")
 
@@ -120,7 +120,10 @@ def read_evaluation(path: Path, names: set[str], base_model: Iterable[str] = ())
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if not evaluation.evaluated:
-        raise ValueError(f"{path} does not say which model it is about: expected `pretrained` in its `model_args`.")
+        raise ValueError(
+            f"{path} does not say which model it is about: expected its name in `evaluated`, or with lmms-eval in "
+            "`model_args` (pretrained=NAME)."
+        )
     allowed = names | set(base_model if evaluation.measured_by else ())
     if not {evaluation.evaluated, str(Path(evaluation.evaluated).resolve())} & allowed:
         raise ValueError(
@@ -233,8 +236,8 @@ def _task_scores(task: str, content: dict[str, Any]) -> Iterator[Score | str]:
     for key in values:
         metric, comma, filter_name = key.partition(",")
         varies = [f"{metric.removesuffix(suffix)},{filter_name}" for suffix in REPEATS if metric.endswith(suffix)]
-        if key in NO_METRICS or metric.endswith(tuple(ERRORS)):
-            continue
+        if key in NO_METRICS or metric.endswith(tuple(ERRORS)) or not metric.strip():
+            continue  # a blank stands for a group without a value of its own
         if not comma:
             yield f"{task} {key} (no metric)"
         elif set(varies) & values.keys():
@@ -272,12 +275,13 @@ def _task_facts(task: str, content: dict[str, Any]) -> dict[str, Any]:
         [f"group of {len(members)} tasks"] if isinstance(members, list) and members else []
     )
     samples = _object(_object(content, "n-samples", {}), task, {})
+    counted = str(values["samples"]) if is_number(values.get("samples")) else ""
     split = config.get("test_split") or config.get("validation_split")
     path = str(config.get("dataset_path"))
     return {
         "benchmark": f"{alias} ({', '.join(notes)})" if notes else task,
         "dataset": path if HUB_ID.fullmatch(path) else task,  # not a format, such as json, nor a folder
-        "samples": f"{samples['effective']} of {samples['original']}" if samples else str(values.get("samples", "")),
+        "samples": f"{samples['effective']} of {samples['original']}" if samples else counted,
         "dataset_config": str(config["dataset_name"]) if config.get("dataset_name") else None,
         "split": str(split) if split else None,
     }

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 
 import pytest
@@ -85,6 +86,8 @@ def render(folder, monkeypatch, *options):
 
 def test_the_whole_card_of_the_small_model(small, monkeypatch):
     assert render(small, monkeypatch) == (SMALL / "README.md").read_bytes()
+    command = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split("hub_card render examples/shapes/model")[1]
+    assert shlex.split(command.split("```")[0].replace("\\\n", ""))[: len(CARD)] == list(CARD)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +238,7 @@ def test_a_group_and_its_tasks_are_told_apart(card_of):
         "mmb": {"alias": "mmb", "acc,none": 0.3, "samples": 30},
         "mmb_en": {"alias": " - mmb_en", "acc,none": 0.2},
         "mmb_cn": {"alias": " - Chinese", "acc,none": 0.4},
-        "empty": {" ": " ", "alias": "empty"},
+        "empty": {" ": " ", " ,none": " ", "alias": "empty", "samples": []},
         "mine": {"alias": "mine", "acc,none": 0.6},
     }
     path = {"dataset_path": "lmms-lab/MMB", "dataset_name": None}
@@ -249,6 +252,7 @@ def test_a_group_and_its_tasks_are_told_apart(card_of):
         ("mine", "mine", None, 0.6),
     ]
     assert [row[0] for row in rows_of(text)] == [entry.dataset_name for entry in entries]
+    assert [row[4] for row in rows_of(text)] == ["30", "", "", ""] and "no scores" not in text
 
 
 def test_tasks_that_share_a_dataset_stay_apart(card_of):
@@ -481,6 +485,13 @@ def test_results_of_the_base_are_none_of_a_model_that_was_trained_from_it(derive
     text = card()
     assert ModelCard(text).data.eval_results is None and "model-index" not in text
     assert "results of visresearch/LLaVA-STF, which this model was made from, not of this model" in text
+
+
+def test_results_of_the_base_are_none_of_an_adapter(derived):
+    folder, card = derived
+    write(folder / "adapter_config.json", {"base_model_name_or_path": "some/base", "revision": "v1"})
+    shutil.copy(folder / "model.safetensors", folder / "adapter_model.safetensors")
+    assert ModelCard(card()).data.eval_results is None and "not of this model" in card()
 
 
 def test_results_of_the_base_are_none_of_a_quantised_model(derived):
