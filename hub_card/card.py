@@ -24,7 +24,7 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration,
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .picture import draw_example, draw_method
-from .results import TASK, Evaluation, Speed, is_number, read_evaluation, read_object, read_speed
+from .results import HUB_ID, TASK, Evaluation, Speed, is_number, model_index, read_evaluation, read_object, read_speed
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).parent / "template.md.jinja"
@@ -34,7 +34,6 @@ LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 RECIPE_FILE = "recipe.yaml"
 FIRST_TAG = "v1"
-HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +55,7 @@ class Card:
     repo_id: str
     tag: str  # the snippet's `revision`, which `publish` puts on the commit
     facts: Facts
+    processor: LlavaSTFProcessor
     tokens_per_image: int
     parameters: int
     dtypes: str
@@ -79,11 +79,16 @@ class Card:
     def base_model(self) -> list[str]:
         return [self.base] if self.base else list(self.facts.base_model)
 
+    def is_of_base(self, evaluation: Evaluation) -> bool:
+        """Whether somebody evaluated what this model was made from, and its weights are others: not its own results."""
+        changed = self.base or self.quantisation or (self.training and not self.converted)
+        return bool(changed) and evaluation.evaluated in {*self.base_model, *self.facts.base_model}
+
     @property
     def metadata(self) -> ModelCardData:
         """The YAML head."""
         relation = "adapter" if self.base else "quantized" if self.quantisation else None
-        results = [result for evaluation in self.evaluations for result in evaluation.eval_results(self.repo_id)]
+        results = model_index(evaluation for evaluation in self.evaluations if not self.is_of_base(evaluation))
         return ModelCardData(
             license=self.facts.license,
             base_model=self.base_model or None,
@@ -160,6 +165,7 @@ def gather(
         repo_id=repo_id,
         tag=tag,
         facts=facts,
+        processor=processor,
         parameters=count_parameters(weights, about),
         dtypes=" and ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         size=tqdm.format_sizeof(sum(weight.nbytes for weight in weights.values()), "B"),

@@ -4,19 +4,32 @@
 
 import json
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult
+from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
 
 TASK = "image-text-to-text"
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+LMMS_EVAL = "https://github.com/EvolvingLMMs-Lab/lmms-eval"
+# What lmms-eval 0.7 writes beside `METRIC,FILTER`: standard errors, and with repeats how much the answers vary.
+ERRORS = {"_stderr": "error", "_stderr_clt": "error_clt", "_stderr_clustered": "error_clustered"}
+REPEATS = ("_expected_accuracy", "_consensus_accuracy", "_internal_variance", "_consistency_rate")
+# What it says of a task beside its metrics.
+NO_METRICS = ("alias", "samples")
+# Where its `model_args` name the model, in this order: an adapter goes before its base.
+MODEL_ARGUMENTS = ("peft", "delta", "pretrained", "model", "model_version", "model_name", "model_id", "path", "engine")
 
 
 @dataclass(frozen=True)
 class Score:
-    """One value of one benchmark."""
+    """One value of one benchmark, as its source has it: a percentage stays one, and so does a fraction."""
 
     benchmark: str
     dataset: str  # id on the Hub, or a short name
@@ -24,6 +37,8 @@ class Score:
     metric_type: str  # the Hub's word for it
     value: float
     error: float | None = None  # standard error
+    error_clt: float | None = None  # the same by the central limit theorem
+    error_clustered: float | None = None  # the same, if questions belong together, as those about one picture do
     baseline: float | None = None  # of the compared model, in the same source
     samples: str = ""  # how many were evaluated, if the source says it
     higher_is_better: bool = True
@@ -37,45 +52,39 @@ class Score:
             return None
         return (self.value - self.baseline) * (1 if self.higher_is_better else -1)
 
+    @property
+    def errors(self) -> str:
+        """The standard errors in words."""
+        errors = {"": self.error, "CLT ": self.error_clt, "clustered ": self.error_clustered}
+        return ", ".join(f"{kind}{error:.4g}" for kind, error in errors.items() if error is not None)
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """The scores of one file, and where they come from."""
 
     source: str
-    url: str  # of the source; of the model itself, if it was measured here
+    url: str  # of the source; empty, if it has none
     measured_by: str  # empty: by whoever publishes the card
     evaluated: str  # Hub id, or folder, of the evaluated weights
     model: str  # as a heading
     baseline: str
     conditions: str
     scores: list[Score]
+    left_out: Sequence[str] = ()  # what the file has beside scores, and why it is none
 
     @property
     def worse(self) -> list[str]:
-        return [score.benchmark for score in self.scores if score.gain is not None and score.gain < 0]
+        return [self.label(score) for score in self.scores if score.gain is not None and score.gain < 0]
 
     @property
     def better(self) -> list[str]:
-        return [score.benchmark for score in self.scores if score.gain is not None and score.gain > 0]
+        return [self.label(score) for score in self.scores if score.gain is not None and score.gain > 0]
 
-    def eval_results(self, repo_id: str) -> list[EvalResult]:
-        """The entries of the card's `model-index`."""
-        return [
-            EvalResult(
-                task_type=TASK,
-                dataset_type=score.dataset,
-                dataset_name=score.benchmark,
-                dataset_config=score.dataset_config,
-                dataset_split=score.split,
-                metric_type=score.metric_type,
-                metric_name=score.metric,
-                metric_value=score.value,
-                source_name=self.source,
-                source_url=self.url or f"https://huggingface.co/{repo_id}",
-            )
-            for score in self.scores
-        ]
+    def label(self, score: Score) -> str:
+        """The benchmark, and its metric if it has several."""
+        same = [other for other in self.scores if other.benchmark == score.benchmark]
+        return score.benchmark if len(same) == 1 else f"{score.benchmark}, {score.metric}"
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,13 @@ def read_evaluation(path: Path, names: set[str], base_model: Iterable[str] = ())
         evaluation = _read_own(content) if is_own else _read_lmms_eval(content)
     except KeyError as missing:
         raise ValueError(f"{path} lacks {missing}: the card needs it to say where a value comes from.") from missing
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    if not evaluation.evaluated:
+        raise ValueError(
+            f"{path} does not say which model it is about: expected its name in `evaluated`, or with lmms-eval in "
+            "`model_args` (pretrained=NAME)."
+        )
     allowed = names | set(base_model if evaluation.measured_by else ())
     if not {evaluation.evaluated, str(Path(evaluation.evaluated).resolve())} & allowed:
         raise ValueError(
@@ -120,66 +136,238 @@ def read_evaluation(path: Path, names: set[str], base_model: Iterable[str] = ())
 
 
 def _read_own(content: dict[str, Any]) -> Evaluation:
+    source = _object(content, "source")
+    url = _text(source, "url")
+    if url and not re.match(r"https?://\w", url):
+        raise ValueError(f"The source's url is {url!r}: expected a web address, or '' if there is none.")
     return Evaluation(
-        source=content["source"]["name"],
-        url=content["source"]["url"],
-        measured_by=content["measured_by"],
-        evaluated=content["evaluated"],
-        model=content["model"],
-        baseline=content.get("baseline", ""),
-        conditions=content.get("conditions", ""),
-        scores=[Score(**score) for score in content["results"]],
+        source=_text(source, "name"),
+        url=url,
+        measured_by=_text(content, "measured_by"),
+        evaluated=_text(content, "evaluated"),
+        model=_text(content, "model"),
+        baseline=_text({"baseline": "", **content}, "baseline"),
+        conditions=_text({"conditions": "", **content}, "conditions"),
+        scores=[_own_score(row, f"Row {number} of `results`") for number, row in enumerate(content["results"], 1)],
     )
+
+
+def _own_score(row: Any, place: str) -> Score:
+    known = [field.name for field in fields(Score)]
+    needed = [field.name for field in fields(Score) if field.default is MISSING]
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is a {type(row).__name__}: expected an object with {', '.join(needed)}.")
+    wrong = [f"lacks {name!r}" for name in needed if name not in row]
+    wrong += [f"has {name!r}" for name in row if name not in known]
+    if wrong:
+        raise ValueError(
+            f"{place} {' and '.join(wrong)}: it needs {', '.join(needed)}, and may have {', '.join(known)}."
+        )
+    for name in ("benchmark", "dataset", "metric", "metric_type", "dataset_config", "split"):
+        if (name in needed or row.get(name) is not None) and not _text(row, name).strip():
+            raise ValueError(f"{place}: the {name} is {row[name]!r}, expected a name.")
+    for name in ("value", "baseline", *ERRORS.values()):
+        if not is_number(row.get(name)) and (name == "value" or row.get(name) is not None):
+            raise ValueError(f"{place}: the {name} of {row['benchmark']} is {row[name]!r}, expected a finite number.")
+    return Score(**row)
 
 
 def _read_lmms_eval(content: dict[str, Any]) -> Evaluation:
-    settings = content["config"]
-    arguments = dict(item.partition("=")[::2] for item in str(settings["model_args"]).split(","))
-    limit = settings.get("limit")
-    said = [
-        f"model class `{settings['model']}`",
-        f"batch size {settings['batch_size']}" if settings.get("batch_size") else "",
-        f"ONLY THE FIRST {limit} SAMPLES of each task" if limit else "",
-        f"commit {content['git_hash']} of the evaluating repository" if content.get("git_hash") else "",
-        f"date {content['date']}" if content.get("date") else "",
-    ]
+    settings = _object(content, "config")
+    arguments = _model_arguments(settings["model_args"])
+    named = [arguments[name] for name in MODEL_ARGUMENTS if arguments.get(name)]
+    found = [item for task in content["results"] for item in _task_scores(task, content)]
     return Evaluation(
         source="lmms-eval",
-        url="",
+        url=LMMS_EVAL,
         measured_by="",
-        evaluated=content.get("model_name") or arguments.get("pretrained", ""),
+        evaluated=named[0] if named else _unquoted(content.get("model_name") or ""),
         model="",
         baseline="",
-        conditions=", ".join(item for item in said if item),
-        scores=[score for task in content["results"] for score in _task_scores(task, content)],
+        conditions=", ".join(_conditions(content, settings, arguments)),
+        scores=[item for item in found if isinstance(item, Score)],
+        left_out=[item for item in found if isinstance(item, str)],
     )
 
 
-def _task_scores(task: str, content: dict[str, Any]) -> list[Score]:
-    """The numbers of a task: keys are `metric,filter`; `metric_stderr,filter` is the error of one."""
-    values, config = content["results"][task], content["configs"].get(task, {})
-    samples = content.get("n-samples", {}).get(task)
-    scores = []
-    for key, value in values.items():
+def _model_arguments(given: Any) -> dict[str, str]:
+    """`model_args` by name: NAME=VALUE,NAME=VALUE, whole or in part in quotes, or an object, perhaps as text."""
+    if isinstance(given, str) and given.lstrip().startswith("{"):
+        try:
+            given = yaml.safe_load(given)
+        except yaml.YAMLError as error:
+            raise ValueError(f"`model_args` looks like an object, but is none: {given}") from error
+    if isinstance(given, str):
+        given = dict(item.partition("=")[::2] for item in given.split(","))
+    if not isinstance(given, dict):
+        raise ValueError(f"`model_args` is {given!r}: expected NAME=VALUE,NAME=VALUE or an object.")
+    return {_unquoted(name): _unquoted(value) for name, value in given.items()}
+
+
+def _unquoted(value: Any) -> str:
+    return str(value).strip(" \"'")
+
+
+def _conditions(content: dict[str, Any], settings: dict[str, Any], arguments: dict[str, str]) -> Iterator[str]:
+    limit = _number(settings.get("limit")) or -1  # -1 is all
+    versions = {task: number for task, number in _object(content, "versions", {}).items() if is_number(number)}
+    yield f"model class `{settings['model']}`"
+    if arguments.get("revision"):
+        yield f"revision `{arguments['revision']}`"
+    if settings.get("batch_size"):
+        yield f"batch size {settings['batch_size']}"
+    if limit >= 1:
+        yield f"ONLY THE FIRST {limit} SAMPLES of each task"
+    elif limit > 0:
+        yield f"ONLY THE FIRST {100 * limit:g} % OF THE SAMPLES of each task"
+    if settings.get("gen_kwargs"):
+        yield f"generation settings `{settings['gen_kwargs']}`"
+    if versions:
+        yield "versions of the tasks " + ", ".join(f"{task} {number}" for task, number in versions.items())
+    if content.get("git_hash"):
+        yield f"commit {content['git_hash']} of the evaluating repository"
+    if content.get("date"):
+        yield f"date {content['date']}"
+
+
+def _task_scores(task: str, content: dict[str, Any]) -> Iterator[Score | str]:
+    """The scores of a task or of a group of tasks, and in words what else its object has."""
+    values = _object(content["results"], task)
+    for key in values:
         metric, comma, filter_name = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not is_number(value):
-            continue
-        error = values.get(f"{metric}_stderr,{filter_name}")
-        scores.append(
-            Score(
-                benchmark=str(values.get("alias", task)).strip(" -"),
-                dataset=config.get("dataset_path", task),
-                metric=metric if filter_name == "none" else f"{metric} ({filter_name})",
-                metric_type=metric,
-                value=value,
-                error=error if is_number(error) else None,
-                samples=f"{samples['effective']} of {samples['original']}" if samples else "",
-                dataset_config=config.get("dataset_name"),
-                split=config.get("test_split"),
-                higher_is_better=content.get("higher_is_better", {}).get(task, {}).get(metric) is not False,
+        varies = [f"{metric.removesuffix(suffix)},{filter_name}" for suffix in REPEATS if metric.endswith(suffix)]
+        if key in NO_METRICS or metric.endswith(tuple(ERRORS)) or not metric.strip():
+            continue  # a blank stands for a group without a value of its own
+        if not comma:
+            yield f"{task} {key} (no metric)"
+        elif set(varies) & values.keys():
+            yield f"{task} {metric} (of repeated answers)"
+        else:
+            yield from _metric_scores(task, metric, filter_name, content)
+
+
+def _metric_scores(task: str, metric: str, filter_name: str, content: dict[str, Any]) -> Iterator[Score | str]:
+    """The value of a metric with its errors, or its values if it is an object."""
+    values, shots = content["results"][task], _object(content, "n-shot", {}).get(task)
+    details = [filter_name] * (filter_name != "none") + [f"{shots}-shot"] * bool(shots)
+    errors = {
+        field: dict(_numbers(metric, values.get(f"{metric}{suffix},{filter_name}"))) for suffix, field in ERRORS.items()
+    }
+    higher_is_better = _object(_object(content, "higher_is_better", {}), task, {})
+    facts = _task_facts(task, content) | {
+        "metric_type": metric,
+        "higher_is_better": higher_is_better.get(metric) is not False,
+    }
+    for name, number in _numbers(metric, values[f"{metric},{filter_name}"]):
+        if number is None:
+            yield f"{task} {name} (no number)"
+        else:
+            facts |= {field: of_metric.get(name) for field, of_metric in errors.items()}
+            yield Score(metric=f"{name} ({', '.join(details)})" if details else name, value=number, **facts)
+
+
+def _task_facts(task: str, content: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a [`Score`] that all metrics of a task share."""
+    values, config = content["results"][task], _object(_object(content, "configs"), task, {})
+    alias = str(values.get("alias", task)).lstrip(" -")  # indented, if the task belongs to a group
+    members = _object(content, "group_subtasks", {}).get(task)
+    notes = [task] * (alias != task) + (
+        [f"group of {len(members)} tasks"] if isinstance(members, list) and members else []
+    )
+    samples = _object(_object(content, "n-samples", {}), task, {})
+    counted = str(values["samples"]) if is_number(values.get("samples")) else ""
+    split = config.get("test_split") or config.get("validation_split")
+    path = str(config.get("dataset_path"))
+    return {
+        "benchmark": f"{alias} ({', '.join(notes)})" if notes else task,
+        "dataset": path if HUB_ID.fullmatch(path) else task,  # not a format, such as json, nor a folder
+        "samples": f"{samples['effective']} of {samples['original']}" if samples else counted,
+        "dataset_config": str(config["dataset_name"]) if config.get("dataset_name") else None,
+        "split": str(split) if split else None,
+    }
+
+
+def _numbers(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
+    """A metric's number, or those of its parts if it is an object; None where there is no number."""
+    if isinstance(value, dict) and value:
+        for part, number in value.items():
+            yield from _numbers(f"{name}: {part}", number)
+    else:
+        yield name, _number(value)
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, or None; lmms-eval writes NumPy's float32 as text."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    return value if is_number(value) else None
+
+
+def model_index(evaluations: Iterable[Evaluation]) -> list[EvalResult]:
+    """The entries of a card's `model-index`, each under its own name.
+
+    The Hub files values by dataset, configuration and split, and gives all that share these the name and the source of
+    the first. Benchmarks or sources that share them are therefore told apart by the configuration.
+
+    Raises:
+        ValueError: if a value has the name of another one.
+    """
+    entries = [(evaluation, score) for evaluation in evaluations for score in evaluation.scores]
+    _refuse_repeated(entries)
+    benchmarks, sources = defaultdict(set), defaultdict(set)
+    for evaluation, score in entries:
+        benchmarks[_place(score)].add(score.benchmark)
+        sources[_place(score)].add(evaluation.source)
+    results = []
+    for evaluation, score in entries:
+        apart = [score.benchmark] * (len(benchmarks[_place(score)]) > 1)
+        apart += [evaluation.source] * (len(sources[_place(score)]) > 1)
+        results.append(
+            EvalResult(
+                task_type=TASK,
+                dataset_type=score.dataset,
+                dataset_name=score.benchmark,
+                dataset_config=", ".join(filter(None, [score.dataset_config, *apart])) or None,
+                dataset_split=score.split,
+                metric_type=score.metric_type,
+                metric_name=score.metric,
+                metric_value=score.value,
+                source_name=evaluation.source if evaluation.url else None,
+                source_url=evaluation.url or None,
             )
         )
-    return scores
+    _refuse_renamed(results)
+    return results
+
+
+def _place(score: Score) -> tuple[str, str | None, str | None]:
+    return score.dataset, score.dataset_config, score.split
+
+
+def _refuse_repeated(entries: list[tuple[Evaluation, Score]]) -> None:
+    values = defaultdict(list)
+    for evaluation, score in entries:
+        values[f"{score.benchmark}, {score.metric}, of {evaluation.source}"].append(str(score.value))
+    for name, of_name in values.items():
+        if len(of_name) > 1:
+            raise ValueError(
+                f"{name} has {len(of_name)} values, {' and '.join(of_name)}: a card has room for one. Leave out the "
+                "others (--results), or give each a name of its own."
+            )
+
+
+def _refuse_renamed(results: list[EvalResult]) -> None:
+    _, read_back = model_index_to_eval_results(eval_results_to_model_index("model", results))
+    for result in results:
+        if result not in read_back:
+            raise ValueError(
+                f"The Hub would show {result.metric_name} of {result.dataset_name} under another name: another "
+                f"benchmark has the dataset {result.dataset_type}, too, with the configuration "
+                f"{result.dataset_config!r} and the split {result.dataset_split!r}. Change one of the three."
+            )
 
 
 def read_speed(path: Path) -> Speed:
@@ -210,5 +398,20 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def _object(content: dict[str, Any], name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A field that has fields; without a default it has to be there."""
+    value = content[name] if default is None else content.get(name) or default
+    if not isinstance(value, dict):
+        raise ValueError(f"`{name}` is a {type(value).__name__}, expected an object with named fields.")
+    return value
+
+
+def _text(content: dict[str, Any], name: str) -> str:
+    if not isinstance(content[name], str):
+        raise ValueError(f"`{name}` is {content[name]!r}, expected text.")
+    return content[name]
+
+
 def is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a finite number; `true` is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

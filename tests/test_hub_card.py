@@ -168,7 +168,7 @@ def test_results_of_lmms_eval(folder):
     gqa = entries["exact_match"]
     assert (gqa.dataset_type, gqa.dataset_name, gqa.metric_value) == ("lmms-lab/GQA", "gqa", 0.25)
     assert (gqa.dataset_config, gqa.dataset_split) == ("testdev_balanced_instructions", "testdev")
-    assert (gqa.source_name, gqa.source_url) == ("lmms-eval", "https://huggingface.co/some/tiny")
+    assert (gqa.source_name, gqa.source_url) == ("lmms-eval", "https://github.com/EvolvingLMMs-Lab/lmms-eval")
     assert "| gqa | exact_match | 0.25 | 0.125 | 12 of 12578 |" in text
     assert "| mme | mme_percetion_score | 700.5 |  | 12 of 2374 |" in text
     assert "ONLY THE FIRST 12.0 SAMPLES of each task" in text

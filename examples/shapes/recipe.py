@@ -53,6 +53,7 @@ LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES + AGAIN}
 RENEWED = "renewed"  # the warm language model with new fusion modules
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # on the card, until it is published
 NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
+CARD = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
 
 
 def make(
@@ -105,8 +106,7 @@ def make(
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
         shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
     evaluate(out, data, out / "evaluation.json", name=REPO_ID)
-    described = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
-    card = start_module("hub_card", "render", out, *described, "--results", out / "evaluation.json")
+    card = start_module("hub_card", "render", out, *CARD, "--results", out / "evaluation.json")
     if card.wait():
         raise ValueError("The card could not be written, see above.")
     return out
