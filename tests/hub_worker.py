@@ -115,7 +115,7 @@ def ask_adapter(repository, revision):
 
     pin = {"revision": revision, "trust_remote_code": True}
     model = transformers.AutoModelForImageTextToText.from_pretrained(repository, **pin)
-    assert model.active_adapters() == ["default"]
+    assert list(model.peft_config) == ["default"]
     return answer(model, transformers.AutoProcessor.from_pretrained(repository, **pin))
 
 
