@@ -195,7 +195,9 @@ def _json_files(path: Path, data_path: str, config: str | None, split: str) -> l
         if not isinstance(builder, JsonBuilder):
             return []
         if split not in builder.config.data_files:
-            raise DataError(f"{data_path} has no split {split!r}, only {', '.join(builder.config.data_files)}.")
+            raise DataError(
+                f"{data_path} has no split {split!r}, only {', '.join(map(str, builder.config.data_files))}."
+            )
         names = list(builder.config.data_files[split])
         return list(zip(names, datasets.DownloadManager().download_and_extract(names), strict=True))
     except UNREADABLE as error:
@@ -214,7 +216,8 @@ def _json_dataset(files: list[tuple[str, str]], root: Path, streaming: bool = Fa
     try:
         return Dataset.from_generator(_json_rows, features=FEATURES, gen_kwargs=settings)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise DataError(f"{files[0][0]}: {error.__cause__ or error}") from error
+        cause = error.__cause__ or error
+        raise DataError(str(cause) if isinstance(cause, DataError) else f"{files[0][0]}: {cause}") from error
 
 
 def _load_source(
@@ -269,7 +272,7 @@ def _read_json(name: str, place: str) -> Iterator[Any]:
             usable = usable or isinstance(row, dict)
             yield row
     if not usable:
-        raise DataError(f"{name} has no row that is an object, expected an object in each: {row!r:.200}")
+        raise DataError(f"{name} has no row, expected an object for each, in a list or one a line; found {row!s:.200}")
 
 
 def _line(read: Any, number: int, line: str) -> Any:
