@@ -251,6 +251,19 @@ def test_refuses_a_placeholder_beside_a_picture(processor):
     assert "leave out one of them" in refused(processor, "default", messages)
 
 
+@pytest.mark.parametrize("template", ["default", "plain"])
+@pytest.mark.parametrize("given", ["tools", "documents"])
+def test_refuses_tools_and_documents(given, template, processor):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(TemplateError, match="no place for tools or documents"):
+        processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "<image>"}],
+            chat_template=processor.chat_template[template],
+            tokenize=False,
+            **{given: [tool]},
+        )
+
+
 def test_what_means_nothing_is_no_reason_to_refuse(processor):
     """Datasets and clients give each message all keys that any of them has."""
     nothing = {"name": None, "tool_calls": [], "weight": None}

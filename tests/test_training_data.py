@@ -543,8 +543,15 @@ def test_a_row_is_used_as_it_is_written_or_refused_by_name(name, processor, tmp_
 def test_what_the_check_accepts_and_refuses_the_batch_does_too(processor, tmp_path):
     """Rows that never saw the check, as TRL gives them."""
     collator = Collator(processor, assistant_only_loss=True)
-    for row, reason in (REFUSED["a number as text"], REFUSED["an answer of weight 0"], REFUSED["a blank answer"]):
-        with pytest.raises(DataError, match=f"Row 0 cannot be trained on: .*{reason}"):
+    for name in (
+        "a number as text",
+        "an answer of weight 0",
+        "a blank answer",
+        "an end token",
+        "prompt and completion",
+    ):
+        row, reason = REFUSED[name]
+        with pytest.raises(DataError, match=f"bad conversation: .*{reason}"):
             collator([{"images": [], **row}])
 
 
@@ -625,6 +632,7 @@ CHANGED = {
     "between words": (trl([text("one"), PICTURE, text("two"), PICTURE, text("cmp")], **TWO), [DIVIDED, FRONT]),
     "two texts": (trl([text("one"), text("two")]), [DIVIDED]),
     "an answer first": (llava(gpt("Welcome."), *HI), [LEFT_OUT]),
+    "words of the system text": (llava(gpt("a curious user"), *HI), [LEFT_OUT]),
     "at the front": (llava(human("<image>\nWhat is it?"), gpt("Ho"), **ONE), []),
     "two at the front": (llava(human("<image>\n<image>\nWhat is it?"), gpt("Ho"), **TWO), []),
     "nothing but a picture": (llava(human("<image>"), gpt("Ho"), **ONE), []),

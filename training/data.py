@@ -17,6 +17,7 @@ A row has these columns, whatever it was read from:
 
 import hashlib
 import io
+import itertools
 import json
 import mimetypes
 import os
@@ -24,7 +25,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -575,7 +575,7 @@ def _changes(turns: list[tuple[str, Any]], messages: list[dict[str, Any]]) -> li
     for (_, content), message in zip(turns, messages, strict=True):
         parts = _as_parts(content)
         texts = [part["text"] for part in message["content"] if part["text"]]
-        if any(len((one[-1] + other[0]).strip()) == 2 for one, other in pairwise(texts)):
+        if any(len((one[-1] + other[0]).strip()) == 2 for one, other in itertools.pairwise(texts)):
             notes.append(DIVIDED)
         written = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in parts)
         written = written.replace("<video>", "<image>")
@@ -627,15 +627,10 @@ class Checker:
             }
             for message in row["messages"]
         ]
-        tokenizer, texts = self.processor.tokenizer, _texts(row["messages"])
-        for token in {*tokenizer.all_special_tokens, self.processor.video_token}:
-            if any(token in text for text in texts):
-                reason = (
-                    f"a text has {token!r}, which the tokenizer reads as a token of its own, expected it in no text"
-                )
-                return {**found, "problem": f"{CONVERSATION}: {reason}"}
+        tokenizer = self.processor.tokenizer
         try:
-            text = tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False)
+            check_tokens(messages, tokenizer.all_special_tokens)
+            left_out = self._leaves_out(messages)
             encoded = tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.template,
@@ -643,9 +638,11 @@ class Checker:
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
+        except DataError as error:
+            return {**found, "problem": str(error)}
         except TemplateError as error:
             return {**found, "problem": f"{CONVERSATION}: {error}"}
-        if not _in_order(texts, text):
+        if left_out:
             found["notes"] = [*found["notes"], LEFT_OUT]
         media = len(row["images"]) + len(row["videos"])
         rendered = sum(token == self.processor.image_token_id for token in encoded["input_ids"])
@@ -662,20 +659,29 @@ class Checker:
             found["problem"] = f"{TOO_LONG}: {found['length']} tokens, {self.max_length} are allowed"
         return found
 
+    def _leaves_out(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether one of the texts has no place in the template: they are marks, each of them another."""
+        marks = (f"\ue000{number}\ue001" for number in itertools.count())
+        marked = [
+            {**message, "content": [{**part, "text": part["text"] and next(marks)} for part in message["content"]]}
+            for message in messages
+        ]
+        rendered = self.processor.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
+        return any(text not in rendered for text in _texts(marked))
+
+
+def check_tokens(messages: list[dict[str, Any]], special: list[str]) -> None:
+    """Raises a [`DataError`] if a text has one of the `special` tokens, which the tokenizer would not read as text."""
+    for token in special:
+        if any(token in text for text in _texts(messages)):
+            raise DataError(
+                f"{CONVERSATION}: a text has {token!r}, which the tokenizer reads as a token of its own and not as "
+                "text, expected it in no text"
+            )
+
 
 def _texts(messages: list[dict[str, Any]]) -> list[str]:
     return [part["text"] for message in messages for part in message["content"] if part["text"]]
-
-
-def _in_order(texts: list[str], rendered: str) -> bool:
-    """Whether all texts stand in a rendered conversation, one after the other."""
-    place = 0
-    for text in texts:
-        place = rendered.find(text.strip(), place)
-        if place < 0:
-            return False
-        place += len(text.strip())
-    return True
 
 
 def check_image(image: dict[str, Any], decode: bool) -> None:
@@ -798,7 +804,7 @@ def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: st
         checked: of [`check_rows`].
         report: of these rows.
         on_bad_image: `"error"` or `"skip"`: rows whose image or video is missing or broken.
-        on_bad_row: `"error"` or `"skip"`: rows that are too long, have no target, or whose placeholders do not fit.
+        on_bad_row: `"error"` or `"skip"`: rows that are too long, or cannot be trained exactly as they are written.
 
     Raises:
         DataError: if there are such rows and they are not to be skipped, or if no row is left.
@@ -852,12 +858,9 @@ class Collator(DataCollatorForVisionLanguageModeling):
         return super().torch_call([self._with_media(example) for example in examples])
 
     def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:
-        row = example if "problem" in example else to_row(example, 0, "")  # or a row of TRL, as it is
+        row = example if "problem" in example else self._checked(example)  # or a row of TRL, as it is
         if row["problem"]:
             raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
-        if row is not example:
-            for note in row["notes"]:
-                logger.warning_once(f"note: {note}")
         videos = iter(row["videos"])
         messages = [
             {
@@ -870,6 +873,13 @@ class Collator(DataCollatorForVisionLanguageModeling):
             for message in row["messages"]
         ]
         return {"messages": messages, "images": [open_image(image) for image in row["images"]]}
+
+    def _checked(self, example: dict[str, Any]) -> dict[str, Any]:
+        row = to_row(example, 0, "")
+        check_tokens(row["messages"], self.processor.tokenizer.all_special_tokens)
+        for note in row["notes"]:
+            logger.warning_once(f"note: {note}")
+        return row
 
 
 def _frames_or_file(video: list[str]) -> Any:
