@@ -59,7 +59,7 @@ class DataArguments:
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "The same for rows that are too long, have nothing to train or whose placeholders do not fit.",
+            "help": "The same for rows that are too long, or cannot be trained exactly as they are written.",
             "choices": ["error", "skip"],
         },
     )
