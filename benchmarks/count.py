@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOPs, bytes and the roofline of LLaVA-STF beside the stock LLaVA, counted from their configs.
 
-python benchmarks/count.py [CONFIG ...] [--text 50] [--answer 16] [--tflops 790] [--bandwidth 4.3]
+python -m benchmarks count [CONFIG ...] [--text 50] [--answer 16] [--tflops 790] [--bandwidth 4.3]
 
 CONFIG is a checkpoint's folder, or one of the names below. One multiply-add is two FLOPs, attention is causal, the head
 is computed for the last token only, weights and cache take two bytes a number. The roofline takes the larger of
@@ -223,7 +223,3 @@ def main() -> None:
 
 def _digits(number: float) -> int:
     return 0 if number >= 1000 or number == int(number) else 1 if number >= 100 else 2
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a full-size random checkpoint from safetensors, and measures time and memory against reading its files.
 
-PYTHONPATH=. python benchmarks/load.py [--folder SCRATCH] [--layers 32] [--device cuda] [--output FILE]
+python -m benchmarks load [--folder SCRATCH] [--layers 32] [--device cuda] [--output FILE]
 
 Needs 15 GB of disk in SCRATCH. The page cache is dropped before each turn where that is allowed. Loading ends when each
 page of each weight has been touched: a file that is only mapped has not been read.
@@ -107,9 +107,5 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
         "page_cache_dropped": drop_page_cache(),
         "runs": runs,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
-        "command": f"PYTHONPATH=. python benchmarks/load.py --layers {options.layers} --device {options.device}",
+        "command": f"python -m benchmarks load --layers {options.layers} --device {options.device}",
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps of LLaVA-STF (144 tokens per picture) against the stock LLaVA (576), with the same trainer.
 
-python benchmarks/train.py [--device cuda] [--layers 32] [--batch 8] [--output benchmarks/results/train_cuda.json]
+python -m benchmarks train [--device cuda] [--layers 32] [--batch 8] [--output benchmarks/results/train_cuda.json]
 
 Widths are those of the 7B, weights are random, and a row is a picture with a question and an answer of --text tokens.
 The systems take turns in one process: each round builds and trains every stage of both. By default the language model
@@ -233,7 +233,3 @@ def summary(stage: str, turns: dict, options: argparse.Namespace) -> dict[str, A
 
 def work(system: dict[str, Any]) -> float:
     return system["counted_tflop_per_step"] + system["counted_tflop_recomputed"]
-
-
-if __name__ == "__main__":
-    main()

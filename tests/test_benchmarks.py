@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks import convert, gate, hotspots, load, report, run, serve
+from benchmarks import convert, gate, hotspots, load, report, run, serve, workloads
 from benchmarks.systems import (
     OURS,
     OURS_COMPILED,
@@ -112,7 +112,7 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     measure()
     result = json.loads(out.read_text())
     cases = {(case["metric"], case["batch"], case["text"]): case["systems"] for case in result["cases"]}
-    assert {metric for metric, _, _ in cases} == set(run.METRICS)
+    assert {metric for metric, _, _ in cases} == set(workloads.METRICS)
     assert set(cases["first token", 1, 50]) == {STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED}
     assert all(len(run["seconds"]) == 2 and min(run["seconds"]) > 0 for case in cases.values() for run in case.values())
     assert result["versions"]["torch"] == torch.__version__ and result["device"] and result["gate"]
@@ -183,10 +183,10 @@ def test_a_system_without_memory_is_said_so(systems):
         return lambda: None
 
     case = run.Case("decode", 512, 50, (STOCK, OURS), prepare)
-    measured = run.measure(case, systems, run.PLANS["tiny"], "cpu")
+    measured = run.measure(case, systems, workloads.PLANS["tiny"], "cpu")
     assert report.cell(measured["systems"][STOCK]) == "out of memory"
     assert report.ratio(measured["systems"], STOCK, OURS) is None
-    assert len(measured["systems"][OURS]["seconds"]) == run.PLANS["tiny"].rounds
+    assert len(measured["systems"][OURS]["seconds"]) == workloads.PLANS["tiny"].rounds
 
 
 def test_compiling_is_not_timed(systems):
@@ -198,7 +198,7 @@ def test_compiling_is_not_timed(systems):
 
     case = run.Case("decode", 1, 50, (OURS,), prepare)
     with pytest.raises(RuntimeError, match="ours was compiled again"):
-        run.measure(case, systems, run.PLANS["tiny"], "cpu")
+        run.measure(case, systems, workloads.PLANS["tiny"], "cpu")
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_compiled_systems_pass_the_gate_and_answer(systems):
     torch.compiler.reset()
     for eager, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
         systems[name] = compile_system(systems[eager], name, backend="eager")
-        answers = [run.answer(systems[system], batch=1)() for system in (eager, name)]
+        answers = [workloads.answer(systems[system], batch=1)() for system in (eager, name)]
         assert torch.equal(*answers)
     gate.compiled(systems)
     torch.compiler.reset()
@@ -257,7 +257,7 @@ def test_losses_are_named(stock, said):
 
 def test_readme_says_what_the_results_say():
     readme = report.README.read_text(encoding="utf-8")
-    assert report.updated(readme) == readme, "run: python -m benchmarks.report"
+    assert report.updated(readme) == readme, "run: python -m benchmarks report"
 
 
 def test_readme_without_a_place_for_the_tables_is_refused():

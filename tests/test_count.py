@@ -90,7 +90,7 @@ def test_published_counts_of_the_7b():
 
 
 def test_command(checkpoint):
-    command = [sys.executable, str(ROOT / "benchmarks" / "count.py"), "stf-7b", str(checkpoint)]
+    command = [sys.executable, "-m", "benchmarks", "count", "stf-7b", str(checkpoint)]
     printed = subprocess.run(
         command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
