@@ -13,7 +13,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor lint format clean
+.PHONY: help setup demo test test-floor gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -28,6 +28,11 @@ test: setup ## run the fast tests
 
 test-floor: $(FLOOR_VENV)/.stamp ## run the fast tests on the oldest supported transformers
 	$(FLOOR_VENV)/bin/python $(PYTEST) --ignore-glob='tests/test_training_*' # training needs a newer transformers
+
+MINUTES ?= 25
+
+gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the same command continues
+	$(VENV)/bin/python -m benchmarks gpu --minutes $(MINUTES)
 
 lint: setup ## check style and types
 	$(VENV)/bin/ruff check

@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 
-COMMANDS = ("run", "count", "train", "convert", "load", "serve", "hotspots", "report")
+COMMANDS = ("run", "count", "train", "convert", "load", "serve", "hotspots", "report", "gate", "gpu")
 
 
 def main() -> None:

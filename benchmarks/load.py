@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import count, machine, output
 from benchmarks.convert import SHARD_BYTES, drop_page_cache, timed
+from benchmarks.systems import configs
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 START = """
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="scratch folder (default: a temporary one)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
+    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="7b", help="widths; tiny is for a rehearsal")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to (default: cpu)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
@@ -50,7 +52,7 @@ def main() -> None:
     machine.require(options.device, parser)
     scratch = Path(tempfile.mkdtemp(prefix="load-", dir=options.folder))
     try:
-        config = count.NAMED["stf-7b"]()
+        config = configs("tiny")[1] if options.size == "tiny" else count.NAMED["stf-7b"]()
         config.text_config.num_hidden_layers = options.layers
         checkpoint = make_checkpoint(scratch / "checkpoint", config)
         result = measure(checkpoint, options)

@@ -252,11 +252,13 @@ def run(
     yield {"processor": processor_seconds(plan.rounds)}
     measured = list(kept)
     done = {(case["metric"], case["batch"], case["text"]) for case in kept}
+    order = [(case.metric, case.batch, case.text) for case in cases(plan)]
     todo = [c for c in cases(plan) if c.metric in metrics and (c.metric, c.batch, c.text) not in done]
+    todo.sort(key=lambda case: not case.wanted_first)  # a run may be cut off
     for position, case in enumerate(todo):
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)
-        yield {"cases": measured}
+        yield {"cases": sorted(measured, key=lambda row: order.index((row["metric"], row["batch"], row["text"])))}
 
 
 def _line(measured: dict[str, Any]) -> str:

@@ -106,6 +106,11 @@ class Case:
     flops: Callable[[System], float] | None = None
     bytes: Callable[[System], float] | None = None
 
+    @property
+    def wanted_first(self) -> bool:
+        """The rows that most readers look for."""
+        return self.metric in ("first token", "prefill", "decode") and self.batch <= 8 and self.text == QUESTION
+
 
 def cases(plan: Plan) -> Iterator[Case]:
     """All that is timed, in the order of the table."""

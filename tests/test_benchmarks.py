@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks import convert, gate, hotspots, load, report, run, serve, workloads
+from benchmarks import convert, gate, gpu, hotspots, load, report, run, serve, workloads
 from benchmarks.systems import (
     OURS,
     OURS_COMPILED,
@@ -167,7 +167,7 @@ def test_a_run_that_stops_goes_on_where_it_was(measured, monkeypatch, capsys):
     monkeypatch.setattr(run, "measure", whole)
     measure("--metrics", "prefill", "decode")
     cases = json.loads(out.read_text())["cases"]
-    assert cases[:2] == json.loads(half)["cases"] and not partial.exists()
+    assert all(case in cases for case in json.loads(half)["cases"]) and not partial.exists()
     assert [(case["metric"], case["batch"], case["text"]) for case in cases] == [
         ("prefill", 1, 10),
         ("prefill", 1, 50),
@@ -312,3 +312,39 @@ def test_checkpoints_for_serving_answer(tmp_path):
         output = model.generate(**inputs, min_new_tokens=3, max_new_tokens=3)
         assert output.shape[1] == inputs["input_ids"].shape[1] + 3
     assert tokens[STOCK] == 4 * tokens[OURS] > 0
+
+
+def test_gpu_steps_are_done_once_and_in_order(monkeypatch, tmp_path, capsys):
+    """The rehearsal on a CPU: real processes, the first steps only."""
+    every_step = gpu.steps
+    monkeypatch.setattr(gpu, "steps", lambda *settings: list(every_step(*settings))[:2])
+    monkeypatch.setattr(
+        "sys.argv", ["gpu", "--device", "cpu", "--size", "tiny", "--minutes", "9", "--output", str(tmp_path)]
+    )
+    for outcome in ("done", "done before"):
+        gpu.main()
+        summary = json.loads((tmp_path / "summary_cpu.json").read_text())
+        assert summary["steps"] == dict.fromkeys(("tests_cpu", "gate_bfloat16_cpu"), outcome)
+    assert summary["tests"][0]["passed"] and not summary["tests"][0]["failed"] and summary["device"]
+    assert json.loads((tmp_path / "gate_bfloat16_cpu.json").read_text())["gate"]
+
+
+def test_gpu_steps_that_fail_or_take_too_long_are_named(tmp_path):
+    failing = tmp_path / "test_it.py"
+    failing.write_text("def test_it():\n    assert False\n")
+    report = tmp_path / "tests_cpu.xml"
+    step = gpu.Step(("pytest", str(failing), "-q", "-c", "/dev/null", f"--junitxml={report}"), report)
+    assert gpu.run_step(step, 100) == "exit code 1" and not report.exists()
+    assert len(gpu.outcome_of_tests(tmp_path / "tests_cpu.failed.xml")["failed"]) == 1
+    assert gpu.run_step(gpu.Step(("http.server", "0"), tmp_path / "never"), 1) == "out of time"
+
+
+def test_rows_that_are_wanted_first_come_first(measured, monkeypatch, capsys):
+    measure, out = measured
+    measure()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    wanted = [case.wanted_first for case in workloads.cases(workloads.PLANS["tiny"])]
+    assert 0 < sum(wanted) < len(wanted) == len(lines)
+    assert all("50 tokens" in line and "batch" in line for line in lines[: sum(wanted)])
+    rows = [(case["metric"], case["batch"], case["text"]) for case in json.loads(out.read_text())["cases"]]
+    assert rows == [(case.metric, case.batch, case.text) for case in workloads.cases(workloads.PLANS["tiny"])]
