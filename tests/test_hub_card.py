@@ -485,4 +485,9 @@ def test_an_adapter_without_a_base_on_the_hub_is_refused(folder):
         name_base(folder, "/home/me/base", "v1")
     name_base(folder, "some/base", "v2")
     settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings == {"base_model_name_or_path": "some/base", "revision": "v2"}
+    assert settings == {
+        "base_model_name_or_path": "some/base",
+        "revision": "v2",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"},
+    }
