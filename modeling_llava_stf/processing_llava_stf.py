@@ -33,9 +33,8 @@ VIDEO_FPS = 1
 # Formats whose files may be a video of pictures; a frame without a duration is shown this long, as browsers do.
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
 FRAME_MILLISECONDS = 100
-# The longest side that is padded to a square, and the most pixels that any other step may make of a picture.
-MAX_SIDE = 2**15
-MAX_PIXELS = 2**27
+# The most pixels that a step may go through on the way to what the vision tower sees.
+MAX_PIXELS = 2**28
 # What is behind a URL: all of it, in all this time.
 DOWNLOAD_BYTES = 2**28
 DOWNLOAD_SECONDS = 30
@@ -135,30 +134,31 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         short, long = sorted(image.size)
         if short == 0:
             raise ValueError(f"A picture has {image.width} x {image.height} pixels: it is empty.")
-        pixels = 0
-        if settings["do_pad"]:
-            pixels = 0 if _squares_edge(**settings) else long**2
+        pixels, edge = 0, _squares_edge(**settings)
+        if edge:
+            pixels = long * max(image.height, edge)
+        elif settings["do_pad"]:
+            pixels = long**2
         elif settings["do_resize"] and settings["size"].shortest_edge:
             pixels = settings["size"].shortest_edge ** 2 * long // short
-        if _squares_edge(**settings) and long > MAX_SIDE:
-            limit = f"a side of a padded picture may have {MAX_SIDE}"
-        elif pixels > MAX_PIXELS:
-            limit = f"padded or resized it would have {pixels} in all, {MAX_PIXELS} are allowed"
-        else:
-            return
-        raise ValueError(f"A picture has {image.width} x {image.height} pixels; {limit}. Crop it, or make it smaller.")
+        if pixels > MAX_PIXELS:
+            raise ValueError(
+                f"A picture has {image.width} x {image.height} pixels: padded or resized, {pixels} would be computed, "
+                f"{MAX_PIXELS} are allowed. Crop it, or make it smaller."
+            )
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
         if kwargs.get("do_rescale") and not 0 < kwargs["rescale_factor"] < math.inf:
             raise ValueError(f"`rescale_factor` is {kwargs['rescale_factor']}, expected a positive number.")
-        if kwargs.get("do_normalize"):
-            mean, std = np.atleast_1d(kwargs["image_mean"]), np.atleast_1d(kwargs["image_std"])
-            if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-                raise ValueError(
-                    f"`image_mean` is {kwargs['image_mean']} and `image_std` is {kwargs['image_std']}, expected finite "
-                    "numbers, and positive ones for `image_std`."
-                )
+        for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+            values = kwargs.get(name)
+            if values is not None and not (np.shape(values) == (3,) and all(least < x < math.inf for x in values)):
+                positive = " above 0" if name == "image_std" else ""
+                raise ValueError(f"`{name}` is {values}, expected three finite numbers{positive}.")
+        crop = kwargs.get("crop_size")
+        if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
+            raise ValueError(f"`crop_size` is {crop}, expected a height and a width above 0.")
         if kwargs.get("alpha_background") is not None:
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
 
@@ -615,9 +615,9 @@ def _squares_edge(do_pad: bool | None, do_resize: bool | None, size: Any, **kwar
     return size.shortest_edge if do_pad and do_resize and not size.longest_edge else None
 
 
-def _padding(mean: float | Sequence[float] | None) -> tuple[int, ...]:
+def _padding(mean: Sequence[float] | None) -> tuple[int, ...]:
     """The mean colour, or black."""
-    return tuple(int(255 * channel) for channel in np.broadcast_to(mean, 3)) if mean else (0, 0, 0)
+    return tuple(int(255 * channel) for channel in mean) if mean else (0, 0, 0)
 
 
 def _padded_and_resized(image: PIL.Image.Image, colour: tuple[int, ...], edge: int, resample: int) -> PIL.Image.Image:
