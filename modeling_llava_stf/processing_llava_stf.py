@@ -156,9 +156,9 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             if values is not None and not (np.shape(values) == (3,) and all(least < x < math.inf for x in values)):
                 positive = " above 0" if name == "image_std" else ""
                 raise ValueError(f"`{name}` is {values}, expected three finite numbers{positive}.")
-        crop = kwargs.get("crop_size")
+        crop: Any = kwargs.get("crop_size")
         if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
-            raise ValueError(f"`crop_size` is {crop}, expected a height and a width above 0.")
+            raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
         if kwargs.get("alpha_background") is not None:
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
 
@@ -418,7 +418,7 @@ class LlavaSTFProcessor(LlavaProcessor):
 # Pictures: out of files, out of arrays, into RGB
 
 
-def load_picture(source: str | Path | bytes | dict[str, Any]) -> PIL.Image.Image:
+def load_picture(source: Any) -> PIL.Image.Image:
     """A picture as PIL decodes it, neither turned nor converted; of several frames or pages the first.
 
     Args:
@@ -428,31 +428,32 @@ def load_picture(source: str | Path | bytes | dict[str, Any]) -> PIL.Image.Image
     Raises:
         ValueError: names what cannot be read, and says why.
     """
-    place: Any = source
     if isinstance(source, dict):
-        place = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    name = f"of {len(place)} bytes" if isinstance(place, bytes) else repr(str(place))
+        source = source["bytes"] if source.get("bytes") is not None else Path(source.get("path") or "")
+    name = f"of {len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
     name = name if len(name) <= 200 else f"{name[:200]}..."
     try:
-        picture = PIL.Image.open(_readable(place))
+        picture = PIL.Image.open(_readable(source))
         picture.load()
     except UNREADABLE as error:
         raise ValueError(f"Cannot read the picture {name}: {error or type(error).__name__}") from error
     return picture
 
 
-def _readable(source: Any) -> Any:
+def _readable(source: str | Path | bytes) -> Any:
     """What `PIL.Image.open` takes; only regular files are opened, as a pipe would block."""
     if isinstance(source, bytes):
         return BytesIO(source)
-    if str(source).startswith(("http://", "https://")):
-        return BytesIO(_downloaded(str(source)))
     if os.path.isfile(source):
         return source
     if os.path.exists(source):
         raise ValueError("it is not a regular file")
+    if isinstance(source, Path):
+        raise ValueError("there is no such file")
+    if source.startswith(("http://", "https://")):
+        return BytesIO(_downloaded(source))
     try:
-        encoded = str(source).partition(",")[2] if str(source).startswith("data:image/") else str(source)
+        encoded = source.partition(",")[2] if source.startswith("data:image/") else source
         return BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
     except ValueError as error:
         raise ValueError(f"there is no such file, and it is neither a URL nor base64 ({error})") from error
