@@ -18,6 +18,7 @@ from urllib.parse import urlparse
 
 import httpx
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import PIL.ImageColor
 import PIL.ImageOps
@@ -28,6 +29,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 from transformers.video_utils import load_video
 
+ORIENTATION = PIL.ExifTags.Base.Orientation
 # Frames per second that are read from a video file, as the original's evaluation does.
 VIDEO_FPS = 1
 # Formats whose files may be a video of pictures; a frame without a duration is shown this long, as browsers do.
@@ -48,6 +50,7 @@ UNREADABLE = (
     EOFError,
     OverflowError,
     MemoryError,
+    RuntimeError,
     struct.error,
     zlib.error,
     PIL.Image.DecompressionBombError,
@@ -465,9 +468,10 @@ def _downloaded(url: str) -> bytes:
         try:
             return thread.submit(asyncio.run, _download(url)).result()
         except TimeoutError as error:
-            raise ValueError(f"{url} took more than {DOWNLOAD_SECONDS} seconds: download it yourself") from error
+            raise ValueError(f"it took more than {DOWNLOAD_SECONDS} seconds; download it yourself") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise ValueError(f"{url} cannot be downloaded: {error or type(error).__name__}") from error
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"it cannot be downloaded: {reason}") from error
 
 
 async def _download(url: str) -> bytes:
@@ -481,7 +485,7 @@ async def _download(url: str) -> bytes:
         async for piece in response.aiter_bytes():
             content += piece
             if len(content) > DOWNLOAD_BYTES:
-                raise ValueError(f"{url} has more than {DOWNLOAD_BYTES} bytes: download it yourself")
+                raise ValueError(f"it has more than {DOWNLOAD_BYTES} bytes; download it yourself")
     return bytes(content)
 
 
@@ -521,15 +525,19 @@ def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Turned as the EXIF orientation says. No other tag is read: photos with damaged ones are common."""
     picture = _decoded(picture)
     try:
-        return PIL.ImageOps.exif_transpose(picture)
-    except (*UNREADABLE, AttributeError) as error:
-        name = getattr(picture, "filename", "") or "a picture"
-        raise ValueError(
-            f"Cannot read the EXIF data of {name}: {error or type(error).__name__}. Remove it from the file, or pass "
-            "`do_exif_transpose=False`."
-        ) from error
+        orientation = picture.getexif().get(ORIENTATION, 1)
+    except UNREADABLE:
+        return picture
+    if orientation == 1:
+        return picture
+    picture = picture.copy()
+    for tags in ("exif", "Raw profile type exif"):
+        picture.info.pop(tags, None)
+    picture.getexif()[ORIENTATION] = orientation
+    return PIL.ImageOps.exif_transpose(picture)
 
 
 def _with_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
@@ -662,15 +670,19 @@ def is_picture(path: Any) -> bool:
     if str(path).startswith("data:image/"):
         return True
     suffix = os.path.splitext(urlparse(str(path)).path if "://" in str(path) else path)[1].lower()
-    return PIL.Image.registered_extensions().get(suffix, "MPEG") not in ("MPEG", "PDF")
+    kind = PIL.Image.registered_extensions().get(suffix)
+    return kind in PIL.Image.OPEN and kind != "MPEG"
 
 
 def is_animation(picture: PIL.Image.Image) -> bool:
     """Whether a picture is a video of its own: an animated GIF, WebP, PNG or AVIF, but no photo of several parts."""
-    return picture.format in ANIMATED and getattr(picture, "is_animated", False)
+    try:
+        return picture.format in ANIMATED and getattr(picture, "is_animated", False)
+    except UNREADABLE:  # damaged behind its first frame
+        return True
 
 
-def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps: float | None = VIDEO_FPS) -> list[int]:
+def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps: float | None = None) -> list[int]:
     """Which frames of an animation are shown at the times that are read: `fps` a second, or `num_frames` in all."""
     milliseconds = []
     for index in range(animation.n_frames):  # type: ignore[attr-defined] # of the plugin's class
@@ -680,7 +692,8 @@ def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps:
     ends = np.cumsum(milliseconds)
     if num_frames is not None and num_frames >= len(ends):
         return list(range(len(ends)))
-    count = num_frames or max(1, int(min(ends[-1] / 1000 * fps, ends[-1])))  # milliseconds are the finest clock
+    # A millisecond is the shortest time that a frame is shown.
+    count = num_frames or max(1, int(min(ends[-1] / 1000 * (fps or VIDEO_FPS), ends[-1])))
     times = np.arange(count) * ends[-1] / count
     return np.unique(np.searchsorted(ends, times, side="right")).tolist()
 
@@ -726,7 +739,11 @@ def _frames(video: Any, num_frames: int | None, fps: float | None) -> list:
         raise ValueError(f"`fps` is {fps} and `num_frames` is {num_frames}, expected a positive number.")
     clock = VIDEO_FPS if fps is None and num_frames is None else fps
     if isinstance(video, PIL.Image.Image):
-        return [_frame(video, index) for index in shown_frames(video, num_frames, clock)]
+        try:
+            return [_frame(video, index) for index in shown_frames(video, num_frames, clock)]
+        except UNREADABLE as error:
+            name = getattr(video, "filename", "") or "an animation"
+            raise ValueError(f"Cannot decode {name}: {error}. The file is damaged or not complete.") from error
     if isinstance(video, (str, Path)):
         return _file_frames(str(video), num_frames, clock)
     if fps is not None:
