@@ -452,14 +452,14 @@ def _readable(source: str | Path | bytes) -> Any:
     if os.path.exists(source):
         raise ValueError("it is not a regular file")
     if isinstance(source, Path):
-        raise ValueError("there is no such file")
+        raise ValueError("no such file")
     if source.startswith(("http://", "https://")):
         return BytesIO(_downloaded(source))
     try:
         encoded = source.partition(",")[2] if source.startswith("data:image/") else source
         return BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
     except ValueError as error:
-        raise ValueError(f"there is no such file, and it is neither a URL nor base64 ({error})") from error
+        raise ValueError(f"no such file, and neither a URL nor base64 ({error})") from error
 
 
 def _downloaded(url: str) -> bytes:
