@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 from PIL import Image, ImageOps
-from transformers import AutoImageProcessor, pipeline
+from transformers import pipeline
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor, processing_llava_stf
@@ -132,7 +132,7 @@ def test_the_options_are_saved_and_loaded(photo, checkpoint, tmp_path):
     path = rotated(photo, tmp_path / "photo.png")
     for image_processor in (
         LlavaSTFProcessor.from_pretrained(tmp_path / "saved").image_processor,
-        AutoImageProcessor.from_pretrained(tmp_path / "saved"),
+        LlavaSTFImageProcessor.from_pretrained(tmp_path / "saved"),
         LlavaSTFImageProcessor.from_pretrained(checkpoint, **options),
     ):
         assert {name: getattr(image_processor, name) for name in options} == options

@@ -529,7 +529,7 @@ def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     picture = _decoded(picture)
     try:
         orientation = picture.getexif().get(ORIENTATION, 1)
-    except UNREADABLE:
+    except (*UNREADABLE, AttributeError):  # the last by Pillow 10.0, for a TIFF of several pages
         return picture
     if orientation == 1:
         return picture
@@ -541,7 +541,8 @@ def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _with_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    if picture.mode.startswith("I;16"):
+    # Pillow before 10.4 opens a PNG of 16 bits in the mode I; goes when Pillow 10.4 is the oldest supported one.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         array = np.asarray(picture)
         grey = PIL.Image.fromarray((array >> 8).astype(np.uint8))
         if "transparency" in picture.info:
