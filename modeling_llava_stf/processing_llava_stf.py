@@ -382,11 +382,11 @@ class LlavaSTFProcessor(LlavaProcessor):
         pixels = []
         for video in videos:
             frames = _frames(video, **sampling)
-            if all(hasattr(frame, "ndim") for frame in frames):
+            if image_kwargs.get("do_rescale", self.image_processor.do_rescale) and not any(
+                isinstance(frame, PIL.Image.Image) for frame in frames
+            ):
                 # All frames at once: one of them may be black, or nearly so.
-                arrays = [_as_array(frame) for frame in frames]
-                if image_kwargs.get("do_rescale", self.image_processor.do_rescale) or arrays[0].dtype.kind != "f":
-                    frames = _as_pictures(arrays, image_kwargs.get("input_data_format"))
+                frames = _as_pictures([_as_array(frame) for frame in frames], image_kwargs.get("input_data_format"))
             pixels.append(self.image_processor(frames, **image_kwargs)["pixel_values"])
         outputs = {"pixel_values_videos": pixels}
         return outputs, [self.replace_video_token(outputs, index) for index in range(len(videos))]
@@ -686,6 +686,7 @@ def is_animation(picture: PIL.Image.Image) -> bool:
 def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps: float | None = None) -> list[int]:
     """Which frames of an animation are shown at the times that are read: `fps` a second, or `num_frames` in all."""
     milliseconds = []
+    _seek_end(animation)
     for index in range(animation.n_frames):  # type: ignore[attr-defined] # of the plugin's class
         animation.seek(index)
         animation.load()
@@ -697,6 +698,12 @@ def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps:
     count = num_frames or max(1, int(min(ends[-1] / 1000 * (fps or VIDEO_FPS), ends[-1])))
     times = np.arange(count) * ends[-1] / count
     return np.unique(np.searchsorted(ends, times, side="right")).tolist()
+
+
+def _seek_end(animation: PIL.Image.Image) -> None:
+    """From here one can go back: Pillow 13.0 loses count in an animated PNG if that is done earlier."""
+    animation.seek(animation.n_frames - 1)  # type: ignore[attr-defined]
+    animation.load()
 
 
 def _flat_videos(videos: Any) -> Iterator[Any]:
@@ -740,11 +747,7 @@ def _frames(video: Any, num_frames: int | None, fps: float | None) -> list:
         raise ValueError(f"`fps` is {fps} and `num_frames` is {num_frames}, expected a positive number.")
     clock = VIDEO_FPS if fps is None and num_frames is None else fps
     if isinstance(video, PIL.Image.Image):
-        try:
-            return [_frame(video, index) for index in shown_frames(video, num_frames, clock)]
-        except UNREADABLE as error:
-            name = getattr(video, "filename", "") or "an animation"
-            raise ValueError(f"Cannot decode {name}: {error}. The file is damaged or not complete.") from error
+        return _animation_frames(video, num_frames, clock)
     if isinstance(video, (str, Path)):
         return _file_frames(str(video), num_frames, clock)
     if fps is not None:
@@ -754,9 +757,18 @@ def _frames(video: Any, num_frames: int | None, fps: float | None) -> list:
     return [video[index] for index in np.linspace(0, len(video) - 1, num_frames).round().astype(int)]
 
 
-def _frame(animation: PIL.Image.Image, index: int) -> PIL.Image.Image:
-    animation.seek(index)
-    return animation.copy()
+def _animation_frames(animation: PIL.Image.Image, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
+    position, frames = animation.tell(), []
+    try:
+        for index in shown_frames(animation, num_frames, fps):
+            animation.seek(index)
+            frames.append(animation.copy())
+        _seek_end(animation)
+        animation.seek(position)
+    except UNREADABLE as error:
+        name = getattr(animation, "filename", "") or "an animation"
+        raise ValueError(f"Cannot decode {name}: {error}. The file is damaged or not complete.") from error
+    return frames
 
 
 def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:

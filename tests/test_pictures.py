@@ -264,6 +264,14 @@ def test_16_bit_grey_keeps_its_upper_bits(mode, do_pad, photo, pixels, tmp_path)
         assert torch.equal(pixels(source, do_pad=do_pad), expected)
 
 
+def test_16_bit_png_as_old_pillow_opens_it(photo, pixels):
+    """Pillow before 10.4; the test goes with the workaround, when that is the oldest supported one."""
+    picture = Image.fromarray(np.asarray(photo.convert("L")).astype(np.int32) * 257)
+    assert picture.mode == "I"
+    picture.format = "PNG"
+    assert torch.equal(pixels(picture), pixels(photo.convert("L")))
+
+
 @pytest.mark.parametrize("mode", ["I", "F"])
 def test_numbers_without_a_known_range(mode, photo, pixels, tmp_path):
     grey = np.asarray(photo.convert("L")).astype({"I": np.int32, "F": np.float32}[mode])
@@ -586,6 +594,10 @@ def test_an_animation_is_a_video_of_its_frames(ending, processor, tmp_path):
     path = str(animation(tmp_path / f"a.{ending}"))
     for form in (path, Path(path), [path], [[path]], Image.open(path), [Image.open(path)]):
         assert shades(processor, form) == [0, 4, 8]
+    opened = Image.open(path)
+    opened.seek(5)
+    assert shades(processor, opened) == shades(processor, opened) == [0, 4, 8]
+    assert (opened.tell(), opened.convert("RGB").getpixel((0, 0))[0]) == (5, 100)
     assert shades(processor, path, fps=2) == [0, 2, 4, 6, 8, 10]
     assert shades(processor, path, fps=4) == list(range(12))
     assert shades(processor, path, fps=1000) == list(range(12))  # none twice
@@ -593,6 +605,15 @@ def test_an_animation_is_a_video_of_its_frames(ending, processor, tmp_path):
     assert shades(processor, path, num_frames=99) == list(range(12))
     two = [path, path]
     assert shades(processor, two, "<video><video>") == shades(processor, [two], "<video><video>") == [0, 4, 8] * 2
+
+
+def test_an_animated_png_loses_count_when_it_goes_back_early(tmp_path):
+    """Pillow 13.0: why we go to its end first."""
+    opened = Image.open(animation(tmp_path / "a.png"))
+    with pytest.raises(SyntaxError, match="sequence errors"):
+        for index in (4, 0, 4):
+            opened.seek(index)
+            opened.load()
 
 
 def test_an_animation_is_read_by_the_durations_of_its_frames(processor, tmp_path):
