@@ -141,6 +141,14 @@ def test_still_gifs_are_the_frames_of_one_video(processor, tmp_path):
     assert (row["problem"], row["vision"], len(row["videos"])) == ("", 2, 1)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_animation_among_frames_is_refused(order, processor, tmp_path):
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "still.gif")
+    names = [animation(tmp_path / "a.gif").name, "still.gif"][::order]
+    row = checked(rows_of(tmp_path, video=names), processor)
+    assert row["problem"] == f"bad image: {tmp_path / 'a.gif'}: an animation among frames; it is a video of its own"
+
+
 def test_a_picture_without_options_is_as_the_class_has_it(photo, tmp_path):
     path = rotated(photo, tmp_path / "photo.png")
     opened = open_image({"path": str(path), "bytes": None})

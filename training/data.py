@@ -193,11 +193,10 @@ def _listed(example: dict[str, Any], one: str, many: str) -> list:
 
 
 def _videos(example: dict[str, Any], root: str) -> list:
-    """Files, or lists of frames: pictures are the frames of one video, unless they are animations."""
+    """Files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
     videos = _listed(example, "video", "videos")
-    if not videos or not all(is_picture(item) for item in videos) or is_animated(os.path.join(root, videos[0])):
-        return videos
-    return [videos]
+    frames = videos and all(is_picture(item) for item in videos)
+    return [videos] if frames and not all(is_animated(os.path.join(root, item)) for item in videos) else videos
 
 
 def is_animated(path: str) -> bool:
@@ -392,13 +391,15 @@ def open_image(image: Any, image_processor: Any = None) -> PIL.Image.Image:
 
 def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
     """Frames that the processor will read: those that are listed, or one for each second of a file."""
-    if is_animated(video[0]):
+    if len(video) == 1 and is_animated(video[0]):
         try:
             return len(shown_frames(load_picture(video[0])))
         except UNREADABLE as error:
             raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
     if is_picture(video[0]):
         for frame in video:
+            if is_animated(frame):
+                raise DataError(f"{BAD_IMAGE}: {frame}: an animation among frames; it is a video of its own")
             check_image({"path": frame, "bytes": None}, decode, image_processor)
         return len(video)
     if not os.path.isfile(video[0]):
@@ -552,6 +553,6 @@ class Collator(DataCollatorForVisionLanguageModeling):
         return {"messages": messages, "images": [open_image(image, image_processor) for image in row["images"]]}
 
     def _frames_or_file(self, video: list[str]) -> Any:
-        if not is_picture(video[0]) or is_animated(video[0]):
+        if not is_picture(video[0]) or (len(video) == 1 and is_animated(video[0])):
             return video[0]
         return [open_image({"path": frame, "bytes": None}, self.processor.image_processor) for frame in video]

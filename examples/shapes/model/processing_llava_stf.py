@@ -478,7 +478,7 @@ async def _download(url: str) -> bytes:
     content = bytearray()
     async with (
         asyncio.timeout(DOWNLOAD_SECONDS),
-        httpx.AsyncClient(follow_redirects=True, timeout=DOWNLOAD_SECONDS) as client,
+        httpx.AsyncClient(follow_redirects=True, timeout=None) as client,
         client.stream("GET", url) as response,
     ):
         response.raise_for_status()
