@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -21,6 +22,8 @@ from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcesso
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
+# Of the image processor: what may differ between a picture and what the original sees of it.
+IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background")
 
 
 def main() -> int:
@@ -30,7 +33,14 @@ def main() -> int:
     try:
         if arguments.command == "demo":
             return demo()
-        return ask(arguments.image, arguments.question, arguments.model, arguments.revision, arguments.max_new_tokens)
+        return ask(
+            arguments.image,
+            arguments.question,
+            arguments.model,
+            arguments.revision,
+            arguments.max_new_tokens,
+            {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None},
+        )
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -45,16 +55,31 @@ def _parser() -> argparse.ArgumentParser:
     ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    ask_parser.add_argument(
+        "--do-exif-transpose",
+        action=argparse.BooleanOptionalAction,
+        help="turn a photo upright, as its EXIF orientation says (default: as the model's processor does)",
+    )
+    ask_parser.add_argument(
+        "--alpha-background",
+        metavar="COLOUR",
+        help="paint this colour, such as white, behind transparent pixels (default: as the model's processor does)",
+    )
     commands.add_parser("demo", help="ask the small model about a picture that it has never seen")
     return parser
 
 
 def ask(
-    image: str, question: str, model: str | None = None, revision: str | None = None, max_new_tokens: int = 128
+    image: str,
+    question: str,
+    model: str | None = None,
+    revision: str | None = None,
+    max_new_tokens: int = 128,
+    image_options: dict[str, Any] | None = None,
 ) -> int:
     """Prints picture, question, answer, vision tokens and time."""
     processor, network = _load(model or _default_model(), revision)
-    answer, seconds = _answer(processor, network, image, question, max_new_tokens)
+    answer, seconds = _answer(processor, network, image, question, max_new_tokens, image_options)
     print(f"picture   {image}")
     print(f"question  {question}")
     print(f"answer    {answer}")
@@ -90,6 +115,7 @@ def _answer(
     image: str,
     question: str,
     max_new_tokens: int,
+    image_options: dict[str, Any] | None = None,
 ) -> tuple[str, float]:
     """The greedy answer, and the seconds that it took."""
     conversation = [
@@ -97,7 +123,12 @@ def _answer(
     ]
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        conversation,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=image_options,
     ).to(network.device, network.dtype)
     output = network.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

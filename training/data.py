@@ -16,10 +16,8 @@ A row has these columns, whatever it was read from:
 """
 
 import hashlib
-import io
 import itertools
 import json
-import mimetypes
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -36,7 +34,17 @@ from jinja2 import TemplateError
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_llava_stf.processing_llava_stf import VIDEO_FPS, LlavaSTFProcessor
+from modeling_llava_stf.processing_llava_stf import (
+    UNREADABLE,
+    VIDEO_FPS,
+    LlavaSTFImageProcessor,
+    LlavaSTFProcessor,
+    is_animation,
+    is_picture,
+    load_picture,
+    shown_frames,
+    to_rgb,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -119,7 +127,7 @@ CHECKED = Features(
 
 
 # What `datasets` raises for data that it cannot read.
-UNREADABLE = (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
+UNREADABLE_DATA = (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
 
 
 class DataError(ValueError):
@@ -200,7 +208,7 @@ def _json_files(path: Path, data_path: str, config: str | None, split: str) -> l
             )
         names = list(builder.config.data_files[split])
         return list(zip(names, datasets.DownloadManager().download_and_extract(names), strict=True))
-    except UNREADABLE as error:
+    except UNREADABLE_DATA as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"Cannot read {data_path!r}: {error}") from error
@@ -230,7 +238,7 @@ def _load_source(
             saved = datasets.load_from_disk(data_path)
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(data_path, config, split=split, streaming=streaming)
-    except UNREADABLE as error:
+    except UNREADABLE_DATA as error:
         raise DataError(f"Cannot read {data_path!r}, split {split!r}: {error}") from error
 
 
@@ -299,7 +307,7 @@ def to_row(example: Any, index: int, root: str) -> dict[str, Any]:
         key, given = _turns(example)
         _check_trained(example, "a row")
         images = [_reference(image, root) for image in _listed(example, "image", "images")]
-        videos = [_frame_paths(video, root) for video in _videos(example)]
+        videos = [_frame_paths(video, root) for video in _videos(example, root)]
         turns = [_turn(turn, notes) for turn in given]
         _check_order(turns)
         messages = place_media(turns, len(images), len(videos), at_front=key == "messages")
@@ -394,14 +402,22 @@ def _listed(example: dict[str, Any], one: str, many: str) -> list:
     return value if isinstance(value, list) else [value]
 
 
-def _videos(example: dict[str, Any]) -> list:
+def _videos(example: dict[str, Any], root: str) -> list:
+    """Files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
     videos = _listed(example, "video", "videos")
-    return [videos] if videos and all(is_picture(item) for item in videos) else videos  # the frames of one video
+    frames = videos and all(is_picture(item) for item in videos)
+    return [videos] if frames and not all(is_animated(os.path.join(root, item)) for item in videos) else videos
 
 
-def is_picture(path: Any) -> bool:
-    """Whether this is the path of a picture, by its ending: a frame, and not a video."""
-    return isinstance(path, str) and (mimetypes.guess_type(path)[0] or "").startswith("image/")
+def is_animated(path: str) -> bool:
+    """Whether this is an animated picture, and so a video; only its header is read."""
+    try:
+        if not is_picture(path) or not os.path.isfile(path):
+            return False
+        with PIL.Image.open(path) as picture:
+            return is_animation(picture)
+    except UNREADABLE:
+        return False
 
 
 def _reference(image: Any, root: str) -> Any:
@@ -611,8 +627,8 @@ class Checker:
         frames, found = 0, {"length": 0, "vision": 0, "targets": 0, "notes": row["notes"], "problem": row["problem"]}
         try:
             for image in row["images"]:
-                check_image(image, self.decode)
-            frames = sum(count_frames(video, self.decode) for video in row["videos"])
+                check_image(image, self.decode, self.processor.image_processor)
+            frames = sum(count_frames(video, self.decode, self.processor.image_processor) for video in row["videos"])
         except DataError as error:
             found["problem"] = found["problem"] or str(error)
         if found["problem"]:
@@ -684,34 +700,53 @@ def _texts(messages: list[dict[str, Any]]) -> list[str]:
     return [part["text"] for message in messages for part in message["content"] if part["text"]]
 
 
-def check_image(image: dict[str, Any], decode: bool) -> None:
-    """Raises a [`DataError`] that names the image, if it is missing or, with `decode`, cannot be read to its end."""
+def check_image(image: dict[str, Any], decode: bool, image_processor: Any) -> None:
+    """Raises a [`DataError`] that names the image, if it is missing or, with `decode`, cannot be trained on."""
     if decode:
-        open_image(image)
+        open_image(image, image_processor)
     elif image["bytes"] is None and not os.path.isfile(image["path"]):
         raise DataError(f"{BAD_IMAGE}: {image['path']}: no such file")
 
 
-def open_image(image: dict[str, Any] | PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in RGB, as PIL converts it (the original drops transparency and does not rotate)."""
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    name = image["path"] or "an image in the dataset"
+def open_image(image: Any, image_processor: Any = None) -> PIL.Image.Image:
+    """The picture in RGB as [`LlavaSTFImageProcessor`] makes it, for the stock image processor of LLaVA too.
+
+    Args:
+        image: `{"path", "bytes"}`, or a picture that is decoded already.
+        image_processor: has the options; by default those of the class.
+
+    Raises:
+        DataError: names the image that is missing, cannot be read, or is too long and thin.
+    """
+    options = {
+        name: getattr(image_processor, name, getattr(LlavaSTFImageProcessor, name))
+        for name in ("do_exif_transpose", "alpha_background")
+    }
     try:
-        with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{BAD_IMAGE}: {name}: no such file") from None
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{BAD_IMAGE}: {name}: {error}") from error
+        picture = to_rgb(image if isinstance(image, PIL.Image.Image) else load_picture(image), **options)
+        if isinstance(image_processor, LlavaSTFImageProcessor):
+            image_processor.check_size(picture)
+    except ValueError as error:
+        name = (isinstance(image, dict) and image["path"]) or "an image in the dataset"
+        raise DataError(f"{BAD_IMAGE}: {name}: {error.__cause__ or error}") from error
+    return picture
 
 
-def count_frames(video: list[str], decode: bool) -> int:
+def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
     """Frames that the processor will read: those that are listed, or one for each second of a file."""
+    if len(video) == 1 and is_animated(video[0]):
+        try:
+            return len(shown_frames(load_picture(video[0])))
+        except UNREADABLE as error:
+            raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
     if is_picture(video[0]):
         for frame in video:
-            check_image({"path": frame, "bytes": None}, decode)
+            if is_animated(frame):
+                raise DataError(f"{BAD_IMAGE}: {frame}: an animation among frames; it is a video of its own")
+            check_image({"path": frame, "bytes": None}, decode, image_processor)
         return len(video)
+    if not os.path.isfile(video[0]):
+        raise DataError(f"{BAD_IMAGE}: {video[0]}: no such file")
     import av
 
     try:
@@ -866,13 +901,14 @@ class Collator(DataCollatorForVisionLanguageModeling):
             {
                 **message,
                 "content": [
-                    {**part, "video": _frames_or_file(next(videos))} if part["type"] == "video" else part
+                    {**part, "video": self._frames_or_file(next(videos))} if part["type"] == "video" else part
                     for part in message["content"]
                 ],
             }
             for message in row["messages"]
         ]
-        return {"messages": messages, "images": [open_image(image) for image in row["images"]]}
+        image_processor = self.processor.image_processor
+        return {"messages": messages, "images": [open_image(image, image_processor) for image in row["images"]]}
 
     def _checked(self, example: dict[str, Any]) -> dict[str, Any]:
         row = to_row(example, 0, "")
@@ -881,8 +917,7 @@ class Collator(DataCollatorForVisionLanguageModeling):
             logger.warning_once(f"note: {note}")
         return row
 
-
-def _frames_or_file(video: list[str]) -> Any:
-    if not is_picture(video[0]):
-        return video[0]
-    return [open_image({"path": frame, "bytes": None}) for frame in video]
+    def _frames_or_file(self, video: list[str]) -> Any:
+        if not is_picture(video[0]) or (len(video) == 1 and is_animated(video[0])):
+            return video[0]
+        return [open_image({"path": frame, "bytes": None}, self.processor.image_processor) for frame in video]

@@ -113,6 +113,20 @@ class LlavaSTFTrainingArguments(SFTConfig):
             "choices": ["pad", "square"],
         },
     )
+    do_exif_transpose: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Turn photos upright, as their EXIF orientation says; the original does not. By default as the "
+            "model's processor does. What is trained with is saved with the model."
+        },
+    )
+    alpha_background: str | None = field(
+        default=None,
+        metadata={
+            "help": "Colour to paint behind transparent pixels, such as 'white'; the original drops transparency. By "
+            "default as the model's processor does. What is trained with is saved with the model."
+        },
+    )
     max_length: int | None = field(
         default=2048,
         metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
@@ -185,6 +199,9 @@ class LlavaSTFTrainer(SFTTrainer):
             )
         processor = processing_class
         template = template_text(processor, args.chat_template_name)
+        for name in ("do_exif_transpose", "alpha_background"):
+            if getattr(args, name) is not None:
+                setattr(processor.image_processor, name, getattr(args, name))
         if args.image_aspect_ratio == "square":  # in training only: the saved processor pads
             processor = copy.deepcopy(processor)
             processor.image_processor.do_pad = False
