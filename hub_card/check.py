@@ -67,7 +67,8 @@ PATH = re.compile(
 )
 # So short that they stand by chance in what is no text.
 SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:\\\\?\w)" + REST)
-MOST_HEAD = 200_000  # characters of a card's YAML
+# The most characters of a card's YAML, and brackets in it: PyYAML 6.0.3 takes time with the square of their depth.
+MOST_HEAD, MOST_BRACKETS = 200_000, 200
 
 
 def check(folder: Path | Frozen, **options: Any) -> list[str]:
@@ -83,8 +84,8 @@ def check(folder: Path | Frozen, **options: Any) -> list[str]:
     is_adapter(folder.source if isinstance(folder, Frozen) else folder)
     frozen = folder if isinstance(folder, Frozen) else freeze(folder, **options)
     problems = [*frozen.refused, *check_kinds(frozen)]
-    damaged = any(problem.startswith("damaged") for problem in problems)  # the other checks would read it
-    if not damaged:
+    damaged = any(problem.startswith("damaged") for problem in problems)
+    if not damaged and {"config.json", ADAPTER_CONFIG_FILE} & frozen.files.keys():  # the other checks read them
         problems += [problem for find in CHECKS for problem in find(frozen)]
     # Loading runs code of the folder, and would only repeat what is known to be missing.
     return problems or list(check_use(frozen))
@@ -97,7 +98,7 @@ def check_kinds(frozen: Frozen) -> Iterator[str]:
     """Every file is of the kind that its name says, and nothing else besides."""
     for name, file in frozen.files.items():
         content = frozen.read(name)
-        if file.kind != "safetensors" and is_pickle(content):
+        if file.kind in ("text", "code", "sentencepiece") and is_pickle(content):
             yield f"pickle: {name} may run code when it is loaded; remove it"
             continue
         try:
@@ -170,6 +171,9 @@ def head_of(card: str) -> dict[str, Any]:
         raise ValueError(f"{CARD_FILE} does not begin with a YAML block between two lines of `---`")
     if len(head[1]) > MOST_HEAD:
         raise ValueError(f"the YAML of {CARD_FILE} has {len(head[1])} characters; the most is {MOST_HEAD}")
+    brackets = head[1].count("[") + head[1].count("{")
+    if brackets > MOST_BRACKETS:
+        raise ValueError(f"the YAML of {CARD_FILE} has {brackets} opening brackets; the most is {MOST_BRACKETS}")
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1], Loader=yaml.SafeLoader)):
             raise ValueError(f"the YAML of {CARD_FILE} has references (`*name`): write out what they stand for")

@@ -408,7 +408,7 @@ def test_each_fault_is_found_alone(fault, folder, monkeypatch):
 
 def test_what_only_looks_like_a_path_is_none(folder):
     edit_json(folder / "tokenizer.json", merges=["/home/me x"])  # words of a vocabulary
-    write_chunk(folder / "example.png", b"eXIf", b"\xff ~/x C:\\x")  # by chance
+    write_chunk(folder / "example.png", b"hIST", b"\xff ~/x C:\\x")  # by chance
     edit_card(folder, "## Use", "See https://some.org/data/x, `a/b/c` and USER:\\n.\n\n## Use")
     assert not list(check_paths(freeze(folder)))
 
