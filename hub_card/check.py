@@ -178,8 +178,10 @@ def head_of(card: str) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1], Loader=yaml.SafeLoader)):
             raise ValueError(f"the YAML of {CARD_FILE} has references (`*name`): write out what they stand for")
         fields = yaml.safe_load(head[1])
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"the YAML of {CARD_FILE} is not valid: {str(error) or 'nested too deep'}") from error
+    except RecursionError as error:
+        raise ValueError(f"the YAML of {CARD_FILE} is nested too deep") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"the YAML of {CARD_FILE} is not valid: {error}") from error
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"the YAML of {CARD_FILE} is not valid: expected names with values")
     return fields
