@@ -22,8 +22,12 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
 from .card import (
+    ADAPTER_CONFIG_FILE,
     CARD_FILE,
+    EXAMPLE_PICTURE,
     FIRST_TAG,
+    LICENCES,
+    METHOD_PICTURE,
     Facts,
     gather,
     is_adapter,
@@ -40,6 +44,7 @@ from .results import read_object
 MEMORY_FILE = ".hub_card.json"
 NEEDED = {"repo_id": ("--repo-id", "USER/NAME"), "license": ("--license", "cc-by-nc-4.0")}
 REFUSED, HUB_REFUSED, TRY_AGAIN, STOPPED = 2, 3, 4, 130
+WRITTEN = {MEMORY_FILE, CARD_FILE, METHOD_PICTURE, EXAMPLE_PICTURE, ADAPTER_CONFIG_FILE, *LICENCES}
 YES = ("also", "allow_code", "run_code", "time_limit")
 
 
@@ -88,10 +93,12 @@ def _render(folder: Path, run: bool, **options: Any) -> int:
 
 
 def _refuse_special(folder: Path) -> None:
-    """Rendering reads the folder: a pipe in it would be waited for."""
-    special = [path for path in folder.iterdir() if path.exists() and not (path.is_file() or path.is_dir())]
-    if special:
-        raise ValueError(f"{special[0]} is no regular file (a pipe, socket or device): remove it.")
+    """Rendering reads the folder, and would wait for a pipe; it writes into it, and would follow a link."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is no regular file (a pipe, socket or device): remove it.")
+        if path.is_symlink() and path.name in WRITTEN:
+            raise ValueError(f"{path} is a symbolic link, which would be written through: remove it.")
 
 
 def _check(folder: Path, **yes: Any) -> int:

@@ -62,6 +62,8 @@ LEFT_OUT = (
     ),
 )
 BLOCK = 2**20
+BEGINNING = 2**16  # bytes that are looked at of a file that is not on the list
+MOST_REFUSED = 100
 MOST_HEADER = 100 * BLOCK  # of safetensors; its own limit
 
 
@@ -122,6 +124,9 @@ def freeze(
     frozen = Frozen(folder, Path(keep.name), allow_code=allow_code, run_code=run_code, time_limit=time_limit, keep=keep)
     wanted = {*also, *allow_code}
     for found in _look(folder, wanted):
+        if len(frozen.refused) == MOST_REFUSED:
+            frozen.refused.append(f"unknown: there is more in {folder} that is not on the list")
+            return frozen
         wanted.discard(found.name)
         hidden = secrets_in(found.name)
         if found.left_out:
@@ -194,7 +199,7 @@ def _take(frozen: Frozen, name: str, also: Collection[str]) -> str:
     try:
         with _open(frozen.source, name) as file:
             if not kind:
-                return _refuse(name, file.read(BLOCK), name in also)
+                return _refuse(name, file.read(BEGINNING), name in also)
             if kind == "safetensors":
                 return _link(frozen, name, file)
             return _copy(frozen, name, kind, file)

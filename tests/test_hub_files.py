@@ -105,6 +105,13 @@ def test_links_are_refused_by_name(link, folder, found):
         plan(folder, TINY)
 
 
+def test_rendering_does_not_write_through_links(folder, run, tmp_path):
+    put(tmp_path, "other", "mine")
+    replace_by_link(folder, "README.md", tmp_path / "other")
+    status, _, errors = run("render", folder, "--repo-id", TINY, "--license", "mit")
+    assert status == 2 and "README.md is a symbolic link" in errors and (tmp_path / "other").read_text() == "mine"
+
+
 def test_hard_links_are_files(folder, found, tmp_path):
     os.link(folder / "NOTICE", tmp_path / "other")
     assert found(folder) == []
@@ -464,6 +471,12 @@ def test_no_input_hangs_a_check(heavy, folder, found):
     make(folder)
     problems = found(folder)
     assert any(expected in problem for problem in problems) if expected else problems == []
+
+
+def test_many_files_are_not_all_read(folder, found):
+    for number in range(1000):
+        put(folder, f"{number}.jpg", b"\xff\xd8" + bytes(100_000))
+    assert len(found(folder)) == 101
 
 
 # What is checked is what is sent
