@@ -38,7 +38,7 @@ from .card import (
     snippet_of,
     weights_of,
 )
-from .files import CODE, Frozen, freeze, own_code
+from .files import Frozen, freeze, own_code
 from .kinds import check_kind, is_pickle, levels_of, picture_texts, refuse_archive
 from .results import TASK, read_object
 from .secrets import secrets_in, unescape
@@ -391,8 +391,9 @@ def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
 
 def _refuse_foreign(base: str, folder: Path, files: list[Path], run_code: bool) -> None:
     for path in files:
-        is_code = CODE.fullmatch(path.name) and path.suffix != ".jinja"
-        if is_code and not run_code and (folder / path).read_bytes() not in own_code(path.name):
+        if path.suffix not in (".py", ".pyc", ".so", ".pyd") or run_code:
+            continue
+        if (folder / path).read_bytes() not in own_code(path.name):
             raise ValueError(f"{path} of the base {base} is not this package's code, and was not run: see --run-code")
 
 

@@ -116,7 +116,7 @@ def freeze(
         time_limit: of that process, in seconds.
 
     Raises:
-        ValueError: if there is no such folder.
+        ValueError: if there is no such folder, or the extra `publish` is not installed.
     """
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
@@ -185,7 +185,8 @@ def _why_left_out(path: Path, is_folder: bool) -> str:
 
 
 def _unknown(name: str) -> str:
-    advice = f"move it away, or say --also {shown(name)}" if not name.endswith("/") else "move it away"
+    yes = "name its files with --also or --allow-code" if name.endswith("/") else f"say --also {shown(name)}"
+    advice = f"move it away, or {yes}"
     return f"unknown: {shown(name)} is not on the list of what a model's folder has; {advice}"
 
 

@@ -126,7 +126,7 @@ PATTERNS = {kind: re.compile("|".join(patterns)) for kind, patterns in SECRETS.i
 
 @cache
 def scanner() -> Any:
-    """Kingfisher with its own rules, compiled once.
+    """Kingfisher with its own rules; it keeps them compiled in the user's cache folder.
 
     Raises:
         ValueError: if it is not installed.
