@@ -31,8 +31,8 @@ from .card import (
     HUB_ID,
     LICENCES,
     METHOD_PICTURE,
+    Card,
     Facts,
-    gather,
     is_adapter,
     named_in,
     snippet_of,
@@ -58,6 +58,9 @@ PROCESSOR_FILES = (
 MODEL_FILES = ("config.json", "generation_config.json", METHOD_PICTURE) + tuple(
     sorted({f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()})
 )
+WEIGHTS_INDEX = "model.safetensors.index.json"
+OBJECTS = ("config.json", ".index.json")
+REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 # Vocabularies have words that look like paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 BINARY = "\ufffd"  # what a file that is no text has, decoded
@@ -88,7 +91,8 @@ def check(folder: Path | Frozen, **options: Any) -> list[str]:
     if not damaged and {"config.json", ADAPTER_CONFIG_FILE} & frozen.files.keys():  # the other checks read them
         problems += [problem for find in CHECKS for problem in find(frozen)]
     # Loading runs code of the folder, and would only repeat what is known to be missing.
-    return problems or list(check_use(frozen))
+    problems = problems or list(check_use(frozen))
+    return [problem.replace(str(frozen.folder), str(frozen.source)) for problem in problems]
 
 
 # The checks. Each takes what would be published and gives what is wrong.
@@ -103,6 +107,8 @@ def check_kinds(frozen: Frozen) -> Iterator[str]:
             continue
         try:
             check_kind(content, file.kind)
+            if name.endswith(OBJECTS) and not isinstance(json.loads(content), dict):
+                raise ValueError("is no object with named fields")
         except ValueError as error:
             yield f"damaged: {name} {error}"
 
@@ -126,6 +132,10 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
     files = [name for name, file in frozen.files.items() if file.kind == "safetensors"]
     if not files:
         return
+    outside = _outside(frozen)
+    if outside:
+        yield f"weights: {WEIGHTS_INDEX} names {', '.join(map(repr, outside))}, expected files of the folder"
+        return
     try:
         weights = weights_of(frozen.folder)
         for name in files:
@@ -140,6 +150,16 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
                 progress.update(weight.nbytes)
     except ConversionError as error:
         yield f"weights: {error}"
+
+
+def _outside(frozen: Frozen) -> list[Any]:
+    """What the index of the weights names that would not be published."""
+    if WEIGHTS_INDEX not in frozen.files:
+        return []
+    weight_map = json.loads(frozen.read(WEIGHTS_INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        return [weight_map]
+    return [name for name in weight_map.values() if not isinstance(name, str) or name not in frozen.files][:3]
 
 
 def check_metadata(frozen: Frozen) -> Iterator[str]:
@@ -245,7 +265,7 @@ def check_paths(frozen: Frozen) -> Iterator[str]:
             yield f"path: {name} names {found!r}, a place on this machine{advice}"
     if is_adapter(frozen.folder):
         base = read_object(frozen.folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or ""
-        if not HUB_ID.fullmatch(base) and not list(_paths_in(base)):
+        if not HUB_ID.fullmatch(str(base)) and not list(_paths_in(str(base))):
             yield f"path: the adapter's base is {base!r}, expected a Hub id (render again with --base USER/NAME)"
 
 
@@ -339,9 +359,28 @@ def check_use(frozen: Frozen) -> Iterator[str]:
 
 
 def _is_our_snippet(frozen: Frozen, card: str) -> bool:
+    """Whether the snippet is that of a card about the same repository; nothing else of a card shows in it."""
     snippet = snippet_of(card)[0]
     repository, tag = named_in(snippet)
-    return snippet == snippet_of(gather(frozen.folder, repository, Facts(license=""), tag=tag).render())[0]
+    base, base_revision = _base_of(frozen)
+    about = {
+        "facts": Facts(license=""),
+        "tokens_per_image": 0,
+        "parameters": 0,
+        "dtypes": "",
+        "size": "",
+        "training": {},
+    }
+    ours = Card(repo_id=repository, tag=tag, base=base, base_revision=base_revision, **about)
+    return snippet == snippet_of(ours.render())[0]
+
+
+def _base_of(frozen: Frozen) -> tuple[str, str]:
+    """The base of an adapter and its revision; nothing for a model."""
+    if not is_adapter(frozen.folder):
+        return "", ""
+    settings = read_object(frozen.folder / ADAPTER_CONFIG_FILE)
+    return settings["base_model_name_or_path"], settings.get("revision") or "main"
 
 
 def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
@@ -369,18 +408,15 @@ def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
         ValueError: with the last line of its error, if that process fails, or if it takes longer than the time limit.
     """
     repository, revision = named_in(snippet)
-    base, base_revision = "", ""
-    adapter = is_adapter(frozen.folder)
-    if adapter and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
+    base, base_revision = _base_of(frozen)
+    if base and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
         raise ValueError(
             f"transformers {transformers.__version__} cannot load an adapter offline: use {ADAPTERS_OFFLINE}"
         )
     print("- loading it in a fresh process, and running the card's snippet", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as home:
         _put_in_cache(Path(home), repository, revision, frozen.folder, [Path(name) for name in frozen.files])
-        if adapter:
-            settings = read_object(frozen.folder / ADAPTER_CONFIG_FILE)
-            base, base_revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
+        if base:
             base_folder = _fetch(base, base_revision)
             files = [path.relative_to(base_folder) for path in base_folder.rglob("*") if path.is_file()]
             _refuse_foreign(base, base_folder, files, frozen.run_code)
@@ -466,7 +502,13 @@ def _last_line(path: Path) -> str:
 
 
 def _put_in_cache(home: Path, repository: str, revision: str, folder: Path, files: list[Path]) -> None:
-    """Lays files out as huggingface_hub's cache does after a download, by links."""
+    """Lays files out as huggingface_hub's cache does after a download, by links.
+
+    Raises:
+        ValueError: for names that would lie outside of the cache.
+    """
+    if not (HUB_ID.fullmatch(repository) and REVISION.fullmatch(str(revision))):
+        raise ValueError(f"{repository!r} with the revision {revision!r} is no place on the Hub")
     commit = "0" * 40
     cache = home / "hub" / f"models--{repository.replace('/', '--')}"
     (cache / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)

@@ -473,6 +473,45 @@ def test_no_input_hangs_a_check(heavy, folder, found):
     assert any(expected in problem for problem in problems) if expected else problems == []
 
 
+ODD = {
+    "a list": (lambda f: put(f, "config.json", "[1]"), "damaged: config.json is no object"),
+    "an adapter's list": (lambda f: put(f, "adapter_config.json", "[1]"), "damaged: adapter_config.json is no object"),
+    "an adapter's number": (
+        lambda f: edit_json(put(f, "adapter_config.json", "{}"), base_model_name_or_path=5),
+        "path: the adapter's base is 5",
+    ),
+    "an index of another folder": (
+        lambda f: put(f, "model.safetensors.index.json", '{"weight_map": {"a": "../../../../etc/passwd"}}'),
+        "weights: model.safetensors.index.json names '../../../../etc/passwd'",
+    ),
+    "an index without names": (
+        lambda f: put(f, "model.safetensors.index.json", '{"weight_map": [1]}'),
+        "weights: model.safetensors.index.json names [1]",
+    ),
+    "a folder": (lambda f: (f / "README.md").unlink() or (f / "README.md").mkdir(), "unknown: README.md/ is not on"),
+    "an object of Python": (
+        lambda f: edit_card(f, "tags:\n", "x: !!python/object/apply:os.system [true]\ntags:\n"),
+        "the YAML of README.md is not valid",
+    ),
+    "an odd head": (lambda f: edit_card(f, "tags:\n", "? [a]\n: 1\ntags:\n"), "the YAML of README.md is not valid"),
+}
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_odd_files_are_a_line(odd, folder, found):
+    make, expected = ODD[odd]
+    make(folder)
+    problems = found(folder)
+    assert any(expected in problem for problem in problems), problems
+
+
+def test_names_in_a_card_are_no_way_out(folder, tmp_path):
+    """The other process finds the folder under the card's names, in a folder of its own."""
+    for names in ('"some/tiny", "../../../../../escaped"', '"../tiny", "v1"', '"some/tiny", "a/../../b"'):
+        with pytest.raises(ValueError, match="is no place on the Hub"):
+            use(freeze(folder), f"repository, revision = {names}\n")
+
+
 def test_many_files_are_not_all_read(folder, found):
     for number in range(1000):
         put(folder, f"{number}.jpg", b"\xff\xd8" + bytes(100_000))
