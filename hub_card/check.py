@@ -363,15 +363,18 @@ def _is_our_snippet(frozen: Frozen, card: str) -> bool:
     snippet = snippet_of(card)[0]
     repository, tag = named_in(snippet)
     base, base_revision = _base_of(frozen)
-    about = {
-        "facts": Facts(license=""),
-        "tokens_per_image": 0,
-        "parameters": 0,
-        "dtypes": "",
-        "size": "",
-        "training": {},
-    }
-    ours = Card(repo_id=repository, tag=tag, base=base, base_revision=base_revision, **about)
+    ours = Card(
+        repo_id=repository,
+        tag=tag,
+        facts=Facts(license=""),
+        tokens_per_image=0,
+        parameters=0,
+        dtypes="",
+        size="",
+        training={},
+        base=base,
+        base_revision=base_revision,
+    )
     return snippet == snippet_of(ours.render())[0]
 
 
