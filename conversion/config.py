@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our configuration and image processor, out of the original's configuration, the CLIP folder and the shapes."""
 
+from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 from .keys import ConversionError
 from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
 from .source import MBTF, STF
-from .weights import Weights, read_json
+from .weights import Weights, read_json, section
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 
@@ -52,7 +53,7 @@ def build_config(
     """
     fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {}
     taps = _taps(original, fusion.pop("taps", None), vision.num_hidden_layers)
-    return _built(
+    return built(
         LlavaSTFConfig,
         "The model",
         vision_config=vision,
@@ -120,7 +121,7 @@ def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
     require_positive(place, original, ["rms_norm_eps", "rope_theta"])
     require_activation(place, original)
     fields = {**_known_fields(LlamaConfig, original), "rope_parameters": _rope_parameters(original, place)}
-    text = _built(LlamaConfig, place, **fields)
+    text = built(LlamaConfig, place, **fields)
     if text.num_attention_heads % text.num_key_value_heads:
         raise ConversionError(
             f"{place}: `num_key_value_heads` is {text.num_key_value_heads}, expected a divisor of "
@@ -133,7 +134,7 @@ def _rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:
     """The rotary positions as transformers 5 has them: `rope_scaling` and `rope_theta` in one."""
     scaling, new = original.get("rope_scaling"), original.get("rope_parameters")
     if scaling and new and scaling != new:
-        raise ConversionError(f"{place} has two settings of the same: `rope_scaling` {scaling}, `rope_parameters` {new}.")
+        raise ConversionError(f"{place} says two things: `rope_scaling` is {scaling}, `rope_parameters` {new}.")
     rope = new or scaling or {}
     if not isinstance(rope, dict):
         raise ConversionError(f"{place}: `rope_scaling` is {rope!r}, expected an object with `type` and `factor`.")
@@ -153,7 +154,9 @@ def _check_rope(rope: dict[str, Any], place: Path) -> None:
         raise ConversionError(f"{where}: the type {kind!r} needs {', '.join(missing)}.")
     require_positive(where, rope, ROPE_NUMBERS)
     for name in ("short_factor", "long_factor"):
-        require_positive(f"{where}: {name}", dict(enumerate(rope.get(name) or [])), range(len(rope.get(name) or [])))
+        values = rope[name] if isinstance(rope.get(name), list) else [rope.get(name)]
+        factors = {f"{name}[{index}]": value for index, value in enumerate(values)}
+        require_positive(where, factors, factors)
     if rope.get("factor", 1) < 1:
         raise ConversionError(f"{where}: `factor` is {rope['factor']}, expected 1 or more.")
     other = rope.keys() - {*ROPE_NUMBERS, "rope_type", "short_factor", "long_factor", "truncate", "finetuned"}
@@ -162,7 +165,7 @@ def _check_rope(rope: dict[str, Any], place: Path) -> None:
 
 
 def context_length(text: LlamaConfig) -> int:
-    """Tokens that the language model was extended to; `max_position_embeddings` is what it was before, in some files."""
+    """Tokens that the language model was extended to; `max_position_embeddings` may be what it was before."""
     rope, length = text.rope_parameters, text.max_position_embeddings
     if rope["rope_type"] in ("linear", "dynamic"):
         return int(length * rope["factor"])
@@ -175,13 +178,13 @@ def read_vision_config(folder: Path) -> tuple[CLIPVisionConfig, list[str]]:
     """The tower's configuration, out of a CLIP folder, and notes."""
     place = folder / "config.json"
     config = read_json(place)
-    settings = {"model_type": config.get("model_type"), **config.get("vision_config", config)}
+    settings = {"model_type": config.get("model_type"), **section(config, "vision_config", place)}
     notes = check_settings(place, settings, VISION)
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
     require_positive(place, settings, sizes, whole=True)
     require_positive(place, settings, ["layer_norm_eps"])
     require_activation(place, settings)
-    return _built(CLIPVisionConfig, place, **_known_fields(CLIPVisionConfig, settings)), notes
+    return built(CLIPVisionConfig, place, **_known_fields(CLIPVisionConfig, settings)), notes
 
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -190,9 +193,10 @@ def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) 
     return {name: values[name] for name in config_class().to_dict() if name in values and name not in common}
 
 
-def _built(config_class: type[Config], place: Path | str, **fields: Any) -> Config:
+def built(make: Callable[..., Config], place: Path | str, **fields: Any) -> Config:
+    """A configuration, made of fields; what transformers finds wrong with them becomes a [`ConversionError`]."""
     try:
-        return config_class(**fields)
+        return make(**fields)
     except (StrictDataclassError, ValueError) as error:
         raise ConversionError(f"{place}: {' '.join(str(error).split())}") from error
 
@@ -207,11 +211,8 @@ def build_image_processor(
         clip_folder: has preprocessor_config.json.
         side: of the pictures that the tower takes, in pixels.
     """
-    file = clip_folder / "preprocessor_config.json"
-    if not file.exists():  # transformers 5 saves it as a part of the processor's
-        file = clip_folder / "processor_config.json"
-    settings = read_json(file)
-    settings = settings.get("image_processor", settings)
+    file = preprocessor_file(clip_folder)
+    settings = section(read_json(file), "image_processor", file)
     notes = check_settings(file, settings, PREPROCESSOR)
     require_positive(file, settings, ["rescale_factor"])
     for name in ("size", "crop_size"):
@@ -225,6 +226,12 @@ def build_image_processor(
     processor = LlavaSTFImageProcessor(do_pad=original.get("image_aspect_ratio") == "pad", **carried)
     _check_side(file, processor, side)
     return processor, notes
+
+
+def preprocessor_file(folder: Path) -> Path:
+    """The file with the settings of the pictures; transformers 5 saves them as a part of the processor's."""
+    file = folder / "preprocessor_config.json"
+    return file if file.exists() else folder / "processor_config.json"
 
 
 def _check_channels(file: Path, name: str, values: Any) -> None:
@@ -241,6 +248,7 @@ def _check_channels(file: Path, name: str, values: Any) -> None:
 def _check_side(file: Path, processor: LlavaSTFImageProcessor, side: int) -> None:
     """Raises a [`ConversionError`] if not every picture gets the tower's size."""
     size, crop = processor.size, processor.crop_size
+    sides: set[int | None]
     if processor.do_center_crop:
         sides = {crop["height"], crop["width"]}
     elif processor.do_resize and size["shortest_edge"] and processor.do_pad:

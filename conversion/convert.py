@@ -201,7 +201,7 @@ def make_plan(
     weights = run.weights
     has_tower = any(key.startswith(TOWER_PREFIX) for key in weights)
     if not has_tower and run.config.get("unfreeze_mm_vision_tower"):
-        raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower), but does not hold it.")
+        raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
     clip_folder = _tower_folder(run, vision_tower, vision_tower_revision, weights=not has_tower)
     if keep_adapter and run.adapter is None:
         raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
@@ -220,7 +220,9 @@ def make_plan(
     text = build_text_config(run.config, run.folder / "config.json")
     context = context_length(text)
     notes += _context_note(run, context)
-    text_tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, tokenizer_revision, run, base_folder), context)
+    tokenizer_folder = _tokenizer_folder(tokenizer, tokenizer_revision, run, base_folder)
+    notes += _commits(tokenizer=tokenizer_folder if tokenizer else None)
+    text_tokenizer = load_tokenizer(tokenizer_folder, context)
     text.pad_token_id = text_tokenizer.pad_token_id
     image_token_id = text_tokenizer.image_token_id
     vision, vision_notes = read_vision_config(clip_folder)
@@ -245,9 +247,8 @@ def make_plan(
         adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
     check_dtypes(weights | (run.adapter or {}))
 
-    with torch.device("meta"):
-        model = LlavaSTFForConditionalGeneration(config)
-    _check_complete(weights, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    model = empty_model(config)
+    check_complete(weights, model)
     processor = LlavaSTFProcessor(
         image_processor=image_processor,
         tokenizer=text_tokenizer,
@@ -291,7 +292,7 @@ def _context_note(run: Source, context: int) -> list[str]:
     length = run.config.get("tokenizer_model_max_length")
     if not isinstance(length, int) or length >= context:
         return []
-    return [f"the original cuts a prompt behind {length} tokens (tokenizer_model_max_length); here it may have {context}"]
+    return [f"the original cuts a prompt at {length} tokens (tokenizer_model_max_length); here it may have {context}"]
 
 
 def _tower_folder(run: Source, vision_tower: str | Path | None, revision: str | None, weights: bool) -> Path:
@@ -301,7 +302,7 @@ def _tower_folder(run: Source, vision_tower: str | Path | None, revision: str | 
     if "vision_config" in read_json(run.folder / "config.json"):  # llava-hf describes its tower itself
         return fetch(run.folder, revision)
     named = run.config.get("mm_vision_tower")
-    if named is None:
+    if not isinstance(named, str):
         raise ConversionError(f"{run.folder} names no vision tower: give its folder or Hub id with --vision-tower.")
     for folder in (Path(named), run.folder / named, run.folder.parent / named):
         if (folder / "config.json").exists():
@@ -393,7 +394,15 @@ def _with_mean_rows(table: Weight, rows: int) -> Weight:
     return Weight((rows, *table.shape[1:]), table.dtype, load, f"{table.origin} + mean")
 
 
-def _check_complete(weights: Weights, expected: dict[str, tuple[int, ...]]) -> None:
+def empty_model(config: LlavaSTFConfig) -> LlavaSTFForConditionalGeneration:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        return LlavaSTFForConditionalGeneration(config)
+
+
+def check_complete(weights: Weights, model: nn.Module) -> None:
+    """Raises a [`ConversionError`] unless `weights`, under our names, are those of the model, in its shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() - weights.keys()):
         raise ConversionError(f"The source has no weight for {name!r}.")
     for name, weight in weights.items():
@@ -409,11 +418,15 @@ def print_table(plan: Plan, max_shard_size: int) -> None:
         shape = "x".join(str(side) for side in weight.shape)
         dtype = str(weight.dtype).removeprefix("torch.")
         print(f"{theirs} -> {name}  {shape} {dtype}  ({weight.origin})")
-    shards = plan_shards(plan.weights, max_shard_size)
+    print_shards(plan.weights, max_shard_size)
+
+
+def print_shards(weights: Weights, max_shard_size: int) -> None:
+    shards = plan_shards(weights, max_shard_size)
     for file, names in zip(shard_names(len(shards)), shards, strict=True):
-        print(f"would write {file}: {sum(plan.weights[name].nbytes for name in names) / 1e9:.3f} GB")
-    total = sum(weight.nbytes for weight in plan.weights.values())
-    print(f"{len(plan.weights)} tensors, {total / 1e9:.3f} GB; nothing was written")
+        print(f"would write {file}: {sum(weights[name].nbytes for name in names) / 1e9:.3f} GB")
+    total = sum(weight.nbytes for weight in weights.values())
+    print(f"{len(weights)} tensors, {total / 1e9:.3f} GB; nothing was written")
 
 
 @contextmanager

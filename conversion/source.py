@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 
 from .keys import TOWER_PREFIX, ConversionError
 from .settings import ADAPTER, LANGUAGE, check_settings, foreign_settings, require_positive, unknown_settings
-from .weights import Weight, Weights, read_file, read_folder, read_json
+from .weights import Weight, Weights, read_file, read_folder, read_json, section
 
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
@@ -107,7 +107,8 @@ def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
         init_fusion: take a plain LLaVA or a language model as initialisation, without fusion weights.
     """
     place = folder / "config.json"
-    config, notes = read_json(place), []
+    config = read_json(place)
+    notes: list[str] = []
     if init_fusion:
         config, notes = _language_config(config, place)
     notes += check_settings(place, config, LANGUAGE)
@@ -157,7 +158,7 @@ def _base(base: Path | None, folder: Path, config: dict[str, Any], kind: str) ->
         ours, theirs = config.get(name), settings.get(name)
         if ours is not None and theirs is not None and ours != theirs:
             raise ConversionError(
-                f"{folder} was trained on another language model than {base}: `{name}` is {ours} here and {theirs} there."
+                f"{folder} was trained on another language model than {base}: `{name}` is {ours} here, {theirs} there."
             )
     return {key: weight for key, weight in read_folder(base).items() if not key.startswith((MBTF, STF))}
 
@@ -187,7 +188,7 @@ def _check_adapter_config(config: dict[str, Any], place: Path) -> None:
     if missing or special:
         found = ", ".join(f"{name} {config[name]!r}" for name in special) or f"no {' and no '.join(missing)}"
         raise ConversionError(
-            f"{place}: expected plain LoRA with `r` and `lora_alpha`, which is all that a merge computes, found {found}."
+            f"{place}: expected plain LoRA with `r` and `lora_alpha`, which is all that is merged, found {found}."
         )
     check_settings(place, config, ADAPTER)
     require_positive(place, config, ["r"], whole=True)
@@ -198,8 +199,10 @@ def _require_adapted(adapted: set[str], base: Weights, config: dict[str, Any], f
     """Raises a [`ConversionError`] if there is no matrix for a weight that the adapter's config names."""
     if not adapted:
         raise ConversionError(f"{file} holds no LoRA matrices: there is nothing to merge.")
-    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
+    if not isinstance(layers, (list, type(None))):
+        raise ConversionError(f"{ADAPTER_CONFIG_FILE}: `layers_to_transform` is {layers!r}, expected layer numbers.")
     for key in base if isinstance(targets, list) else ():
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
         if match is None or not (layers is None or int(match[1]) in layers):
@@ -220,15 +223,19 @@ def lora_pairs(adapter: Weights, weights: Weights, config: dict[str, Any]) -> di
     """The matrices A and B of each adapted weight, checked against it."""
     found: dict[str, dict[str, Weight]] = {}
     for key, weight in adapter.items():
-        found.setdefault(lora_target(key), {})["A" if ".lora_A." in key else "B"] = weight
+        pair, side = found.setdefault(lora_target(key), {}), "A" if ".lora_A." in key else "B"
+        if side in pair:
+            raise ConversionError(f"The adapter has two matrices {side} of {lora_target(key)!r}.")
+        pair[side] = weight
     for target, pair in found.items():
         if pair.keys() != {"A", "B"}:
             raise ConversionError(f"The adapter has only the matrix {min(pair)} of {target!r}.")
-        rows, columns = weights[target].shape
-        if pair["A"].shape != (config["r"], columns) or pair["B"].shape != (rows, config["r"]):
+        rows, *columns = weights[target].shape
+        expected = (config["r"], *columns), (rows, config["r"])
+        if (pair["A"].shape, pair["B"].shape) != expected:
             raise ConversionError(
                 f"The LoRA matrices of {target!r} have the shapes {pair['A'].shape} and {pair['B'].shape}, expected "
-                f"{(config['r'], columns)} and {(rows, config['r'])}."
+                f"{expected[0]} and {expected[1]}."
             )
     return {target: (pair["A"], pair["B"]) for target, pair in found.items()}
 
@@ -277,7 +284,7 @@ def _language_config(config: dict[str, Any], place: Path) -> tuple[dict[str, Any
     """What an initialisation takes, as a flat config of the original's format, and notes; llava-hf nests it."""
     if "text_config" in config and config.get("model_type") != "llava":
         raise ConversionError(f"{place}: `model_type` is {config.get('model_type')!r}, expected 'llava' or 'llama'.")
-    text = config.get("text_config", config)
+    text = section(config, "text_config", place)
     dropped = [name for name in text if name.startswith(("mm_", "image_")) and name != "mm_vision_tower"]
     dropped += sorted(config.keys() - {"text_config", *LANGUAGE.harmless}) if text is not config else []
     notes = [f"{place}: not taken, with the projector: {', '.join(dropped)}"] if dropped else []
