@@ -26,6 +26,7 @@ from .config import (
 from .convert import (
     EMBEDDINGS,
     HEAD,
+    LAYERS,
     ORIGINAL_CONFIG_FILE,
     TEMPLATES,
     check_complete,
@@ -33,6 +34,7 @@ from .convert import (
     empty_model,
     print_shards,
     require_empty,
+    tower_depth,
 )
 from .keys import TOWER_PREFIX, ConversionError, to_original
 from .settings import LANGUAGE, PREPROCESSOR, check_settings
@@ -41,7 +43,6 @@ from .tokenizer import IMAGE_TOKEN
 from .weights import Weight, Weights, check_dtypes, compare, parse_size, read_folder, read_json, write_folder
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 # What the original's code reads, beside the language model's settings; a checkpoint that we converted has its own.
 NEW_CONFIG = {
     "architectures": ["LlavaLlamaForCausalLM"],
@@ -272,8 +273,7 @@ def _select_layer(original: dict[str, Any], taps: list[int], weights: Weights) -
         # The original's code would tap other blocks. On a list it fails, instead of computing something else.
         print(f"- the taps {taps} are not those of the original's code: only this converter reads the result")
         return taps
-    layers = [key.removeprefix(LAYERS).split(".")[0] for key in weights if key.startswith(LAYERS)]
-    states = max(map(int, layers)) + 2
+    states = tower_depth(weights) + 1
     selected = original.get("mm_vision_select_layer", -2)
     return selected if isinstance(selected, int) and selected % states == taps[0] else taps[0] - states
 

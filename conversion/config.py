@@ -138,7 +138,10 @@ def _rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:
     rope = new or scaling or {}
     if not isinstance(rope, dict):
         raise ConversionError(f"{place}: `rope_scaling` is {rope!r}, expected an object with `type` and `factor`.")
-    rope = {"rope_theta": original.get("rope_theta") or 10000.0, **rope}
+    theta = original.get("rope_theta")
+    if theta is not None and rope.get("rope_theta", theta) != theta:
+        raise ConversionError(f"{place} says two things: `rope_theta` is {theta} and {rope['rope_theta']}.")
+    rope = {"rope_theta": theta or 10000.0, **rope}
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     _check_rope(rope, place)
@@ -157,10 +160,10 @@ def _check_rope(rope: dict[str, Any], place: Path) -> None:
         values = rope[name] if isinstance(rope.get(name), list) else [rope.get(name)]
         factors = {f"{name}[{index}]": value for index, value in enumerate(values)}
         require_positive(where, factors, factors)
-    if rope.get("factor", 1) < 1:
+    if (rope.get("factor") or 1) < 1:
         raise ConversionError(f"{where}: `factor` is {rope['factor']}, expected 1 or more.")
     other = rope.keys() - {*ROPE_NUMBERS, "rope_type", "short_factor", "long_factor", "truncate", "finetuned"}
-    if other - {"partial_rotary_factor"} or rope.get("partial_rotary_factor", 1) != 1:
+    if other - {"partial_rotary_factor"} or rope.get("partial_rotary_factor") not in (None, 1):
         raise ConversionError(f"{where}: {', '.join(f'`{name}`' for name in sorted(other))} is not Llama's.")
 
 
@@ -170,7 +173,7 @@ def context_length(text: LlamaConfig) -> int:
     if rope["rope_type"] in ("linear", "dynamic"):
         return int(length * rope["factor"])
     if rope["rope_type"] == "yarn":
-        return max(length, int(rope.get("original_max_position_embeddings", length) * rope["factor"]))
+        return max(length, int((rope.get("original_max_position_embeddings") or length) * rope["factor"]))
     return length
 
 
@@ -221,8 +224,8 @@ def build_image_processor(
     for name in ("image_mean", "image_std"):
         _check_channels(file, name, settings.get(name))
     # What a CLIP processor takes where the file says nothing.
-    settings = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}} | settings
-    carried = {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
+    carried = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
+    carried |= {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
     processor = LlavaSTFImageProcessor(do_pad=original.get("image_aspect_ratio") == "pad", **carried)
     _check_side(file, processor, side)
     return processor, notes
@@ -249,7 +252,9 @@ def _check_side(file: Path, processor: LlavaSTFImageProcessor, side: int) -> Non
     """Raises a [`ConversionError`] if not every picture gets the tower's size."""
     size, crop = processor.size, processor.crop_size
     sides: set[int | None]
-    if processor.do_center_crop:
+    if processor.do_resize and not (size["shortest_edge"] or size["height"] and size["width"]):
+        sides = set()
+    elif processor.do_center_crop:
         sides = {crop["height"], crop["width"]}
     elif processor.do_resize and size["shortest_edge"] and processor.do_pad:
         sides = {size["shortest_edge"]}

@@ -56,6 +56,7 @@ TEMPLATES = Path(__file__).parent / "chat_templates"
 ADAPTER_FILE = "adapter_model.safetensors"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
+LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 CARD = """---
 library_name: transformers
@@ -226,6 +227,7 @@ def make_plan(
     text.pad_token_id = text_tokenizer.pad_token_id
     image_token_id = text_tokenizer.image_token_id
     vision, vision_notes = read_vision_config(clip_folder)
+    _check_depth(weights, vision.num_hidden_layers, clip_folder)
     config = build_config(run.config, weights, vision, text, image_token_id)
     image_processor, image_notes = build_image_processor(run.config, clip_folder, vision.image_size)
     notes += vision_notes + image_notes
@@ -346,13 +348,26 @@ def _new_linear(inputs: int, outputs: int, seed: int, part: str, dtype: torch.dt
         return getattr(nn.Linear(inputs, outputs), part).detach().to(dtype)
 
 
+def _check_depth(weights: Weights, depth: int, clip_folder: Path) -> None:
+    """Raises a [`ConversionError`] if the tower has not the depth that its config says: taps count from its end."""
+    found = tower_depth(weights)
+    if found != depth:
+        raise ConversionError(f"{clip_folder}: `num_hidden_layers` is {depth}, but the tower's weights have {found}.")
+
+
+def tower_depth(weights: Weights) -> int:
+    """Layers of the tower, under the original's names."""
+    return 1 + max(
+        (int(key.removeprefix(LAYERS).split(".")[0]) for key in weights if key.startswith(LAYERS)), default=-1
+    )
+
+
 def _without_unused_layers(weights: Weights, config: LlavaSTFConfig) -> Weights:
-    prefix = TOWER_PREFIX + "vision_model.encoder.layers."
     depth = config.vision_config.num_hidden_layers
     return {
         key: weight
         for key, weight in weights.items()
-        if not key.startswith(prefix) or int(key.removeprefix(prefix).split(".")[0]) < depth
+        if not key.startswith(LAYERS) or int(key.removeprefix(LAYERS).split(".")[0]) < depth
     }
 
 

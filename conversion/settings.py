@@ -41,6 +41,7 @@ COMMON = frozenset({*PreTrainedConfig().to_dict(), *GenerationConfig().to_dict()
     "task_specific_params",
     "tf_legacy_loss",
     "tie_encoder_decoder",
+    "tie_word_embeddings",
     "tokenizer_class",
     "torch_dtype",
     "torchscript",
@@ -53,12 +54,14 @@ LANGUAGE = Table(
     | {
         # Of the original's trainer.
         "freeze_mm_mlp_adapter",
+        "freeze_mm_vision_resampler",
         "mm_hidden_size",
         "mm_projector_lr",
         "mm_vision_tower_lr",
         "tokenizer_model_max_length",
         "tokenizer_padding_side",
         "tune_mm_mlp_adapter",
+        "tune_mm_vision_resampler",
         "unfreeze_mm_vision_tower",
         "use_mm_proj",
         # Of pictures in tiles, which `image_aspect_ratio` asks for.

@@ -67,8 +67,8 @@ def fetch(name: str | Path, revision: str | None = None, subfolder: str | None =
 
 def commit_of(folder: Path) -> str | None:
     """The commit of a folder in the cache of the Hub's client (`snapshots/COMMIT`); None for any other folder."""
-    parts = folder.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    match = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", folder.as_posix())
+    return match[1] if match else None
 
 
 def find_run(folder: Path) -> Path:
@@ -91,9 +91,8 @@ def find_run(folder: Path) -> Path:
 
 def _has_run(folder: Path) -> bool:
     weights = ("*.safetensors", "*.bin", "*.index.json")
-    if not (folder / "config.json").exists() or read_json(folder / "config.json").get("model_type", "").startswith(
-        "clip"
-    ):
+    config = folder / "config.json"
+    if not config.exists() or str(read_json(config).get("model_type")).startswith("clip"):
         return False
     return any(next(folder.glob(pattern), None) for pattern in weights)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from functools import partial
 
@@ -53,6 +54,7 @@ FOREIGN = [
     {"s2": True},
     # Other language models, by their name ...
     {"model_type": "mistral", "sliding_window": 4096},
+    {"model_type": ["llama"]},
     {"model_type": "llava_mistral"},
     {"model_type": "granite"},
     {"model_type": "stablelm"},
@@ -129,8 +131,14 @@ def test_rotary_positions_must_make_sense(scaling, message, tmp_path):
 
 
 def test_rotary_positions_are_said_once(tmp_path):
-    two = {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}}
-    refused("says two things", tmp_path, with_settings(tmp_path, **two))
+    new = {"rope_type": "default", "rope_theta": 100.0}
+    scaling = {"type": "linear", "factor": 2.0}
+    refused(
+        "says two things: `rope_scaling`",
+        tmp_path,
+        with_settings(tmp_path / "a", rope_scaling=scaling, rope_parameters=new),
+    )
+    refused("says two things: `rope_theta`", tmp_path, with_settings(tmp_path / "b", rope_parameters=new))
 
 
 @pytest.mark.parametrize("select", [-26, 25, 100, True, "-2", 2.0], ids=str)
@@ -147,6 +155,8 @@ def test_a_tap_in_the_tower_is_taken(select, tap, tmp_path):
 
 def test_inner_taps_outside_a_short_tower_are_refused(tmp_path):
     clip = with_settings(tmp_path, "clip", num_hidden_layers=12)
+    kept = {key: value for key, value in tensors(clip).items() if not re.search(r"layers\.(1[2-9]|2\d)\.", key)}
+    save_file(kept, clip / "model.safetensors")
     refused("a vision tower of 12 layers", tmp_path, GOLDENS / "original_no_tower", vision_tower=clip)
 
 
@@ -222,6 +232,7 @@ PICTURE_SETTINGS = [
     {"resample": 2},
     {"size": {"shortest_edge": 64}},
     {"size": 64, "crop_size": 56},
+    {"size": ...},
     {"do_center_crop": False, "size": {"height": 56, "width": 56}},
     {"image_mean": [0.0, 0.5, 0.5], "image_std": [0.5, 0.25, 1.0]},
     {"do_resize": False},
@@ -261,6 +272,7 @@ def test_pixels_are_those_of_the_clip_preprocessor(fields, tmp_path, picture):
         ({"crop_size": {"height": 56, "width": 28}}, "56 x 56 pixels"),
         ({"crop_size": 336, "size": 336}, "56 x 56 pixels"),
         ({"crop_size": ..., "size": ...}, "56 x 56 pixels"),
+        ({"size": {"longest_edge": 56}}, "56 x 56 pixels"),
         ({"do_center_crop": False, "do_resize": False}, "56 x 56 pixels"),
         ({"do_center_crop": False, "size": {"height": 28, "width": 56}}, "56 x 56 pixels"),
         ({"image_processor_type": "SiglipImageProcessor"}, "`image_processor_type` is 'SiglipImageProcessor'"),
@@ -290,6 +302,14 @@ def test_preprocessors_that_do_not_fit_are_refused(fields, word, tmp_path):
 )
 def test_towers_that_do_not_fit_are_refused(fields, word, tmp_path):
     refused(word, tmp_path, GOLDENS / "original", vision_tower=with_settings(tmp_path, "clip", **fields))
+
+
+@pytest.mark.parametrize("depth", [23, 25])
+def test_a_tower_of_another_depth_than_its_config_says_is_refused(depth, tmp_path):
+    """The first tap is counted from the tower's end."""
+    clip = with_settings(tmp_path, "clip", num_hidden_layers=depth)
+    for source in ("original", "original_no_tower"):
+        refused(f"`num_hidden_layers` is {depth}, .* have 24", tmp_path, GOLDENS / source, vision_tower=clip)
 
 
 @pytest.mark.parametrize("fields", [{"hidden_act": "gelu"}, {"layer_norm_eps": 0.1}], ids=str)
