@@ -17,7 +17,7 @@ from .settings import PREPROCESSOR, VISION, check_settings, require_activation, 
 from .source import MBTF, STF
 from .weights import Weights, read_json, section
 
-Config = TypeVar("Config", bound=PreTrainedConfig)
+Made = TypeVar("Made")
 
 # The taps behind the first, by the number of taps that the projector's shape shows (the original's two variants).
 INNER_TAPS = {8: (21, 18, 15, 12, 9, 6, 3), 4: (18, 12, 6)}
@@ -196,8 +196,8 @@ def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) 
     return {name: values[name] for name in config_class().to_dict() if name in values and name not in common}
 
 
-def built(make: Callable[..., Config], place: Path | str, **fields: Any) -> Config:
-    """A configuration, made of fields; what transformers finds wrong with them becomes a [`ConversionError`]."""
+def built(make: Callable[..., Made], place: Path | str, **fields: Any) -> Made:
+    """What `make` makes of fields; what transformers finds wrong with them becomes a [`ConversionError`]."""
     try:
         return make(**fields)
     except (StrictDataclassError, ValueError) as error:
@@ -226,7 +226,8 @@ def build_image_processor(
     # What a CLIP processor takes where the file says nothing.
     carried = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
     carried |= {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
-    processor = LlavaSTFImageProcessor(do_pad=original.get("image_aspect_ratio") == "pad", **carried)
+    padded = original.get("image_aspect_ratio") == "pad"
+    processor = built(LlavaSTFImageProcessor, file, do_pad=padded, **carried)
     _check_side(file, processor, side)
     return processor, notes
 

@@ -273,6 +273,7 @@ def test_pixels_are_those_of_the_clip_preprocessor(fields, tmp_path, picture):
         ({"crop_size": 336, "size": 336}, "56 x 56 pixels"),
         ({"crop_size": ..., "size": ...}, "56 x 56 pixels"),
         ({"size": {"longest_edge": 56}}, "56 x 56 pixels"),
+        ({"size": {"edge": 56}}, "size must have"),
         ({"do_center_crop": False, "do_resize": False}, "56 x 56 pixels"),
         ({"do_center_crop": False, "size": {"height": 28, "width": 56}}, "56 x 56 pixels"),
         ({"image_processor_type": "SiglipImageProcessor"}, "`image_processor_type` is 'SiglipImageProcessor'"),
