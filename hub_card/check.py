@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from conversion import ConversionError
 from conversion.weights import check_finite
+from modeling_llava_stf import LlavaSTFProcessor
 from modeling_llava_stf.configuration_llava_stf import AUTO_MAP
 
 from .card import (
@@ -367,6 +368,7 @@ def _is_our_snippet(frozen: Frozen, card: str) -> bool:
         repo_id=repository,
         tag=tag,
         facts=Facts(license=""),
+        processor=LlavaSTFProcessor.from_pretrained(frozen.folder),
         tokens_per_image=0,
         parameters=0,
         dtypes="",
