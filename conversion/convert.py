@@ -214,7 +214,7 @@ def make_plan(
         config.vision_config.num_hidden_layers = max(config.taps)
         weights = _without_unused_layers(weights, config)
         notes.append(f"the tower's layers behind the last tap, {max(config.taps)}, are left out: they are never used")
-    weights, note = _with_vocabulary(to_hub(weights), config, pad_vocabulary)
+    weights, note = _with_vocabulary(to_hub(weights), config, len(text_tokenizer), pad_vocabulary)
     notes.append(note)
     if dtype is not None:
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
@@ -312,8 +312,8 @@ def _without_unused_layers(weights: Weights, config: LlavaSTFConfig) -> Weights:
     }
 
 
-def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, multiple: int) -> tuple[Weights, str]:
-    """Gives `<image>` a row in both tables where it has none: the mean of the others.
+def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, vocabulary: int, multiple: int) -> tuple[Weights, str]:
+    """Gives `<image>`, and what else the tokenizer has beyond both tables, a row there: the mean of the others.
 
     The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest. Padding,
     where asked for, gets the same row.
@@ -327,7 +327,7 @@ def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, multiple: int) ->
         raise ConversionError(
             f"The tables have {rows} rows, but config.json says `vocab_size` {config.text_config.vocab_size}."
         )
-    needed = -(-max(rows, image_token_id + 1) // multiple) * multiple
+    needed = -(-max(rows, vocabulary) // multiple) * multiple
     config.text_config.vocab_size = needed
     weights = {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}
     added = f"{needed - rows} added to each table, the mean of the others" if needed > rows else "none added"

@@ -49,7 +49,14 @@ class Weight:
 Weights = dict[str, Weight]
 
 
+def require_file(path: Path) -> None:
+    """Raises a [`ConversionError`] for a pipe, a folder or a device, which would be read without end or not at all."""
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"{path} is not a file, but a folder, a pipe or a device.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    require_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -61,6 +68,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_file(path: Path) -> Weights:
     """The weights of one .safetensors or .bin file, memory-mapped; nothing in a .bin is executed."""
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
