@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a finished Hub folder: weights, configs, processor, tokenizer, templates, code, licences and a card."""
 
+import glob
 import json
 import os
+import re
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -54,6 +57,7 @@ TEMPLATES = Path(__file__).parent / "chat_templates"
 ADAPTER_FILE = "adapter_model.safetensors"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
+UNFINISHED = ".partial"  # ends the name of a folder that is being written, and of no other
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 CARD = """---
 library_name: transformers
@@ -141,6 +145,8 @@ def convert(
 
 def require_empty(destination: str | Path) -> Path:
     destination = Path(destination).resolve()
+    if destination.name.endswith(UNFINISHED):
+        raise ConversionError(f"{destination} has the name of an unfinished folder (*{UNFINISHED}). Choose another.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(f"{destination} is not empty, or not a folder. Choose another; nothing was written.")
     return destination
@@ -207,6 +213,9 @@ def make_plan(
     text.pad_token_id = text_tokenizer.pad_token_id
     image_token_id = text_tokenizer.image_token_id
     config = build_config(run.config, weights, read_vision_config(clip_folder), text, image_token_id)
+    _check_depth(weights, "model.layers.", text.num_hidden_layers, "`num_hidden_layers` of the language model")
+    tower_depth = config.vision_config.num_hidden_layers if keep_full_tower else max(config.taps)
+    _check_depth(weights, f"{TOWER_PREFIX}vision_model.encoder.layers.", tower_depth, "the depth of the vision tower")
     if init_fusion:
         weights = weights | new_fusion(config, seed)
         notes.append(f"THE FUSION MODULES ARE NEW (seed {seed}): train them before you ask this model anything")
@@ -240,6 +249,13 @@ def make_plan(
         },
     )
     return Plan(run, model, weights, processor, adapter, notes)
+
+
+def _check_depth(weights: Weights, prefix: str, depth: int, name: str) -> None:
+    """Compares a config with the names of the weights: the model that it asks for may be too large to build."""
+    layers = {match[1] for key in weights if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", key))}
+    if depth > len(layers):
+        raise ConversionError(f"The config says that {name} is {depth}, but there are weights of {len(layers)} layers.")
 
 
 def _adapter_weights(pairs: dict[str, tuple[Weight, Weight]]) -> Weights:
@@ -373,12 +389,18 @@ def print_table(plan: Plan, max_shard_size: int) -> None:
 
 @contextmanager
 def complete_or_absent(destination: Path) -> Iterator[Path]:
-    """A sibling folder to write into, renamed to the destination at the end; what a killed run left is removed."""
+    """A sibling folder to write into, renamed to the destination at the end.
+
+    Its name says for which destination, on which host and in which process it is written: what a killed run of this
+    host left for this destination is removed.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    for left in destination.parent.glob(f".{destination.name}.*.partial"):
-        if not _runs(int(left.name.split(".")[-2])):
+    prefix = f".{destination.name}@{socket.gethostname()}@"
+    for left in destination.parent.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
+        process = left.name.removeprefix(prefix).removesuffix(UNFINISHED)
+        if process == str(os.getpid()) or (process.isdecimal() and not _runs(int(process))):
             shutil.rmtree(left, ignore_errors=True)
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    unfinished = destination.with_name(f"{prefix}{os.getpid()}{UNFINISHED}")
     unfinished.mkdir()
     try:
         yield unfinished

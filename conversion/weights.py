@@ -59,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     require_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"Cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected an object with named fields.")
