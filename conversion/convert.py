@@ -22,13 +22,15 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
-from .config import build_config, build_image_processor, build_text_config, read_vision_config
+from .config import build_config, build_image_processor, build_text_config, context_length, read_vision_config
 from .keys import TOWER_PREFIX, ConversionError, to_hub, to_original
 from .source import (
+    ADAPTER_CONFIG_FILE,
     MBTF,
     PEFT_PREFIX,
     STF,
     Source,
+    commit_of,
     fetch,
     find_run,
     lora_pairs,
@@ -159,6 +161,9 @@ def make_plan(
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    base_revision: str | None = None,
+    vision_tower_revision: str | None = None,
+    tokenizer_revision: str | None = None,
     subfolder: str | None = None,
     keep_adapter: bool = False,
     keep_full_tower: bool = False,
@@ -175,7 +180,10 @@ def make_plan(
         base: folder or Hub id of the language model that a projector or a LoRA run was trained on.
         vision_tower: folder or Hub id of the CLIP model; by default the one that the source's config names.
         tokenizer: folder of the tokenizer; by default the source's, else the base's.
-        revision: of a Hub id.
+        revision: branch, tag or commit of the source, if that is a Hub id.
+        base_revision: of the base; by default the one that the adapter's config records for it.
+        vision_tower_revision: of the CLIP model.
+        tokenizer_revision: of the tokenizer.
         subfolder: of a Hub id with several runs.
         keep_adapter: keep a LoRA run as an adapter beside its converted base, instead of merging it.
         keep_full_tower: keep the tower's layers behind the last tap; they never run.
@@ -186,35 +194,49 @@ def make_plan(
         pad_vocabulary: pad the vocabulary tables to a multiple of this.
     """
     folder = find_run(fetch(source, revision, subfolder))
-    base_folder = None if base is None else fetch(base)
+    for option, name, given in (("base", base, base_revision), ("tokenizer", tokenizer, tokenizer_revision)):
+        if name is None and given is not None:
+            raise ConversionError(f"--{option}-revision {given} is given without --{option}.")
+    base_folder = None if base is None else fetch(base, base_revision or _recorded_revision(folder, base))
     run = read_source(folder, base_folder, init_fusion)
     if taps is not None:
         if not init_fusion:
             raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
         run.config["mm_vision_select_layer"] = taps
-    notes = [f"{run.folder}: {run.kind}"]
+    notes = [f"{run.folder}: {run.kind}", *run.notes]
     weights = run.weights
     has_tower = any(key.startswith(TOWER_PREFIX) for key in weights)
-    clip_folder = _tower_folder(run, vision_tower, weights=not has_tower)
+    if not has_tower and run.config.get("unfreeze_mm_vision_tower"):
+        raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
+    clip_folder = _tower_folder(run, vision_tower, vision_tower_revision, weights=not has_tower)
     if keep_adapter and run.adapter is None:
         raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
     if not has_tower:
         weights = weights | read_tower(clip_folder)
         notes.append(f"vision tower: {clip_folder}")
+    notes += _commits(source=folder, base=base_folder, vision_tower=clip_folder)
     adapter = None
     if run.adapter is not None and run.adapter_config is not None:
+        run.adapter_config["revision"] = None if base_folder is None else commit_of(base_folder)
         if keep_adapter:
             adapter = _adapter_weights(lora_pairs(run.adapter, weights, run.adapter_config))
         else:
             weights = merge_lora(weights, run.adapter, run.adapter_config)
 
-    text = build_text_config(run.config)
-    text_tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, run, base_folder), text.max_position_embeddings)
+    text = build_text_config(run.config, run.folder / "config.json")
+    context = context_length(text)
+    notes += _context_note(run, context)
+    tokenizer_folder = _tokenizer_folder(tokenizer, tokenizer_revision, run, base_folder)
+    notes += _commits(tokenizer=tokenizer_folder if tokenizer else None)
+    text_tokenizer = load_tokenizer(tokenizer_folder, context)
     text.pad_token_id = text_tokenizer.pad_token_id
     image_token_id = text_tokenizer.image_token_id
-    config = build_config(run.config, weights, read_vision_config(clip_folder), text, image_token_id)
+    vision, vision_notes = read_vision_config(clip_folder)
+    config = build_config(run.config, weights, vision, text, image_token_id)
+    image_processor, image_notes = build_image_processor(run.config, clip_folder, vision.image_size)
+    notes += vision_notes + image_notes
     _check_depth(weights, "model.layers.", text.num_hidden_layers, "`num_hidden_layers` of the language model")
-    tower_depth = config.vision_config.num_hidden_layers if keep_full_tower else max(config.taps)
+    tower_depth = vision.num_hidden_layers if keep_full_tower else max(config.taps)
     _check_depth(weights, f"{TOWER_PREFIX}vision_model.encoder.layers.", tower_depth, "the depth of the vision tower")
     if init_fusion:
         weights = weights | new_fusion(config, seed)
@@ -232,13 +254,12 @@ def make_plan(
     config.text_config.dtype = config.vision_config.dtype = config.dtype  # as `save_pretrained` writes it
     if adapter is not None:
         adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
-    check_dtypes(weights)
+    check_dtypes(weights | (run.adapter or {}))
 
-    with torch.device("meta"):
-        model = LlavaSTFForConditionalGeneration(config)
-    _check_complete(weights, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    model = empty_model(config)
+    check_complete(weights, model)
     processor = LlavaSTFProcessor(
-        image_processor=build_image_processor(run.config, clip_folder),
+        image_processor=image_processor,
         tokenizer=text_tokenizer,
         patch_size=config.vision_config.patch_size,
         fusion_window=config.fusion_window,
@@ -268,26 +289,49 @@ def _adapter_weights(pairs: dict[str, tuple[Weight, Weight]]) -> Weights:
     return weights
 
 
-def _tower_folder(run: Source, vision_tower: str | Path | None, weights: bool) -> Path:
+def _recorded_revision(folder: Path, base: str | Path) -> str | None:
+    """The revision of the base that an adapter's config records, if it is the same base on the Hub."""
+    file = folder / ADAPTER_CONFIG_FILE
+    if Path(base).is_dir() or not file.exists():
+        return None
+    settings = read_json(file)
+    return settings.get("revision") if settings.get("base_model_name_or_path") == str(base) else None
+
+
+def _commits(**folders: Path | None) -> list[str]:
+    """Notes with the commits of what came from the Hub."""
+    found = {name: commit_of(folder) for name, folder in folders.items() if folder is not None}
+    return [f"{name.replace('_', ' ')}: commit {commit}" for name, commit in found.items() if commit is not None]
+
+
+def _context_note(run: Source, context: int) -> list[str]:
+    length = run.config.get("tokenizer_model_max_length")
+    if not isinstance(length, int) or length >= context:
+        return []
+    return [f"the original cuts a prompt at {length} tokens (tokenizer_model_max_length); here it may have {context}"]
+
+
+def _tower_folder(run: Source, vision_tower: str | Path | None, revision: str | None, weights: bool) -> Path:
     """The folder that describes the tower, and holds its weights where they are needed."""
     if vision_tower is not None:
-        return fetch(vision_tower, weights=weights)
+        return fetch(vision_tower, revision, weights=weights)
     if "vision_config" in read_json(run.folder / "config.json"):  # llava-hf describes its tower itself
-        return run.folder
+        return fetch(run.folder, revision)
     named = run.config.get("mm_vision_tower")
-    if named is None:
+    if not isinstance(named, str):
         raise ConversionError(f"{run.folder} names no vision tower: give its folder or Hub id with --vision-tower.")
     for folder in (Path(named), run.folder / named, run.folder.parent / named):
         if (folder / "config.json").exists():
-            return folder
+            return fetch(folder, revision)
     try:
-        return fetch(named, weights=weights)
+        return fetch(named, revision, weights=weights)
     except ConversionError as error:
         raise ConversionError(f"The vision tower of the config: {error} Give it with --vision-tower.") from error
 
 
-def _tokenizer_folder(tokenizer: str | Path | None, run: Source, base: Path | None) -> Path:
-    candidates = [fetch(tokenizer)] if tokenizer else [folder for folder in (run.folder, base) if folder is not None]
+def _tokenizer_folder(tokenizer: str | Path | None, revision: str | None, run: Source, base: Path | None) -> Path:
+    given = None if tokenizer is None else fetch(tokenizer, revision)
+    candidates = [given] if given else [folder for folder in (run.folder, base) if folder is not None]
     for folder in candidates:
         if (folder / "tokenizer_config.json").exists():
             return folder
@@ -339,10 +383,12 @@ def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, vocabulary: int, 
     rows, image_token_id = weights[EMBEDDINGS].shape[0], config.image_token_id
     if multiple < 1:
         raise ConversionError(f"--pad-vocabulary is {multiple}, expected a positive number.")
-    if rows != config.text_config.vocab_size:
-        raise ConversionError(
-            f"The tables have {rows} rows, but config.json says `vocab_size` {config.text_config.vocab_size}."
-        )
+    for name in (EMBEDDINGS, HEAD):
+        if weights[name].shape[0] != config.text_config.vocab_size:
+            raise ConversionError(
+                f"{name!r} has {weights[name].shape[0]} rows, but config.json says `vocab_size` "
+                f"{config.text_config.vocab_size}."
+            )
     needed = -(-max(rows, vocabulary) // multiple) * multiple
     config.text_config.vocab_size = needed
     weights = {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}
@@ -364,7 +410,15 @@ def _with_mean_rows(table: Weight, rows: int) -> Weight:
     return Weight((rows, *table.shape[1:]), table.dtype, load, f"{table.origin} + mean")
 
 
-def _check_complete(weights: Weights, expected: dict[str, tuple[int, ...]]) -> None:
+def empty_model(config: LlavaSTFConfig) -> LlavaSTFForConditionalGeneration:
+    """A model without memory for its weights."""
+    with torch.device("meta"):
+        return LlavaSTFForConditionalGeneration(config)
+
+
+def check_complete(weights: Weights, model: nn.Module) -> None:
+    """Raises a [`ConversionError`] unless `weights`, under our names, are those of the model, in its shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() - weights.keys()):
         raise ConversionError(f"The source has no weight for {name!r}.")
     for name, weight in weights.items():
@@ -380,11 +434,15 @@ def print_table(plan: Plan, max_shard_size: int) -> None:
         shape = "x".join(str(side) for side in weight.shape)
         dtype = str(weight.dtype).removeprefix("torch.")
         print(f"{theirs} -> {name}  {shape} {dtype}  ({weight.origin})")
-    shards = plan_shards(plan.weights, max_shard_size)
+    print_shards(plan.weights, max_shard_size)
+
+
+def print_shards(weights: Weights, max_shard_size: int) -> None:
+    shards = plan_shards(weights, max_shard_size)
     for file, names in zip(shard_names(len(shards)), shards, strict=True):
-        print(f"would write {file}: {sum(plan.weights[name].nbytes for name in names) / 1e9:.3f} GB")
-    total = sum(weight.nbytes for weight in plan.weights.values())
-    print(f"{len(plan.weights)} tensors, {total / 1e9:.3f} GB; nothing was written")
+        print(f"would write {file}: {sum(weights[name].nbytes for name in names) / 1e9:.3f} GB")
+    total = sum(weight.nbytes for weight in weights.values())
+    print(f"{len(weights)} tensors, {total / 1e9:.3f} GB; nothing was written")
 
 
 @contextmanager
@@ -461,11 +519,13 @@ def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:
     assert plan.adapter is not None and plan.source.adapter_config is not None
     write_folder(folder, plan.adapter, max_shard_size=sum(weight.nbytes for weight in plan.adapter.values()))
     (folder / "model.safetensors").rename(folder / ADAPTER_FILE)
-    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in plan.adapter if ".lora_" in name}
+    adapted = {name.removeprefix(PEFT_PREFIX).split(".lora_")[0] for name in plan.adapter if ".lora_" in name}
     settings = {
         **plan.source.adapter_config,
         "base_model_name_or_path": str(destination.resolve() / "base"),
-        "target_modules": rf".*language_model.*\.({'|'.join(sorted(adapted))})",
+        "target_modules": sorted(adapted),
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "modules_to_save": ["multi_modal_projector"],
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

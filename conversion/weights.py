@@ -66,6 +66,14 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def section(config: dict[str, Any], name: str, place: Path) -> dict[str, Any]:
+    """The object `name` of a config, or the config itself if it has none."""
+    found = config.get(name, config)
+    if not isinstance(found, dict):
+        raise ConversionError(f"{place}: `{name}` is {found!r}, expected an object with named fields.")
+    return found
+
+
 def read_file(path: Path) -> Weights:
     """The weights of one .safetensors or .bin file, memory-mapped; nothing in a .bin is executed."""
     require_file(path)
