@@ -17,7 +17,7 @@ from .settings import PREPROCESSOR, VISION, check_settings, require_activation, 
 from .source import MBTF, STF
 from .weights import Weights, read_json, section
 
-Config = TypeVar("Config", bound=PreTrainedConfig)
+Built = TypeVar("Built")
 
 # The taps behind the first, by the number of taps that the projector's shape shows (the original's two variants).
 INNER_TAPS = {8: (21, 18, 15, 12, 9, 6, 3), 4: (18, 12, 6)}
@@ -184,7 +184,8 @@ def read_vision_config(folder: Path) -> tuple[CLIPVisionConfig, list[str]]:
     require_positive(place, settings, sizes, whole=True)
     require_positive(place, settings, ["layer_norm_eps"])
     require_activation(place, settings)
-    return built(CLIPVisionConfig, place, **_known_fields(CLIPVisionConfig, settings)), notes
+    fields = _known_fields(CLIPVisionConfig, settings)
+    return built(CLIPVisionConfig, place, **{name: value for name, value in fields.items() if value is not None}), notes
 
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -193,8 +194,8 @@ def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) 
     return {name: values[name] for name in config_class().to_dict() if name in values and name not in common}
 
 
-def built(make: Callable[..., Config], place: Path | str, **fields: Any) -> Config:
-    """A configuration, made of fields; what transformers finds wrong with them becomes a [`ConversionError`]."""
+def built(make: Callable[..., Built], place: Path | str, **fields: Any) -> Built:
+    """A configuration or an image processor; what transformers finds wrong becomes a [`ConversionError`]."""
     try:
         return make(**fields)
     except (StrictDataclassError, ValueError) as error:
@@ -223,7 +224,7 @@ def build_image_processor(
     # What a CLIP processor takes where the file says nothing.
     settings = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}} | settings
     carried = {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
-    processor = LlavaSTFImageProcessor(do_pad=original.get("image_aspect_ratio") == "pad", **carried)
+    processor = built(LlavaSTFImageProcessor, file, do_pad=original.get("image_aspect_ratio") == "pad", **carried)
     _check_side(file, processor, side)
     return processor, notes
 

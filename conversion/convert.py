@@ -235,9 +235,6 @@ def make_plan(
     config = build_config(run.config, weights, vision, text, image_token_id)
     image_processor, image_notes = build_image_processor(run.config, clip_folder, vision.image_size)
     notes += vision_notes + image_notes
-    _check_depth(weights, "model.layers.", text.num_hidden_layers, "`num_hidden_layers` of the language model")
-    tower_depth = vision.num_hidden_layers if keep_full_tower else max(config.taps)
-    _check_depth(weights, f"{TOWER_PREFIX}vision_model.encoder.layers.", tower_depth, "the depth of the vision tower")
     if init_fusion:
         weights = weights | new_fusion(config, seed)
         notes.append(f"THE FUSION MODULES ARE NEW (seed {seed}): train them before you ask this model anything")
@@ -256,7 +253,7 @@ def make_plan(
         adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
     check_dtypes(weights | (run.adapter or {}))
 
-    model = empty_model(config)
+    model = empty_model(config, weights)
     check_complete(weights, model)
     processor = LlavaSTFProcessor(
         image_processor=image_processor,
@@ -270,13 +267,6 @@ def make_plan(
         },
     )
     return Plan(run, model, weights, processor, adapter, notes)
-
-
-def _check_depth(weights: Weights, prefix: str, depth: int, name: str) -> None:
-    """Compares a config with the names of the weights: the model that it asks for may be too large to build."""
-    layers = {match[1] for key in weights if (match := re.match(rf"{re.escape(prefix)}(\d+)\.", key))}
-    if depth > len(layers):
-        raise ConversionError(f"The config says that {name} is {depth}, but there are weights of {len(layers)} layers.")
 
 
 def _adapter_weights(pairs: dict[str, tuple[Weight, Weight]]) -> Weights:
@@ -368,7 +358,7 @@ def _without_unused_layers(weights: Weights, config: LlavaSTFConfig) -> Weights:
     return {
         key: weight
         for key, weight in weights.items()
-        if not key.startswith(prefix) or int(key.removeprefix(prefix).split(".")[0]) < depth
+        if not (match := re.match(rf"{re.escape(prefix)}(\d+)\.", key)) or int(match[1]) < depth
     }
 
 
@@ -410,8 +400,19 @@ def _with_mean_rows(table: Weight, rows: int) -> Weight:
     return Weight((rows, *table.shape[1:]), table.dtype, load, f"{table.origin} + mean")
 
 
-def empty_model(config: LlavaSTFConfig) -> LlavaSTFForConditionalGeneration:
-    """A model without memory for its weights."""
+def empty_model(config: LlavaSTFConfig, weights: Weights) -> LlavaSTFForConditionalGeneration:
+    """A model without memory for its weights, which are under our names.
+
+    Raises:
+        ConversionError: if the config has more layers than there are weights: it might take hours to build them.
+    """
+    for name, part in (("language_model", config.text_config), ("vision_tower.encoder", config.vision_config)):
+        found = {match[1] for key in weights if (match := re.match(rf"model\.{name}\.layers\.(\d+)\.", key))}
+        if part.num_hidden_layers > len(found):
+            raise ConversionError(
+                f"The config has {part.num_hidden_layers} layers of model.{name} (num_hidden_layers, or the last tap), "
+                f"but there are weights of {len(found)}."
+            )
     with torch.device("meta"):
         return LlavaSTFForConditionalGeneration(config)
 

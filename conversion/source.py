@@ -91,9 +91,8 @@ def find_run(folder: Path) -> Path:
 
 def _has_run(folder: Path) -> bool:
     weights = ("*.safetensors", "*.bin", "*.index.json")
-    if not (folder / "config.json").exists() or read_json(folder / "config.json").get("model_type", "").startswith(
-        "clip"
-    ):
+    file = folder / "config.json"
+    if not file.exists() or str(read_json(file).get("model_type")).startswith("clip"):
         return False
     return any(next(folder.glob(pattern), None) for pattern in weights)
 

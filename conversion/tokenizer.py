@@ -46,6 +46,8 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
     settings = read_json(folder / "tokenizer_config.json")
     named, special = _special_tokens(folder, settings)
     added = _added_tokens(folder, settings)
+    if not isinstance(settings.get("legacy"), (bool, type(None))):
+        raise ConversionError(f"{folder}: `legacy` of the tokenizer is {settings['legacy']!r}, expected true or false.")
     # transformers 4.37, which wrote the original's files, takes a missing flag as True.
     legacy = settings.get("legacy") in (None, True)
     if (folder / "tokenizer.json").exists():

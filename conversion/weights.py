@@ -86,10 +86,15 @@ def read_file(path: Path) -> Weights:
         raise ConversionError(
             f"Cannot read {path}: {reason} (damaged, incomplete, or not a file of tensors)"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ConversionError(f"{path} holds something else than named tensors.")
+    if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
+        raise ConversionError(f"{path} holds something else than named tensors (dense ones).")
     _refuse_shared(state, path)
     return {key: Weight.of(tensor.contiguous(), path.name) for key, tensor in state.items()}
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, tensor = item
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -127,7 +132,9 @@ def read_folder(folder: Path) -> Weights:
 
 
 def _read_shards(index: Path) -> Weights:
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = section(read_json(index), "weight_map", index)
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConversionError(f"{index}: `weight_map` is expected to name the file of each weight.")
     weights: Weights = {}
     for name in sorted(set(weight_map.values())):
         if not (index.parent / name).exists():
