@@ -15,7 +15,7 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 from .keys import ConversionError
 from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
 from .source import MBTF, STF
-from .weights import Weights, read_json, section
+from .weights import Weights, matrix, read_json, section
 
 Built = TypeVar("Built")
 
@@ -63,7 +63,7 @@ def build_config(
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
         vision_feature_layer=taps,
-        dtype=weights["model.embed_tokens.weight"].dtype,
+        dtype=matrix(weights, "model.embed_tokens.weight").dtype,
         **fusion,
     )
 
@@ -97,8 +97,8 @@ def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]
 
 
 def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
-    block_hidden, block_in = weights[f"{MBTF}0.weight"].shape
-    spatial_hidden, spatial_in = weights[f"{STF}0.weight"].shape
+    block_hidden, block_in = matrix(weights, f"{MBTF}0.weight").shape
+    spatial_hidden, spatial_in = matrix(weights, f"{STF}0.weight").shape
     taps, window = block_in // width, isqrt(spatial_in // width)
     if block_in != taps * width or spatial_in != window**2 * width:
         raise ConversionError(

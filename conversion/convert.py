@@ -45,6 +45,7 @@ from .weights import (
     Weights,
     check_dtypes,
     compare,
+    matrix,
     parse_size,
     plan_shards,
     read_file,
@@ -368,13 +369,11 @@ def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, vocabulary: int, 
     The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest. Padding,
     where asked for, gets the same row.
     """
-    if EMBEDDINGS not in weights or HEAD not in weights:
-        raise ConversionError(f"The source has no weight for {EMBEDDINGS if EMBEDDINGS not in weights else HEAD!r}.")
-    rows, image_token_id = weights[EMBEDDINGS].shape[0], config.image_token_id
+    rows, image_token_id = matrix(weights, EMBEDDINGS).shape[0], config.image_token_id
     if multiple < 1:
         raise ConversionError(f"--pad-vocabulary is {multiple}, expected a positive number.")
     for name in (EMBEDDINGS, HEAD):
-        if weights[name].shape[0] != config.text_config.vocab_size:
+        if matrix(weights, name).shape[0] != config.text_config.vocab_size:
             raise ConversionError(
                 f"{name!r} has {weights[name].shape[0]} rows, but config.json says `vocab_size` "
                 f"{config.text_config.vocab_size}."

@@ -49,6 +49,19 @@ class Weight:
 Weights = dict[str, Weight]
 
 
+def matrix(weights: Weights, name: str) -> Weight:
+    """A weight of two dimensions.
+
+    Raises:
+        ConversionError: if there is none of this name, or if it has another number of dimensions.
+    """
+    if name not in weights:
+        raise ConversionError(f"The source has no weight for {name!r}.")
+    if len(weights[name].shape) != 2:
+        raise ConversionError(f"{name!r} has the shape {weights[name].shape}, expected two dimensions.")
+    return weights[name]
+
+
 def require_file(path: Path) -> None:
     """Raises a [`ConversionError`] for a pipe, a folder or a device, which would be read without end or not at all."""
     if path.exists() and not path.is_file():
