@@ -44,10 +44,12 @@ def main() -> int:
                 parser.error(f"--to-original does not go with --{name.replace('_', '-')}")
     try:
         folder = (convert_back if way_back else convert)(**arguments)
-    except Exception as error:  # a ConversionError, or what transformers says of a config that fits no model
-        name = "" if isinstance(error, ConversionError) else f"{type(error).__name__}: "
-        print(f"error: {name}{' '.join(str(error).split())}", file=sys.stderr)
+    except (ConversionError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     if not arguments["dry_run"]:
         print(f"wrote {folder}")
     return 0

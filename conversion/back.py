@@ -99,7 +99,7 @@ def convert_back(
     tokenizer_folder = _fetch_named("tokenizer", tokenizer, tokenizer_revision)
     config = _read_config(folder)
     weights = read_folder(folder)
-    check_complete(weights, empty_model(config))
+    check_complete(weights, empty_model(config, weights))
     check_dtypes(weights)
     original = _original_config(config, folder, vision_tower)
     original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")

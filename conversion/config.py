@@ -15,7 +15,7 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 from .keys import ConversionError
 from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
 from .source import MBTF, STF
-from .weights import Weights, read_json, section
+from .weights import Weights, matrix, read_json, section
 
 Made = TypeVar("Made")
 
@@ -63,7 +63,7 @@ def build_config(
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
         vision_feature_layer=taps,
-        dtype=weights["model.embed_tokens.weight"].dtype,
+        dtype=matrix(weights, "model.embed_tokens.weight").dtype,
         **fusion,
     )
 
@@ -97,8 +97,8 @@ def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]
 
 
 def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
-    block_hidden, block_in = weights[f"{MBTF}0.weight"].shape
-    spatial_hidden, spatial_in = weights[f"{STF}0.weight"].shape
+    block_hidden, block_in = matrix(weights, f"{MBTF}0.weight").shape
+    spatial_hidden, spatial_in = matrix(weights, f"{STF}0.weight").shape
     taps, window = block_in // width, isqrt(spatial_in // width)
     if block_in != taps * width or spatial_in != window**2 * width:
         raise ConversionError(
@@ -187,7 +187,8 @@ def read_vision_config(folder: Path) -> tuple[CLIPVisionConfig, list[str]]:
     require_positive(place, settings, sizes, whole=True)
     require_positive(place, settings, ["layer_norm_eps"])
     require_activation(place, settings)
-    return built(CLIPVisionConfig, place, **_known_fields(CLIPVisionConfig, settings)), notes
+    fields = _known_fields(CLIPVisionConfig, settings)
+    return built(CLIPVisionConfig, place, **{name: value for name, value in fields.items() if value is not None}), notes
 
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -224,10 +225,9 @@ def build_image_processor(
     for name in ("image_mean", "image_std"):
         _check_channels(file, name, settings.get(name))
     # What a CLIP processor takes where the file says nothing.
-    carried = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
-    carried |= {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
-    padded = original.get("image_aspect_ratio") == "pad"
-    processor = built(LlavaSTFImageProcessor, file, do_pad=padded, **carried)
+    settings = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}} | settings
+    carried = {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
+    processor = built(LlavaSTFImageProcessor, file, do_pad=original.get("image_aspect_ratio") == "pad", **carried)
     _check_side(file, processor, side)
     return processor, notes
 

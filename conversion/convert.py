@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a finished Hub folder: weights, configs, processor, tokenizer, templates, code, licences and a card."""
 
+import glob
 import json
 import os
+import re
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +45,7 @@ from .weights import (
     Weights,
     check_dtypes,
     compare,
+    matrix,
     parse_size,
     plan_shards,
     read_file,
@@ -57,6 +61,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
 LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
+LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
+UNFINISHED = ".partial"  # ends the name of a folder that is being written, and of no other
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 CARD = """---
 library_name: transformers
@@ -144,6 +150,8 @@ def convert(
 
 def require_empty(destination: str | Path) -> Path:
     destination = Path(destination).resolve()
+    if destination.name.endswith(UNFINISHED):
+        raise ConversionError(f"{destination} has the name of an unfinished folder (*{UNFINISHED}). Choose another.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(f"{destination} is not empty, or not a folder. Choose another; nothing was written.")
     return destination
@@ -238,7 +246,7 @@ def make_plan(
         config.vision_config.num_hidden_layers = max(config.taps)
         weights = _without_unused_layers(weights, config)
         notes.append(f"the tower's layers behind the last tap, {max(config.taps)}, are left out: they are never used")
-    weights, note = _with_vocabulary(to_hub(weights), config, pad_vocabulary)
+    weights, note = _with_vocabulary(to_hub(weights), config, len(text_tokenizer), pad_vocabulary)
     notes.append(note)
     if dtype is not None:
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
@@ -249,7 +257,7 @@ def make_plan(
         adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
     check_dtypes(weights | (run.adapter or {}))
 
-    model = empty_model(config)
+    model = empty_model(config, weights)
     check_complete(weights, model)
     processor = LlavaSTFProcessor(
         image_processor=image_processor,
@@ -357,38 +365,30 @@ def _check_depth(weights: Weights, depth: int, clip_folder: Path) -> None:
 
 def tower_depth(weights: Weights) -> int:
     """Layers of the tower, under the original's names."""
-    return 1 + max(
-        (int(key.removeprefix(LAYERS).split(".")[0]) for key in weights if key.startswith(LAYERS)), default=-1
-    )
+    return 1 + max((int(found[1]) for key in weights if (found := LAYER.match(key))), default=-1)
 
 
 def _without_unused_layers(weights: Weights, config: LlavaSTFConfig) -> Weights:
     depth = config.vision_config.num_hidden_layers
-    return {
-        key: weight
-        for key, weight in weights.items()
-        if not key.startswith(LAYERS) or int(key.removeprefix(LAYERS).split(".")[0]) < depth
-    }
+    return {key: weight for key, weight in weights.items() if not (found := LAYER.match(key)) or int(found[1]) < depth}
 
 
-def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, multiple: int) -> tuple[Weights, str]:
-    """Gives `<image>` a row in both tables where it has none: the mean of the others.
+def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, vocabulary: int, multiple: int) -> tuple[Weights, str]:
+    """Gives `<image>`, and what else the tokenizer has beyond both tables, a row there: the mean of the others.
 
     The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest. Padding,
     where asked for, gets the same row.
     """
-    if EMBEDDINGS not in weights or HEAD not in weights:
-        raise ConversionError(f"The source has no weight for {EMBEDDINGS if EMBEDDINGS not in weights else HEAD!r}.")
-    rows, image_token_id = weights[EMBEDDINGS].shape[0], config.image_token_id
+    rows, image_token_id = matrix(weights, EMBEDDINGS).shape[0], config.image_token_id
     if multiple < 1:
         raise ConversionError(f"--pad-vocabulary is {multiple}, expected a positive number.")
     for name in (EMBEDDINGS, HEAD):
-        if weights[name].shape[0] != config.text_config.vocab_size:
+        if matrix(weights, name).shape[0] != config.text_config.vocab_size:
             raise ConversionError(
                 f"{name!r} has {weights[name].shape[0]} rows, but config.json says `vocab_size` "
                 f"{config.text_config.vocab_size}."
             )
-    needed = -(-max(rows, image_token_id + 1) // multiple) * multiple
+    needed = -(-max(rows, vocabulary) // multiple) * multiple
     config.text_config.vocab_size = needed
     weights = {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}
     added = f"{needed - rows} added to each table, the mean of the others" if needed > rows else "none added"
@@ -409,8 +409,19 @@ def _with_mean_rows(table: Weight, rows: int) -> Weight:
     return Weight((rows, *table.shape[1:]), table.dtype, load, f"{table.origin} + mean")
 
 
-def empty_model(config: LlavaSTFConfig) -> LlavaSTFForConditionalGeneration:
-    """A model without memory for its weights."""
+def empty_model(config: LlavaSTFConfig, weights: Weights) -> LlavaSTFForConditionalGeneration:
+    """A model without memory for its weights, which are under our names.
+
+    Raises:
+        ConversionError: if the config has more layers than there are weights: it might take hours to build them.
+    """
+    for name, part in (("language_model", config.text_config), ("vision_tower.encoder", config.vision_config)):
+        found = {match[1] for key in weights if (match := re.match(rf"model\.{name}\.layers\.(\d+)\.", key))}
+        if part.num_hidden_layers > len(found):
+            raise ConversionError(
+                f"The config has {part.num_hidden_layers} layers of model.{name} (num_hidden_layers, or the last tap), "
+                f"but there are weights of {len(found)}."
+            )
     with torch.device("meta"):
         return LlavaSTFForConditionalGeneration(config)
 
@@ -446,12 +457,18 @@ def print_shards(weights: Weights, max_shard_size: int) -> None:
 
 @contextmanager
 def complete_or_absent(destination: Path) -> Iterator[Path]:
-    """A sibling folder to write into, renamed to the destination at the end; what a killed run left is removed."""
+    """A sibling folder to write into, renamed to the destination at the end.
+
+    Its name says for which destination, on which host and in which process it is written: what a killed run of this
+    host left for this destination is removed.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    for left in destination.parent.glob(f".{destination.name}.*.partial"):
-        if not _runs(int(left.name.split(".")[-2])):
+    prefix = f".{destination.name}@{socket.gethostname()}@"
+    for left in destination.parent.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
+        process = left.name.removeprefix(prefix).removesuffix(UNFINISHED)
+        if process == str(os.getpid()) or (process.isdecimal() and not _runs(int(process))):
             shutil.rmtree(left, ignore_errors=True)
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    unfinished = destination.with_name(f"{prefix}{os.getpid()}{UNFINISHED}")
     unfinished.mkdir()
     try:
         yield unfinished
