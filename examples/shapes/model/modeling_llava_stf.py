@@ -36,6 +36,8 @@ IMAGES_PER_PASS = 32
 CPU_BYTES_PER_PASS = 10 * 2**20
 # Given a list, transformers 5.23 keeps just the hidden states that it names; 5.17 to 5.22 count them in another way.
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
+# The argument that holds the cache. The stock models take the old name until 5.40, and warn of it since 5.24.
+CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) else "past_key_values"
 # So far below any logit that its probability is zero, and still finite.
 NO_ANSWER_LOGIT = -1e4
 # For `llm_int8_skip_modules` and the like: what stays in 16 bit when the language model is quantised.
@@ -246,11 +248,13 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
+        cache: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """As [`LlavaModel.forward`]; a prompt with image tokens but no image draws a warning.
+
+        The cache is taken by either of its names, `cache` and the older `past_key_values`.
 
         In training a batch without images sends a blank image through tower and fusion and uses none of it, so that
         every rank of a distributed run touches the same parameters (original: the dummy image of its collator).
@@ -262,12 +266,13 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 if inputs_embeds is None:
                     inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
                 inputs_embeds = inputs_embeds + self._blank_image_features(inputs_embeds)[:0].sum()
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -316,24 +321,36 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
         return loss
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`GenerationMixin.generate`]; `cache` is the name of its cache before transformers 5.24, too."""
+        if "cache" in kwargs:
+            kwargs[CACHE] = kwargs.pop("cache")
+        return super().generate(*args, **kwargs)
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        past_key_values: Any | None = None,
+        next_sequence_length: int | None = None,
+        cache: Any | None = None,
+        attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        older_name = kwargs.pop("past_key_values", None)
+        cache = older_name if cache is None else cache
         # transformers drops the images from all passes but the first, and takes an assistant's first one and (before
         # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image. Not asked in a
         # step of decoding, where it is never empty: the length of a static cache would have to wait for the device.
-        prompt = inputs_embeds is None and kwargs.get("next_sequence_length") != 1
-        unseen = prompt and past_key_values is not None and past_key_values.get_seq_length() == 0
+        prompt = inputs_embeds is None and next_sequence_length != 1
+        unseen = prompt and cache is not None and cache.get_seq_length() == 0
         return super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration or unseen,
+            **{CACHE: cache},
             **kwargs,
         )
 
