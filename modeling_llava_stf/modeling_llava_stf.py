@@ -162,7 +162,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 Normalised pixels. A batch of videos may be given as `(videos, frames, 3, image_size, image_size)`.
 
         Returns:
-            The tower's output; its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each.
+            The tower's output; its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each, and
+            its `last_hidden_state` is that of the last tap, whatever else is asked for.
 
         Raises:
             ValueError: if the pixels have another shape, or a call asks for other taps than those of the config.
@@ -198,7 +199,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
         tokens = self.multi_modal_projector(torch.cat(features, dim=-1))  # (B, T, D)
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
+            # Not the tower's own, which is that of a later block if all hidden states or the attentions are asked for.
+            last_hidden_state=outputs.hidden_states[max(taps)],
             pooler_output=list(tokens),
             hidden_states=outputs.hidden_states if all_hidden_states else None,
             attentions=outputs.attentions,
@@ -326,6 +328,18 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         if "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
         return super().generate(*args, **kwargs)
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        # Where a call gives `max_length` and the checkpoint `max_new_tokens`, transformers keeps both, and the
+        # checkpoint's counts.
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for given in (kwargs, vars(generation_config) if generation_config else {}):
+            if given.get("max_new_tokens") is not None:
+                break
+            if given.get("max_length") is not None:
+                prepared.max_new_tokens = None
+                break
+        return prepared, model_kwargs
 
     def prepare_inputs_for_generation(
         self,
