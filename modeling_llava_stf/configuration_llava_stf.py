@@ -8,6 +8,7 @@ import transformers
 from huggingface_hub.dataclasses import strict
 from packaging.specifiers import SpecifierSet
 from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig
+from transformers.activations import ACT2FN
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
@@ -124,6 +125,13 @@ class LlavaSTFConfig(LlavaConfig):
 
     def check_fusion(self) -> None:
         """Raises a `ValueError` if window and strategy do not fit the tower; also run when a model is built."""
+        if self.vision_config.patch_size < 1 or self.vision_config.model_type != "clip_vision_model":
+            raise ValueError(
+                f"`vision_config` is a `{self.vision_config.model_type}` with patches of "
+                f"{self.vision_config.patch_size} pixels, expected a `clip_vision_model` with patches of at least one."
+            )
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(f"`projector_hidden_act` is {self.projector_hidden_act!r}, expected one of {[*ACT2FN]}.")
         if self.fusion_window < 1 or self.grid_size % self.fusion_window:
             raise ValueError(
                 f"`fusion_window` is {self.fusion_window}, but the vision tower has a grid of {self.grid_size} x "

@@ -195,6 +195,10 @@ class LlavaSTFProcessor(LlavaProcessor):
                 f"The processor lacks {', '.join(missing)}: without them it cannot count image tokens. A complete "
                 "processor_config.json has all three; these files may belong to a plain LLaVA."
             )
+        for name in ("patch_size", "fusion_window"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, expected a whole number of at least 1.")
         if self.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}, expected 'default': the "
