@@ -19,7 +19,7 @@ from jinja2 import TemplateError
 from transformers.utils import logging
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from .folder import check_folder, check_weights
+from ._folder import check_folder, check_weights
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
