@@ -63,6 +63,9 @@ ORIGINAL_CONFIG_FILE = "original_config.json"
 LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
 UNFINISHED = ".partial"  # ends the name of a folder that is being written, and of no other
+# Tokens that `generate` adds at most, if a call does not say: room for the longest descriptions that LLaVA is trained
+# on, and in a small context at most a quarter of it. Without it transformers stops after 20.
+LONGEST_ANSWER = 512
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 CARD = """---
 library_name: transformers
@@ -497,6 +500,7 @@ def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
     config.save_pretrained(folder)
     plan.processor.save_pretrained(folder)
     GenerationConfig(
+        max_new_tokens=min(LONGEST_ANSWER, plan.processor.tokenizer.model_max_length // 4),
         bos_token_id=config.text_config.bos_token_id,
         eos_token_id=config.text_config.eos_token_id,
         pad_token_id=config.text_config.pad_token_id,

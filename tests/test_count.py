@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration
 
 from benchmarks import count, training_needs
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+from modeling_llava_stf.modeling_llava_stf import CACHE
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = 50
@@ -77,7 +78,7 @@ def test_weights(config):
 
 def test_cache(model, processor, picture):
     inputs = processor(images=picture("wide.png"), text="<image> What is it?", return_tensors="pt")
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     text = inputs["input_ids"].shape[1] - model.config.tokens_per_image
     assert count.cache_bytes(model.config, text) == count.BYTES * numbers

@@ -4,10 +4,14 @@
 
 import asyncio
 import base64
+import copy
+import json
 import math
 import os
 import struct
+import sys
 import tempfile
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +31,15 @@ from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
+from transformers.utils import cached_file
 from transformers.video_utils import load_video
 
+from .configuration_llava_stf import LlavaSTFConfig
+
+# What the processor must know of the model.
+MODEL_SETTINGS = ("patch_size", "fusion_window", "vision_feature_select_strategy")
+# Where a file is sought, of the arguments of `from_pretrained`.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 ORIENTATION = PIL.ExifTags.Base.Orientation
 # Frames per second that are read from a video file, as the original's evaluation does.
 VIDEO_FPS = 1
@@ -171,6 +182,34 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         return {**super().to_dict(), "auto_map": reference}
 
 
+class _OneAtATime:
+    """A tokenizer that serves one thread after the other.
+
+    The fast tokenizer holds padding and truncation as state, from setting them to encoding: two calls at once would pad
+    and cut as one of them asks (transformers 5.24). Can go when the settings are arguments of the encoding.
+    """
+
+    lock = threading.Lock()
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _OneAtATime.lock:
+            return self.tokenizer(*args, **kwargs)
+
+
+def _new_lock() -> None:
+    _OneAtATime.lock = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_new_lock)  # the thread that holds it is not in a forked worker
+
+
 class LlavaSTFProcessor(LlavaProcessor):
     r"""
     Turns prompts with `<image>` and `<video>` placeholders, pictures and videos into the inputs of LLaVA-STF.
@@ -178,6 +217,9 @@ class LlavaSTFProcessor(LlavaProcessor):
     Every image, and every frame of a video, becomes (image size / patch size / fusion window)^2 image tokens (144 for
     the released model); the frames of a video stand one after the other in the place of its one placeholder.
     `pixel_values` holds images and frames in the order of their placeholders: (images + frames, 3, height, width).
+
+    Threads may share a processor, also through `apply_chat_template`. They may not share its `tokenizer` in calls of
+    their own that pad or truncate: give each thread a `copy.deepcopy` of it.
 
     Args:
         image_processor ([`LlavaSTFImageProcessor`]): gives the pixels. Videos are not padded to a square by default,
@@ -228,6 +270,18 @@ class LlavaSTFProcessor(LlavaProcessor):
             )
 
     @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As [`ProcessorMixin.get_processor_dict`]; what no processor_config.json says comes from the model's config.
+
+        A pipeline's `save_pretrained` writes tokenizer and image processor, but not that file.
+        """
+        settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if not any(name in settings for name in MODEL_SETTINGS):
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            settings |= _settings_of_model(pretrained_model_name_or_path, where)
+        return settings, unused
+
+    @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As [`ProcessorMixin.from_args_and_dict`], the last step of loading; incomplete settings are refused."""
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
@@ -240,13 +294,16 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     def check_settings(self) -> None:
         """Raises a `ValueError` if a setting is missing, without which tokens cannot be counted, or does not fit."""
-        settings = ("patch_size", "fusion_window", "vision_feature_select_strategy")
-        missing = [name for name in settings if getattr(self, name) is None]
+        missing = [name for name in MODEL_SETTINGS if getattr(self, name) is None]
         if missing:
             raise ValueError(
                 f"The processor lacks {', '.join(missing)}: without them it cannot count image tokens. A complete "
                 "processor_config.json has all three; these files may belong to a plain LLaVA."
             )
+        for name in ("patch_size", "fusion_window"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, expected a whole number of at least 1.")
         if self.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}, expected 'default': the "
@@ -287,7 +344,9 @@ class LlavaSTFProcessor(LlavaProcessor):
                 is longer than the model's context.
         """
         offsets_wanted = kwargs.pop("return_text_replacement_offsets", False)
-        outputs = super().__call__(
+        guarded = copy.copy(self)
+        guarded.tokenizer = _OneAtATime(self.tokenizer)
+        outputs = super(LlavaSTFProcessor, guarded).__call__(
             images=images, text=text, videos=videos, return_text_replacement_offsets=True, **kwargs
         )
         places = outputs["text_replacement_offsets"] if offsets_wanted else outputs.pop("text_replacement_offsets", [])
@@ -416,6 +475,20 @@ class LlavaSTFProcessor(LlavaProcessor):
     def to_dict(self) -> dict[str, Any]:
         """As [`ProcessorMixin.to_dict`]; the reference to the code never names another repository."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
+
+
+def _settings_of_model(folder: Any, where: dict[str, Any]) -> dict[str, Any]:
+    """The three settings as the config.json beside the processor's files has them; none if that is not of our model."""
+    file = cached_file(folder, "config.json", _raise_exceptions_for_missing_entries=False, **where)
+    found = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    if found.get("model_type") != LlavaSTFConfig.model_type:
+        return {}
+    config = LlavaSTFConfig.from_dict(found)
+    return {
+        "patch_size": config.vision_config.patch_size,
+        "fusion_window": config.fusion_window,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
 
 
 # Pictures: out of files, out of arrays, into RGB
