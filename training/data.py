@@ -93,6 +93,8 @@ def load_rows(
         DataError: if there is no such data, or its columns are of no known kind.
     """
     path = Path(data_path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{data_path} is neither a file nor a folder.")
     root = Path(image_folder) if image_folder is not None else path.parent if path.is_file() else path
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
@@ -497,7 +499,9 @@ class Collator(DataCollatorForVisionLanguageModeling):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return super().torch_call([self._with_media(example) for example in examples])
+        batch = super().torch_call([self._with_media(example) for example in examples])
+        batch["labels"][batch["input_ids"] == self.processor.image_token_id] = -100  # `<image>` is no answer
+        return batch
 
     def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:
         row = example if "problem" in example else to_row(example, 0, "")  # or a row of TRL, as it is
