@@ -22,7 +22,7 @@ from training.__main__ import main
 from training.checkpoint import CheckpointError
 from training.merge import merge
 
-SETTINGS = {"save_steps": 1, "max_steps": 3}
+SETTINGS = {"save_steps": 1, "max_steps": 3, "save_total_limit": 3}
 LORA = {**SETTINGS, "lora_r": 4}
 
 

@@ -65,9 +65,6 @@ def test_the_help_shows_no_option_that_is_refused():
         assert f"--{name} " not in shown, name
 
 
-OTHER = {bool: True, str: "other", int: 7, float: 0.5, list: ["other"], dict: {"other": 1}}
-
-
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_does_not_act_is_refused_from_python(name):
     """Also by those who do not come by the command line."""
@@ -105,9 +102,11 @@ def test_what_does_not_act_is_refused_from_python(name):
         ({"gradient_accumulation_steps": 4}, ["`gradient_accumulation_steps` is 4, but 2 follows"]),
         ({"train_sampling_strategy": "sequential"}, ["`group_by_modality_length` orders"]),
         ({"model_revision": "v1"}, ["is a folder, which has no revision 'v1'"]),
+        ({"split": "test"}, ["is a file, which has no configuration and no split"]),
+        ({"dataset_config": "en"}, ["is a file, which has no configuration and no split"]),
         ({"report_to": "clearml"}, ["`report_to` clearml is not known or not installed"]),
         ({"report_to": "typo"}, ["`report_to` typo is not known"]),
-        ({"attn_implementation": "flash_attention_2"}, ["flash"]),
+        ({"attn_implementation": "flash_attention_2"}, ["FlashAttention2"]),
         ({"attn_implementation": "typo"}, ["typo"]),
         ({"trainable": "("}, ["`trainable` '(' is no regular expression"]),
         ({"lora_target_modules": "(", "recipe": "finetune_lora"}, ["`lora_target_modules` '(' is no regular"]),
@@ -211,7 +210,7 @@ def test_what_trl_and_transformers_say_acts_here_too(name, checkpoint, tmp_path)
 @pytest.mark.parametrize(
     "changes",
     [
-        {"torch_compile_backend": "eager", "save_steps": 2},
+        pytest.param({"torch_compile_backend": "eager", "save_steps": 2}, marks=pytest.mark.slow),
         {"skip_memory_metrics": False},
         {"debug": "underflow_overflow"},
         {"include_num_input_tokens_seen": True},

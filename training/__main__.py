@@ -154,7 +154,8 @@ def make_trainer(
     """The trainer of a run, and what is known of its rows."""
     if choice.model_name_or_path is None:
         raise ValueError("Name the checkpoint to begin with: `--model_name_or_path`.")
-    check_settings(choice)
+    for settings in (data, choice):
+        check_settings(settings)
     if data.eval_data_path and args.eval_strategy == "no" and not args.eval_on_start:
         raise ValueError("`eval_data_path` does not act without `eval_strategy` or `eval_on_start`: set that, too.")
     commit = commit_of(choice.model_name_or_path, choice.model_revision)

@@ -58,6 +58,9 @@ def check_checkpoint(
     random_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
     if shapes is None:
         require(folder, *random_states)
+        of_fsdp = all(any(folder.glob(pattern)) for pattern in ("pytorch_model_fsdp*", "optimizer*"))
+        if not of_fsdp:
+            require(folder, "latest")  # DeepSpeed's
         return notes
     require(folder, OPTIMIZER, SCHEDULER, *random_states, *(["scaler.pt"] if scaled else []))
     if (folder / "config.json").exists():
@@ -101,14 +104,14 @@ def read_state(path: Path) -> int:
     """The step of a `trainer_state.json`."""
     content = read_json(path)
     with readable(path):
-        state = TrainerState(**content)
+        TrainerState(**content)
         for name, kinds in (("global_step", int), ("epoch", int | float), ("log_history", list), ("max_steps", int)):
-            value = getattr(state, name)
-            if name not in content or not isinstance(value, kinds) or isinstance(value, bool):
+            value = content.get(name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ValueError(f"`{name}` is {value!r:.50}")
-        if state.global_step < 1:
-            raise ValueError(f"`global_step` is {state.global_step}")
-    return state.global_step
+        if content["global_step"] < 1:
+            raise ValueError(f"`global_step` is {content['global_step']}")
+    return content["global_step"]
 
 
 def read_tensors(path: Path) -> Any:
@@ -159,7 +162,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         with readable(folder / INDEX):
             files = sorted(set(index["weight_map"].values()))
     require(folder, *(files or WEIGHTS[:1]))
-    shapes = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name in files:
         with readable(folder / name), safe_open(folder / name, "pt") as file:
             shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118

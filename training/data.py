@@ -95,6 +95,8 @@ def load_rows(
     path = Path(data_path)
     if path.exists() and not path.is_file() and not path.is_dir():
         raise DataError(f"{data_path} is neither a file nor a folder.")
+    if path.suffix in (".json", ".jsonl", ".parquet") and (config is not None or split != "train"):
+        raise DataError(f"{data_path} is a file, which has no configuration and no split: leave these out.")
     root = Path(image_folder) if image_folder is not None else path.parent if path.is_file() else path
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():

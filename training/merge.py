@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils import load_peft_weights
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
@@ -55,6 +55,9 @@ def with_adapter(model: LlavaSTFForConditionalGeneration, settings: PeftConfig, 
     Raises:
         ValueError: if the adapter is empty, changes nothing, or is not of this model.
     """
+    files = [Path(adapter) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    if not next((file for file in files if file.exists()), files[0]).is_file():
+        raise ValueError(f"{adapter} is not an adapter: it has no {SAFETENSORS_WEIGHTS_NAME}.")
     with readable(Path(adapter)):
         weights = load_peft_weights(adapter, device="cpu")
     adapted = get_peft_model(model, settings)

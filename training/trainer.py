@@ -93,6 +93,10 @@ class LlavaSTFTrainingArguments(SFTConfig):
             "it, so that a recipe is the same on any number of devices."
         },
     )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"help": "Micro-batches of one optimizer step; not beside `global_batch_size`, which says them."},
+    )
     group_by_modality_length: bool = field(
         default=False,
         metadata={"help": "Make each global batch of rows with images or of text rows, of similar lengths."},
@@ -214,6 +218,7 @@ class LlavaSTFTrainer(SFTTrainer):
         if args.image_aspect_ratio == "square":  # in training only: the saved processor pads
             processor = copy.deepcopy(processor)
             processor.image_processor.do_pad = False
+        assert not isinstance(args.pad_to_multiple_of, str)  # TRL has made a number of it
         # Rows are checked against `max_length` before training; a collator that truncates could cut an image.
         collator = Collator(
             processor,
@@ -338,8 +343,12 @@ class LlavaSTFTrainer(SFTTrainer):
 
     # Speed
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As [`Trainer.train`]; a run that had done all its steps is loaded, and nothing is added to it."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`Trainer.train`]; a run that had done all its steps is loaded, and nothing is added to it.
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete, damaged or of another run.
+        """
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
             if self.args.push_to_hub:
@@ -349,11 +358,13 @@ class LlavaSTFTrainer(SFTTrainer):
                 custom_object_save(network, self.args.output_dir, config=network.config)
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
-        if isinstance(resume_from_checkpoint, str):
+        if resume_from_checkpoint is True:  # transformers' way to say "the last"
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self._check_checkpoint(Path(resume_from_checkpoint))
-        if isinstance(resume_from_checkpoint, str) and self.args.max_steps > 0:
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-            if state.global_step >= self.args.max_steps:
+            if 0 < self.args.max_steps <= state.global_step:
                 self.state = state
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
