@@ -416,6 +416,28 @@ def test_check_takes_a_revision(hub, tmp_path):
 # Stopped by hand
 
 
+class LostInterrupt:
+    """Is interrupted while it is taken down, where Python drops what is raised."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_stops_the_run(checkpoint, tmp_path):
+    made = trainer_of("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", **SETTINGS)
+    before, step = signal.getsignal(signal.SIGINT), made.training_step
+
+    def interrupted(*args, **kwargs):
+        LostInterrupt()
+        return step(*args, **kwargs)
+
+    made.training_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert made.state.global_step == 1 and signal.getsignal(signal.SIGINT) is before
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_stopped_by_hand_names_its_last_checkpoint(workers, checkpoint, tmp_path):
     out = tmp_path / "out"

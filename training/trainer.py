@@ -8,6 +8,8 @@ import math
 import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -370,7 +372,8 @@ class LlavaSTFTrainer(SFTTrainer):
                 return TrainOutput(state.global_step, 0.0, {})
         self._clock = now()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with StopByHand(self):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except DataError as error:  # with the traceback of a worker in front
             message = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
             raise DataError(f"{message}. {self._way_back()}") from error
@@ -533,6 +536,36 @@ class NoEndlessEpochs(TrainerCallback):
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise DataError("The data has no row, or too few for one step: nothing was trained in a whole epoch.")
+
+
+class StopByHand(TrainerCallback):
+    """Within it Ctrl-C stops the training, also where it comes while the workers of an epoch are taken down.
+
+    torch (2.13 seen) does that in a `__del__`, and Python drops what is raised there: it is raised again before the
+    next step.
+    """
+
+    def __init__(self, trainer: LlavaSTFTrainer):
+        self.trainer, self.asked = trainer, False
+
+    def __enter__(self) -> None:
+        self.trainer.add_callback(self)
+        self.before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():  # no other may set a handler
+            signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *exception: object) -> None:
+        self.trainer.remove_callback(self)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        self.asked = True
+        signal.default_int_handler(number, frame)
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 class SamplerEpoch(TrainerCallback):
