@@ -539,10 +539,10 @@ class NoEndlessEpochs(TrainerCallback):
 
 
 class StopByHand(TrainerCallback):
-    """Within it Ctrl-C stops the training, also where it comes while the workers of an epoch are taken down.
+    """Within it Ctrl-C stops the training after the micro-batch; a second one at once.
 
-    torch (2.13 seen) does that in a `__del__`, and Python drops what is raised there: it is raised again before the
-    next step.
+    Raised at once, it is lost where the workers of an epoch are taken down: torch (2.13 seen) does that in a
+    `__del__`, and Python drops what is raised there.
     """
 
     def __init__(self, trainer: LlavaSTFTrainer):
@@ -560,12 +560,15 @@ class StopByHand(TrainerCallback):
             signal.signal(signal.SIGINT, self.before)
 
     def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            signal.default_int_handler(number, frame)
         self.asked = True
-        signal.default_int_handler(number, frame)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.asked:
             raise KeyboardInterrupt
+
+    on_substep_end = on_step_begin
 
 
 class SamplerEpoch(TrainerCallback):
