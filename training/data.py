@@ -159,6 +159,10 @@ def load_rows(
         DataError: if there is no such data, or its columns are of no known kind.
     """
     path = Path(data_path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{data_path} is neither a file nor a folder.")
+    if path.suffix in (".json", ".jsonl", ".parquet") and (config is not None or split != "train"):
+        raise DataError(f"{data_path} is a file, which has no configuration and no split: leave these out.")
     root = Path(image_folder) if image_folder is not None else path.parent if path.is_file() else path
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
@@ -890,7 +894,9 @@ class Collator(DataCollatorForVisionLanguageModeling):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return super().torch_call([self._with_media(example) for example in examples])
+        batch = super().torch_call([self._with_media(example) for example in examples])
+        batch["labels"][batch["input_ids"] == self.processor.image_token_id] = -100  # `<image>` is no answer
+        return batch
 
     def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:
         row = example if "problem" in example else self._checked(example)  # or a row of TRL, as it is
