@@ -1,12 +1,13 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""From the results of `benchmarks/run.py`, the files `benchmarks/results/run_*.json`: the README's speed section.
+"""From the results of `benchmarks/run.py`, the files `benchmarks/results/run_*.json`: the tables of docs/speed.md.
 
 python -m benchmarks report
 """
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
@@ -19,7 +20,7 @@ from benchmarks.systems import ANSWER, OURS, OURS_COMPILED, QUESTION, REFERENCE,
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- speed: written by benchmarks/report.py -->\n", "<!-- speed: end -->"
 PAIRS = ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED))
 SYSTEMS = (STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED)
@@ -31,7 +32,7 @@ ACROSS = ("first token", "decode", "answer", "second question", "second answer")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    README.write_text(updated(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(updated(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 def files() -> list[Path]:
@@ -42,12 +43,12 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def updated(readme: str) -> str:
-    """The README with the section of the results that are there."""
-    before, begin, rest = readme.partition(BEGIN)
+def updated(page: str) -> str:
+    """Returns the page with a section for each result."""
+    before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise ValueError(f"README.md lacks {BEGIN.strip()!r} or {END!r}, between which the tables go.")
+        raise ValueError(f"{PAGE.name} lacks {BEGIN.strip()!r} or {END!r}, between which the tables go.")
     sections = [section(read(path), path) for path in files()]
     return before + begin + "\n" + "\n".join(sections or ["No result is there yet.\n"]) + "\n" + end + after
 
@@ -56,7 +57,7 @@ def section(result: dict[str, Any], path: Path) -> str:
     return "\n".join(
         [
             f"**{conditions(result)}** (`{result['command']}`, raw numbers in `{path.relative_to(ROOT)}`, "
-            f"[plot]({path.relative_to(ROOT).with_suffix('.png')})):",
+            f"[plot]({os.path.relpath(path.with_suffix('.png'), PAGE.parent)})):",
             "",
             *table(result),
             "",

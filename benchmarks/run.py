@@ -4,7 +4,7 @@
 
 python -m benchmarks run --device cpu
 python -m benchmarks run --device cuda
-python -m benchmarks report    # puts the tables of all results into the README
+python -m benchmarks report    # puts the tables of all results into docs/speed.md
 
 Writes a JSON file and a plot beside it, and prints a table. Widths are those of the 7B and weights are random. On a CPU
 the language model has two layers of it: compare ratios, not times. On CUDA each shape of the 7B takes long to compile:

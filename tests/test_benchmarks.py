@@ -1,4 +1,4 @@
-"""The harness: what it compares, what it writes, and what the README says of it."""
+"""The harness: what it compares, what it writes, and what docs/speed.md says of it."""
 
 import argparse
 import json
@@ -131,8 +131,8 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     assert result["device"] in section and "float32" in section and "raw numbers in `run_tiny.json`" in section
 
     monkeypatch.setattr(report, "RESULTS", out.parent)
-    readme = report.updated(report.README.read_text(encoding="utf-8"))
-    assert section in readme and report.updated(readme) == readme
+    page = report.updated(report.PAGE.read_text(encoding="utf-8"))
+    assert section in page and report.updated(page) == page
 
     before = out.read_text()
     with pytest.raises(SystemExit):
@@ -255,14 +255,14 @@ def test_losses_are_named(stock, said):
     assert report.is_loss(case) is ("**" not in said)
 
 
-def test_readme_says_what_the_results_say():
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.updated(readme) == readme, "run: python -m benchmarks report"
+def test_the_page_says_what_the_results_say():
+    page = report.PAGE.read_text(encoding="utf-8")
+    assert report.updated(page) == page, "run: python -m benchmarks report"
 
 
-def test_readme_without_a_place_for_the_tables_is_refused():
+def test_a_page_without_a_place_for_the_tables_is_refused():
     with pytest.raises(ValueError, match="lacks"):
-        report.updated("# A README\n")
+        report.updated("# A page\n")
 
 
 def test_hotspots_name_the_operators(monkeypatch, tmp_path, capsys):

@@ -12,8 +12,8 @@ from benchmarks.systems import OURS, OURS_COMPILED, STOCK, System, eager_systems
 from modeling_llava_stf import modeling_llava_stf as code
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
-COMPILED, ASK_MANY = re.findall(r"```python\n(.*?)```", README.partition("## Speed")[2].partition("\n## ")[0], re.S)
+PAGE = (Path(__file__).resolve().parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+COMPILED, ASK_MANY = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 BUCKET = 64
 QUESTIONS = ("Why?", "What is it?", "Name every colour that you can see in it, please. " + "a " * 60)
 GREEDY = {"do_sample": False, "min_new_tokens": 8, "max_new_tokens": 8}
@@ -32,7 +32,7 @@ def no_inductor(monkeypatch):
 
 @pytest.fixture
 def own_graph_limit():
-    """The README raises it: for one test only."""
+    """The page raises it: for one test only."""
     with torch._dynamo.config.patch(recompile_limit=8):
         yield
 
@@ -52,7 +52,7 @@ def prompt(question):
 # Compiled
 
 
-def test_readme_compiles_nothing_again(model, processor, picture, inputs_of, counters, no_inductor, own_graph_limit):
+def test_the_page_compiles_nothing_again(model, processor, picture, inputs_of, counters, no_inductor, own_graph_limit):
     """No graph breaks, and none is added by other pictures and other lengths; the answers are those of eager passes."""
     inputs = inputs_of("wide.png", QUESTIONS[0])
     exact = next(
@@ -154,7 +154,7 @@ def test_tower_keeps_the_tapped_states_only(model, inputs_of):
     assert outputs.hidden_states is None
 
 
-def test_readme_asks_many_questions_at_the_price_of_one_picture(model, processor, picture, inputs_of):
+def test_the_page_asks_many_questions_at_the_price_of_one_picture(model, processor, picture, inputs_of):
     """One pass through the tower and one over the picture's tokens; the answers are those of whole passes."""
     encoded, read = [], []
     model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))

@@ -31,10 +31,10 @@ def done(result):
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory):
-    """The README's commands, run as they are written but for the folder: the folders of the stages, and the output."""
+    """Runs the commands of docs/train.md as they are written, but for the folder; gives the folder and the output."""
     root = tmp_path_factory.mktemp("stages")
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"```bash\n(OUT=build/tiny\n.*?)```", readme, re.DOTALL)
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```bash\n(OUT=build/tiny\n.*?)```", page, re.DOTALL)
     result = subprocess.run(
         ["bash", "-e"],
         input=block.replace("OUT=build/tiny", f"OUT={root}"),

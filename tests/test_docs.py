@@ -1,0 +1,95 @@
+"""README and docs: what they show runs as pasted, and their numbers are those of the results."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from benchmarks import count, report, training_needs
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+
+
+def snippets(text, language):
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/use.md"])
+def test_the_first_snippet_runs_as_pasted(page):
+    snippet = snippets((ROOT / page).read_text(encoding="utf-8"), "python")[0]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert printed.returncode == 0, printed.stderr
+    assert f"# {printed.stdout.strip()}" == snippet.strip().splitlines()[-1]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 170
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#:\s]+)\)", text) + re.findall(r'<img src="([^":]+)"', text)
+    assert not [link for link in links if not (page.parent / link).exists()]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_a_page_names_are_there(page):
+    """Paths of the repository in backticks, such as `training/recipes/`."""
+    top = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    paths = re.findall(rf"`((?:{top})/[\w./-]+)`", page.read_text(encoding="utf-8"))
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+def test_commands_that_a_page_names_exist():
+    names = {name for page in PAGES for name in re.findall(r"python -m benchmarks ([a-z]+)", page.read_text("utf-8"))}
+    assert names and all((ROOT / "benchmarks" / f"{name}.py").exists() for name in names)
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    named = {name for page in PAGES for name in re.findall(r"`make ([a-z-]+)", page.read_text("utf-8"))}
+    assert named <= targets
+
+
+def test_training_needs_are_those_of_the_count():
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    section = page.split("<!-- needs:")[1].split("<!-- needs: end -->")[0]
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert shown == [line for line in training_needs.lines(count.NAMED["stf-7b"](), mfu=0.4) if line]
+
+
+def test_the_readme_s_results_are_those_of_the_files():
+    run = report.read(report.RESULTS / "run_cpu.json")
+
+    def faster(metric):
+        (case,) = [c for c in run["cases"] if (c["metric"], c["batch"], c["text"]) == (metric, 1, 50)]
+        stock, ours = (median(case["systems"][name]["seconds"]) for name in (report.STOCK, report.OURS))
+        return f"{stock / ours:.2f}x"
+
+    rows = {cells[1].strip(): cells[2] for line in README.splitlines() if len(cells := line.split("|")) > 4}
+    assert rows["Prefill, 50 tokens of text"].strip() == f"{faster('prefill')} faster than stock LLaVA-1.5"
+    assert rows["First token, 50 tokens of text"].strip() == f"{faster('first token')} faster"
+    stock, ours = (count.cache_bytes(count.NAMED[name](), 66) for name in ("llava-1.5-7b", "stf-7b"))
+    assert rows["Cache of a request"].strip() == f"{stock / ours:.2f}x less"
+    training = json.loads((report.RESULTS / "train_cpu.json").read_text("utf-8"))["stages"]["LoRA"]
+    assert rows["Training step, LoRA"].strip() == f"{training['ratio_measured']:.1f}x faster"
+    converted = json.loads((report.RESULTS / "convert_7b.json").read_text("utf-8"))
+    gib = converted["peak_anonymous_bytes"] / 2**30
+    assert (
+        rows["Conversion of a 7B"].strip()
+        == f"{converted['ratio']:.2f} times the time of `cp`, {gib:.2f} GiB of memory"
+    )
+    kinds = json.loads((ROOT / "examples" / "shapes" / "model" / "evaluation.json").read_text("utf-8"))["kinds"]
+    share = {kind: 100 * counts["seen"]["accuracy"] for kind, counts in kinds.items()}
+    assert rows["Small model, 500 drawings"].strip() == (
+        f"colour {share['colour']:.0f} %, where {share['where']:.0f} %, count {share['count']:.0f} %, "
+        f"captions {share['caption']:.0f} %"
+    )
