@@ -50,6 +50,7 @@ BAD_IMAGE, PLACEHOLDER, TOO_LONG, NO_TARGET, CONVERSATION = (
     "no trainable token",
     "bad conversation",
 )
+LONGEST_PATH = 4096  # characters; a longer one is a picture in base64
 NAMED = 20  # rows of each kind that a report names
 # What becomes of a row beside what its author wrote.
 FRONT = "`<image>` comes first in its message, then the text without the blanks around it, as in the original"
@@ -160,10 +161,11 @@ def load_rows(
                 f"{data_path} cannot be streamed: leave out `--streaming`, its images are opened late anyway."
             )
         return _json_dataset([(data_path, data_path)], root)
-    files = _json_files(path, data_path, config, split)
-    if files:
-        return _json_dataset(files, root, streaming)
-    source = _load_source(path, data_path, config, split, streaming)
+    splits = _json_files(path, data_path, config, split, streaming)
+    if splits:
+        return _split({name: _json_dataset(files, root, streaming) for name, files in splits.items()}, split)
+    # A format of NumPy or pandas, which `save_to_disk` keeps, makes arrays of the turns.
+    source = _load_source(path, data_path, config, split, streaming).with_format(None)
     columns = source.column_names
     if columns is None or not {"messages", "conversations"} & set(columns):
         raise DataError(f"{data_path} has the columns {columns}, {WANTED}. {_conversion_hint(columns or [])}")
@@ -182,28 +184,47 @@ def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _json_files(path: Path, data_path: str, config: str | None, split: str) -> list[tuple[str, str]]:
-    """Name and place of each JSON file of a folder or a Hub dataset that is made of them.
+def _json_files(
+    path: Path, data_path: str, config: str | None, split: str, streaming: bool
+) -> dict[str, list[tuple[str, str]]]:
+    """Name and place of each JSON file of a folder or a Hub dataset that is made of them, by split.
 
     `datasets` would read them with types that it guesses: where they differ from row to row, it writes texts as JSON,
     in which the text `4` and the number 4 are the same (seen in 5.2.0).
     """
     if path.suffix == ".parquet" or _is_saved(path):
-        return []
+        return {}
     try:
         builder = datasets.load_dataset_builder(data_path, config)
         if not isinstance(builder, JsonBuilder):
-            return []
-        if split not in builder.config.data_files:
-            raise DataError(
-                f"{data_path} has no split {split!r}, only {', '.join(map(str, builder.config.data_files))}."
-            )
-        names = list(builder.config.data_files[split])
-        return list(zip(names, datasets.DownloadManager().download_and_extract(names), strict=True))
+            return {}
+        # Not of a stream: it has no parts, such as `train[:1%]`, or sums of splits.
+        wanted = [split] if streaming else [part.partition("[")[0].strip() for part in split.split("+")]
+        files = {}
+        for name in wanted:
+            if name not in builder.config.data_files:
+                known = ", ".join(map(str, builder.config.data_files))
+                raise DataError(f"{data_path} has no split {name!r}, only {known}.")
+            names = list(builder.config.data_files[name])
+            files[name] = list(zip(names, datasets.DownloadManager().download_and_extract(names), strict=True))
+        return files
     except UNREADABLE as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"Cannot read {data_path!r}: {error}") from error
+
+
+def _split(splits: dict[str, Any], wanted: str) -> Dataset | IterableDataset:
+    """The rows that `wanted` names, in the notation of `datasets`, such as `train[:10%]+test`."""
+    if wanted in splits:
+        return splits[wanted]
+    try:
+        parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(
+            {name: len(rows) for name, rows in splits.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"The split {wanted!r}: {error}") from error
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _json_dataset(files: list[tuple[str, str]], root: Path, streaming: bool = False) -> Dataset | IterableDataset:
@@ -228,10 +249,12 @@ def _load_source(
             return datasets.load_dataset("parquet", data_files=data_path, split="train", streaming=streaming)
         if _is_saved(path):
             saved = datasets.load_from_disk(data_path)
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            return _split(saved, split) if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(data_path, config, split=split, streaming=streaming)
     except UNREADABLE as error:
-        raise DataError(f"Cannot read {data_path!r}, split {split!r}: {error}") from error
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"Cannot read {data_path!r}, split {split!r}: {error.__cause__ or error}") from error
 
 
 def _json_rows(files: list[tuple[str, str]], root: str, version: str) -> Iterator[dict[str, Any]]:
@@ -346,7 +369,7 @@ def _check_trained(found: dict[str, Any], where: str, answers: bool = True) -> N
     """Raises a [`DataError`] if a key wants an answer not to be trained, or something else to be."""
     for key in sorted((TRAINS | MASKS) & found.keys()):
         value = found[key]
-        if value is None:
+        if _empty(value):
             continue
         known = isinstance(value, int | float) and value in (0, 1)
         # `weight` and `mask` of a question say nothing: other trainers read them of answers only.
@@ -410,8 +433,10 @@ def _reference(image: Any, root: str) -> Any:
     path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
     if data and isinstance(data, bytes):
         return {"bytes": data, "path": path if isinstance(path, str) else None}
-    if data or not path or not isinstance(path, str):
+    if data or not isinstance(path, str) or not path:
         raise DataError(f"{BAD_IMAGE}: {image!r:.100}, expected a path, or a dictionary with `path` or `bytes`")
+    if path.startswith(("http:", "https:", "data:")) or len(path) > LONGEST_PATH:
+        raise DataError(f"{BAD_IMAGE}: {path!r:.100} is no path, expected a file: write the picture into one")
     return {"bytes": None, "path": os.path.join(root, _written(path, "a path", BAD_IMAGE))}
 
 
