@@ -330,6 +330,36 @@ def test_damaged_results_of_lmms_eval_are_refused(change, reason, tmp_path):
         read(tmp_path, {**lmms_eval({"gqa": {"acc,none": 0.5}}), **change})
 
 
+def test_the_first_lmms_eval_calls_its_configuration_otherwise(tmp_path):
+    """Version 0.1, and the branches that were made of it."""
+    content = lmms_eval({"gqa": {"exact_match,none": 0.5}})
+    older = {**content, "model_configs": content["config"]}
+    del older["config"]
+    assert read(tmp_path, older).evaluated == "some/tiny"
+
+
+def test_a_model_that_was_given_as_an_object_is_known_by_its_name(tmp_path):
+    config = {**LMMS_EVAL["config"], "model_args": None}
+    content = lmms_eval({"gqa": {"exact_match,none": 0.5}}, config=config, model_name="some/tiny")
+    assert read(tmp_path, content).evaluated == "some/tiny"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model_args": "pretrained=some/tiny,load_in_4bit=True"}, "load_in_4bit `True`"),
+        ({"model_args": {"pretrained": "some/tiny", "dtype": "float16"}}, "dtype `float16`"),
+        ({"model_args": "pretrained=some/tiny,load_in_4bit=False,dtype=auto"}, None),
+        ({"limit": 8, "offset": 100}, "BEGINNING AT SAMPLE 100 of each task"),
+        ({"offset": 0}, None),
+    ],
+)
+def test_other_weights_and_other_samples_are_said(change, said, tmp_path):
+    content = lmms_eval({"gqa": {"exact_match,none": 0.5}}, config={**LMMS_EVAL["config"], **change})
+    conditions = read(tmp_path, content).conditions
+    assert said in conditions if said else not re.search("load_in|dtype|BEGINNING", conditions)
+
+
 def damaged(content):
     """The same, with one field after the other replaced by what does not belong there."""
     for name, value in content.items() if isinstance(content, dict) else enumerate(content):
