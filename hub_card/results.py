@@ -166,8 +166,10 @@ def _own_score(row: Any, place: str) -> Score:
             f"{place} {' and '.join(wrong)}: it needs {', '.join(needed)}, and may have {', '.join(known)}."
         )
     for name in ("benchmark", "dataset", "metric", "metric_type", "dataset_config", "split"):
-        if (name in needed or row.get(name) is not None) and not _text(row, name).strip():
-            raise ValueError(f"{place}: the {name} is {row[name]!r}, expected a name.")
+        if (name in needed or row.get(name) is not None) and len(_text(row, name).strip().splitlines()) != 1:
+            raise ValueError(f"{place}: the {name} is {row[name]!r}, expected a name of one line.")
+    if not isinstance(row.get("higher_is_better", True), bool):
+        raise ValueError(f"{place}: higher_is_better is {row['higher_is_better']!r}, expected true or false.")
     for name in ("value", "baseline", *ERRORS.values()):
         if not is_number(row.get(name)) and (name == "value" or row.get(name) is not None):
             raise ValueError(f"{place}: the {name} of {row['benchmark']} is {row[name]!r}, expected a finite number.")

@@ -454,6 +454,8 @@ def test_a_small_difference_is_not_rounded_away(card_of):
         ({"stderr": 0.1}, "has 'stderr': it needs benchmark, dataset, metric, metric_type, value"),
         ({"benchmark": " "}, "the benchmark is ' '"),
         ({"metric": 3}, "`metric` is 3, expected text"),
+        ({"benchmark": "GQA\nPOPE"}, "expected a name of one line"),
+        ({"higher_is_better": "no"}, "higher_is_better is .no., expected true or false"),
         ({"dataset_config": ["a"]}, "`dataset_config` is .'a'., expected text"),
     ],
 )
