@@ -573,3 +573,15 @@ def test_the_three_spellings_of_quantisation_are_those_of_transformers(card_fold
     for build in (BitsAndBytesConfig, QuantoConfig):
         assert getattr(build(**{found[build.__name__]: modules}), found[build.__name__]) == modules
     assert found["TorchAoConfig"] in TorchAoConfig.__init__.__annotations__
+
+
+@pytest.mark.parametrize(
+    ("method", "package"), [("bitsandbytes", "bitsandbytes"), ("torchao", "torchao"), ("quanto", "optimum-quanto")]
+)
+def test_the_card_of_a_quantised_model_names_what_loads_it(method, package, derived):
+    folder, card = derived
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": method}
+    write(folder / "config.json", config)
+    (line,) = re.findall('pip install "transformers.*', card())
+    assert line.endswith(f"torch pillow {package}")
