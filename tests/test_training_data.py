@@ -735,3 +735,13 @@ def test_an_array_for_a_picture_is_refused(processor):
 def test_an_empty_mask_is_none(mask, processor, tmp_path):
     (row,) = checked_rows({"a": llava(*HI, mask=mask)}, processor, tmp_path)
     assert row["problem"] == ""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_several_files_have_a_name_each(streaming, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(2):
+        write_json(folder, [llava(*HI), {"id": "mine", **llava(*HI)}], f"train-{number}.jsonl")
+    names = [row["id"] for row in load_rows(str(folder), streaming=streaming)]
+    assert names == ["train-0.jsonl:0", "mine", "train-1.jsonl:0", "mine"]

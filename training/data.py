@@ -231,7 +231,7 @@ def _json_dataset(files: list[tuple[str, str]], root: Path, streaming: bool = Fa
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (Path(place) for _, place in files)]
     # Part of the cached copy's name: a changed file, or changed code, must not get the rows of an older one.
     version = f"{stamps} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
-    settings = {"files": files, "root": str(root), "version": version}
+    settings = {"files": files, "root": str(root), "several": len(files) > 1, "version": version}
     if streaming:
         return IterableDataset.from_generator(_json_rows, features=FEATURES, gen_kwargs=settings)
     try:
@@ -257,12 +257,12 @@ def _load_source(
         raise DataError(f"Cannot read {data_path!r}, split {split!r}: {error.__cause__ or error}") from error
 
 
-def _json_rows(files: list[tuple[str, str]], root: str, version: str) -> Iterator[dict[str, Any]]:
-    index = 0
+def _json_rows(files: list[tuple[str, str]], root: str, several: bool, version: str) -> Iterator[dict[str, Any]]:
+    """The rows of these files; a row without an id is called by its number, and by its file if there are `several`."""
+    # A loader's worker, or a process, gets a part of the files.
     for name, place in files:
-        for row in _read_json(name, place):
-            yield to_row(row, index, root)
-            index += 1
+        for index, row in enumerate(_read_json(name, place)):
+            yield to_row(row, f"{Path(name).name}:{index}" if several else index, root)
 
 
 class Repeated(dict):
@@ -308,7 +308,7 @@ def _line(read: Any, number: int, line: str) -> Any:
 # One row
 
 
-def to_row(example: Any, index: int, root: str) -> dict[str, Any]:
+def to_row(example: Any, index: int | str, root: str) -> dict[str, Any]:
     """A row of LLaVA (`conversations`) or of TRL (`messages`) with its images and videos, which are not opened."""
     row: dict[str, Any] = {"id": str(index), "messages": [], "images": [], "videos": [], "notes": [], "problem": ""}
     try:
@@ -332,7 +332,7 @@ def to_row(example: Any, index: int, root: str) -> dict[str, Any]:
     return {**row, "messages": messages, "images": images, "videos": videos, "notes": list(dict.fromkeys(notes))}
 
 
-def _name(name: Any, index: int) -> str:
+def _name(name: Any, index: int | str) -> str:
     known = isinstance(name, str | int | float) and name == name and name != ""  # NaN is no name
     return _printable(str(name)) if known else str(index)
 
