@@ -34,6 +34,8 @@ LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 RECIPE_FILE = "recipe.yaml"
 FIRST_TAG = "v1"
+# What loads weights that were quantised by each of the ways that the card shows.
+QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum-quanto"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,11 @@ class Card:
     @property
     def name(self) -> str:
         return self.repo_id.split("/")[1]
+
+    @property
+    def packages(self) -> list[str]:
+        """What the snippet needs beside transformers, torch and pillow."""
+        return [*(["peft"] if self.base else []), *filter(None, [QUANTISERS.get(self.quantisation)])]
 
     @property
     def base_model(self) -> list[str]:

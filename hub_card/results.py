@@ -25,6 +25,8 @@ REPEATS = ("_expected_accuracy", "_consensus_accuracy", "_internal_variance", "_
 NO_METRICS = ("alias", "samples")
 # Where its `model_args` name the model, in this order: an adapter goes before its base.
 MODEL_ARGUMENTS = ("peft", "delta", "pretrained", "model", "model_version", "model_name", "model_id", "path", "engine")
+# Those with which weights are evaluated that are not exactly the published ones.
+WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "load_in_8bit", "load_in_4bit", "quantization")
 
 
 @dataclass(frozen=True)
@@ -164,8 +166,10 @@ def _own_score(row: Any, place: str) -> Score:
             f"{place} {' and '.join(wrong)}: it needs {', '.join(needed)}, and may have {', '.join(known)}."
         )
     for name in ("benchmark", "dataset", "metric", "metric_type", "dataset_config", "split"):
-        if (name in needed or row.get(name) is not None) and not _text(row, name).strip():
-            raise ValueError(f"{place}: the {name} is {row[name]!r}, expected a name.")
+        if (name in needed or row.get(name) is not None) and len(_text(row, name).strip().splitlines()) != 1:
+            raise ValueError(f"{place}: the {name} is {row[name]!r}, expected a name of one line.")
+    if not isinstance(row.get("higher_is_better", True), bool):
+        raise ValueError(f"{place}: higher_is_better is {row['higher_is_better']!r}, expected true or false.")
     for name in ("value", "baseline", *ERRORS.values()):
         if not is_number(row.get(name)) and (name == "value" or row.get(name) is not None):
             raise ValueError(f"{place}: the {name} of {row['benchmark']} is {row[name]!r}, expected a finite number.")
@@ -173,7 +177,7 @@ def _own_score(row: Any, place: str) -> Score:
 
 
 def _read_lmms_eval(content: dict[str, Any]) -> Evaluation:
-    settings = _object(content, "config")
+    settings = _object(content, "model_configs" if "model_configs" in content else "config")  # lmms-eval 0.1 and later
     arguments = _model_arguments(settings["model_args"])
     named = [arguments[name] for name in MODEL_ARGUMENTS if arguments.get(name)]
     found = [item for task in content["results"] for item in _task_scores(task, content)]
@@ -192,6 +196,8 @@ def _read_lmms_eval(content: dict[str, Any]) -> Evaluation:
 
 def _model_arguments(given: Any) -> dict[str, str]:
     """`model_args` by name: NAME=VALUE,NAME=VALUE, whole or in part in quotes, or an object, perhaps as text."""
+    if given is None:  # of a model that was given as an object
+        return {}
     if isinstance(given, str) and given.lstrip().startswith("{"):
         try:
             given = yaml.safe_load(given)
@@ -214,12 +220,17 @@ def _conditions(content: dict[str, Any], settings: dict[str, Any], arguments: di
     yield f"model class `{settings['model']}`"
     if arguments.get("revision"):
         yield f"revision `{arguments['revision']}`"
+    for name in WEIGHT_ARGUMENTS:
+        if arguments.get(name) and arguments[name] not in ("False", "auto"):
+            yield f"{name} `{arguments[name]}`"
     if settings.get("batch_size"):
         yield f"batch size {settings['batch_size']}"
     if limit >= 1:
         yield f"ONLY THE FIRST {limit} SAMPLES of each task"
     elif limit > 0:
         yield f"ONLY THE FIRST {100 * limit:g} % OF THE SAMPLES of each task"
+    if _number(settings.get("offset")):
+        yield f"BEGINNING AT SAMPLE {settings['offset']} of each task"
     if settings.get("gen_kwargs"):
         yield f"generation settings `{settings['gen_kwargs']}`"
     if versions:

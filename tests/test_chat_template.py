@@ -251,6 +251,13 @@ def test_refuses_a_placeholder_beside_a_picture(processor):
     assert "leave out one of them" in refused(processor, "default", messages)
 
 
+@pytest.mark.parametrize("content", ["<image>\nWhat is <video>?", [text("<video><image>Hi")]])
+def test_refuses_the_placeholders_of_an_image_and_a_video_in_one_text(content, processor):
+    """One of them would be lost."""
+    messages = [{"role": "user", "content": content}]
+    assert "expected one of them" in refused(processor, "default", messages)
+
+
 @pytest.mark.parametrize("template", ["default", "plain"])
 @pytest.mark.parametrize("given", ["tools", "documents"])
 def test_refuses_tools_and_documents(given, template, processor):

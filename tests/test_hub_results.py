@@ -330,6 +330,36 @@ def test_damaged_results_of_lmms_eval_are_refused(change, reason, tmp_path):
         read(tmp_path, {**lmms_eval({"gqa": {"acc,none": 0.5}}), **change})
 
 
+def test_the_first_lmms_eval_calls_its_configuration_otherwise(tmp_path):
+    """Version 0.1, and the branches that were made of it."""
+    content = lmms_eval({"gqa": {"exact_match,none": 0.5}})
+    older = {**content, "model_configs": content["config"]}
+    del older["config"]
+    assert read(tmp_path, older).evaluated == "some/tiny"
+
+
+def test_a_model_that_was_given_as_an_object_is_known_by_its_name(tmp_path):
+    config = {**LMMS_EVAL["config"], "model_args": None}
+    content = lmms_eval({"gqa": {"exact_match,none": 0.5}}, config=config, model_name="some/tiny")
+    assert read(tmp_path, content).evaluated == "some/tiny"
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"model_args": "pretrained=some/tiny,load_in_4bit=True"}, "load_in_4bit `True`"),
+        ({"model_args": {"pretrained": "some/tiny", "dtype": "float16"}}, "dtype `float16`"),
+        ({"model_args": "pretrained=some/tiny,load_in_4bit=False,dtype=auto"}, None),
+        ({"limit": 8, "offset": 100}, "BEGINNING AT SAMPLE 100 of each task"),
+        ({"offset": 0}, None),
+    ],
+)
+def test_other_weights_and_other_samples_are_said(change, said, tmp_path):
+    content = lmms_eval({"gqa": {"exact_match,none": 0.5}}, config={**LMMS_EVAL["config"], **change})
+    conditions = read(tmp_path, content).conditions
+    assert said in conditions if said else not re.search("load_in|dtype|BEGINNING", conditions)
+
+
 def damaged(content):
     """The same, with one field after the other replaced by what does not belong there."""
     for name, value in content.items() if isinstance(content, dict) else enumerate(content):
@@ -424,6 +454,8 @@ def test_a_small_difference_is_not_rounded_away(card_of):
         ({"stderr": 0.1}, "has 'stderr': it needs benchmark, dataset, metric, metric_type, value"),
         ({"benchmark": " "}, "the benchmark is ' '"),
         ({"metric": 3}, "`metric` is 3, expected text"),
+        ({"benchmark": "GQA\nPOPE"}, "expected a name of one line"),
+        ({"higher_is_better": "no"}, "higher_is_better is .no., expected true or false"),
         ({"dataset_config": ["a"]}, "`dataset_config` is .'a'., expected text"),
     ],
 )
@@ -541,3 +573,15 @@ def test_the_three_spellings_of_quantisation_are_those_of_transformers(card_fold
     for build in (BitsAndBytesConfig, QuantoConfig):
         assert getattr(build(**{found[build.__name__]: modules}), found[build.__name__]) == modules
     assert found["TorchAoConfig"] in TorchAoConfig.__init__.__annotations__
+
+
+@pytest.mark.parametrize(
+    ("method", "package"), [("bitsandbytes", "bitsandbytes"), ("torchao", "torchao"), ("quanto", "optimum-quanto")]
+)
+def test_the_card_of_a_quantised_model_names_what_loads_it(method, package, derived):
+    folder, card = derived
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["quantization_config"] = {"quant_method": method}
+    write(folder / "config.json", config)
+    (line,) = re.findall('pip install "transformers.*', card())
+    assert line.endswith(f"torch pillow {package}")
