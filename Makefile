@@ -70,7 +70,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,dev$(comma)train$(comma)qlora)
 
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
-	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))
+	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev$(comma)torchao,transformers==$(FLOOR_TRANSFORMERS))
 
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)
