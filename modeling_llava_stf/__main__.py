@@ -3,6 +3,7 @@
 """Ask a LLaVA-STF model about a picture.
 
 python -m modeling_llava_stf ask IMAGE "question" [--model DIR_OR_HUB_ID] [--revision COMMIT]
+python -m modeling_llava_stf caption INPUT OUTPUT [--model DIR_OR_HUB_ID] [--prompt "question"] [--shard I/N]
 python -m modeling_llava_stf demo
 """
 
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.utils import logging
 
-from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, bulk
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
@@ -30,6 +31,8 @@ def main() -> int:
     try:
         if arguments.command == "demo":
             return demo()
+        if arguments.command == "caption":
+            return caption(arguments)
         return ask(arguments.image, arguments.question, arguments.model, arguments.revision, arguments.max_new_tokens)
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
@@ -45,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    bulk.add_parser(commands)
     commands.add_parser("demo", help="ask the small model about a picture that it has never seen")
     return parser
 
@@ -81,6 +85,14 @@ def demo() -> int:
         print(f"answer    {answer}")
         print(f"          {'right' if correct else 'wrong: ' + turn['answer']}, {seconds:.2f} s")
     print(f"\n{right} of {len(truth['questions'])} right. How the model was made: examples/shapes/README.md")
+    return 0
+
+
+def caption(arguments: argparse.Namespace) -> int:
+    """Prints how many pictures were asked about; their answers are in the parts."""
+    if not arguments.server:
+        arguments.model = arguments.model or _default_model()
+    print(bulk.caption(arguments, lambda: _load(arguments.model, arguments.revision)))
     return 0
 
 
