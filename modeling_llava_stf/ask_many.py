@@ -243,6 +243,8 @@ def _model_of(pictures: Sequence[PictureCache], questions: Sequence[str]) -> Lla
 def _check_static(
     cache: StaticCache, rows: int, width: int, model: LlavaSTFForConditionalGeneration, kwargs: dict[str, Any]
 ) -> None:
+    if not isinstance(cache, StaticCache):
+        raise ValueError(f"`cache` is a {type(cache).__name__}, expected a StaticCache. Without one the cache grows.")
     layer = cache.layers[0]
     if layer.is_initialized and layer.keys.shape[0] != rows:
         raise ValueError(f"The static cache has {layer.keys.shape[0]} rows, but {rows} are asked for.")

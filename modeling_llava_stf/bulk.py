@@ -121,6 +121,8 @@ def caption(arguments: argparse.Namespace, load: Load) -> str:
     parts = range(shard, output.parts, shards)
     todo = [part for part in parts if not output.file(part).exists()]
     total, left = (sum(len(output.range(part)) for part in chosen) for chosen in (parts, todo))
+    if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     errors = 0
     if todo:
         slices = [output.range(part) for part in todo]
@@ -384,9 +386,14 @@ def read_input(source: Path, prompt: str, images: str | None = None) -> Sequence
     return rows
 
 
-def _folder_rows(folder: Path, prompt: str) -> list[Row]:
+def picture_endings() -> set[str]:
+    """The ends of the names of files that Pillow reads, such as `.jpg`."""
     PIL.Image.init()
-    endings = {ending for ending, name in PIL.Image.EXTENSION.items() if name in PIL.Image.OPEN}
+    return {ending for ending, name in PIL.Image.EXTENSION.items() if name in PIL.Image.OPEN}
+
+
+def _folder_rows(folder: Path, prompt: str) -> list[Row]:
+    endings = picture_endings()
     names = sorted(
         os.path.relpath(os.path.join(parent, name), folder)
         for parent, _, files in os.walk(folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import GOLDENS
 from PIL import Image
-from transformers import StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import (
@@ -149,6 +149,8 @@ def test_mistakes(model, load_model, processor, picture):
         ask_many([pictures, PictureCache(load_model(), processor, image)], ["Why?", "Why?"])
     with pytest.raises(ValueError, match="holds 20 tokens, but conversation and answer take up to"):
         pictures.ask("Why?", cache=StaticCache(config=model.config.text_config, max_cache_len=20), **GREEDY)
+    with pytest.raises(ValueError, match="is a DynamicCache, expected a StaticCache"):
+        pictures.ask("Why?", cache=DynamicCache(config=model.config.text_config))
     cache = StaticCache(config=model.config.text_config, max_cache_len=256)
     pictures.ask("Why?", cache=cache, **GREEDY)
     with pytest.raises(ValueError, match="has 1 rows, but 2 are asked for"):
