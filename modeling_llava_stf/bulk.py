@@ -284,7 +284,15 @@ class Server:
             raise ValueError(f"--server is {url!r}, expected an address such as http://127.0.0.1:8000.")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self.max_new_tokens = max_new_tokens
-        self.model: str = model or self._request("/models")["data"][0]["id"]
+        self.model: str = model or self._first_model()
+
+    def _first_model(self) -> str:
+        try:
+            return str(self._request("/models")["data"][0]["id"])
+        except (RefusedError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"The server {self.url} does not say what models it has: name one with --model."
+            ) from error
 
     def answer(self, row: Row) -> Answer:
         """The answer; a picture that cannot be read, or that the server refuses, is an error of the row."""
@@ -410,9 +418,9 @@ def _json_rows(file: Path, prompt: str, root: Path) -> list[Row]:
             continue
         try:
             found = json.loads(line)
-            name = found.get("image", found.get("path"))
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"Line {number} of {file} is no JSON object: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {file} is not JSON: {error}") from error
+        name = found.get("image", found.get("path")) if isinstance(found, dict) else None
         if not isinstance(name, str):
             raise ValueError(f"Line {number} of {file} has no `image` (or `path`) that names a picture.")
         rows.append(_row(found, name, name, prompt, root))
@@ -469,7 +477,7 @@ class ParquetRows(Sequence):
         inside = picture.get("path") if isinstance(picture, dict) else picture if isinstance(picture, str) else None
         if isinstance(picture, dict):
             picture = picture.get("bytes") or picture.get("path")
-        return _row(found, found.get("path") or inside or place, picture, self.prompt, self.root)
+        return _row(found, str(found.get("path") or inside or place), picture, self.prompt, self.root)
 
 
 def _leaves(schema: Any) -> list[tuple[str, str]]:

@@ -24,12 +24,12 @@ QUESTIONS = (COLOUR, " Why?\n", "a" * 40 + " ist das Größe 2 😀?", "")
 SYSTEM = "Be brief."
 
 
-@pytest.fixture(params=["golden", "small"])
+@pytest.fixture(params=["original", "lora", "small"])
 def parts(request, load_model, processor):
-    """Model, processor and two pictures."""
-    if request.param == "golden":
+    """Model, processor and two pictures: of golden checkpoints, and the small model that has learned something."""
+    if request.param != "small":
         pictures = [Image.open(GOLDENS / "images" / name).convert("RGB") for name in ("wide.png", "shapes.png")]
-        return load_model(), processor, pictures
+        return load_model(request.param), processor, pictures
     model = LlavaSTFForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).eval()
     paths = [DEFAULT_MODEL.parent / "demo.png", DEFAULT_MODEL / "example.png"]
     return model, LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL), [Image.open(path).convert("RGB") for path in paths]
