@@ -6,6 +6,7 @@ PIP_FLAGS ?= --quiet
 VENV := .venv
 comma := ,
 FLOOR_VENV := .venv-floor
+MAIN_VENV := .venv-main
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
 PYTEST := -m pytest tests -q -n 2 --dist loadfile
@@ -13,7 +14,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor lint format clean
+.PHONY: help setup demo test test-floor test-main gpu lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -29,6 +30,19 @@ test: setup ## run the fast tests
 test-floor: $(FLOOR_VENV)/.stamp ## run the fast tests on the oldest supported transformers
 	$(FLOOR_VENV)/bin/python $(PYTEST) --ignore-glob='tests/test_training_*' # training needs a newer transformers
 
+MINUTES ?= 25
+
+gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the same command continues
+	$(VENV)/bin/python -m benchmarks gpu --minutes $(MINUTES)
+
+# pip says that pyproject.toml does not allow this version: that is the point.
+test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' main branch, of today
+	$(PYTHON) -m venv --clear $(MAIN_VENV)
+	$(MAIN_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $< torch
+	$(MAIN_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $< -e ".[dev]"
+	$(MAIN_VENV)/bin/python -m pip install $(PIP_FLAGS) --upgrade git+https://github.com/huggingface/transformers
+	$(MAIN_VENV)/bin/python $(PYTEST) --ignore-glob='tests/test_training_*'
+
 lint: setup ## check style and types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
@@ -39,7 +53,7 @@ format: setup ## rewrite the files in the project's style
 	$(VENV)/bin/ruff format
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(FLOOR_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(FLOOR_VENV) $(MAIN_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converts a full-size random 7B of the original's layout, and measures time and memory against a plain copy.
 
-python benchmarks/convert.py [--folder SCRATCH] [--rounds 2] [--layers 32]
+python -m benchmarks convert [--folder SCRATCH] [--rounds 2] [--layers 32]
 
 Needs about 45 GB of disk in SCRATCH and 8 GB of memory (to make the source; the conversion itself takes far less).
 Each round copies and converts the same bytes in turn, after dropping the page cache where that is allowed, and counts
@@ -154,7 +154,7 @@ def measure(source: Path, scratch: Path, rounds: int) -> dict:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": "python benchmarks/convert.py",
+        "command": "python -m benchmarks convert",
     }
 
 
@@ -194,7 +194,3 @@ def drop_page_cache() -> bool:
     except OSError:
         return False
     return True
-
-
-if __name__ == "__main__":
-    main()

@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """FLOPs, bytes and the roofline of LLaVA-STF beside the stock LLaVA, counted from their configs.
 
-python benchmarks/count.py [CONFIG ...] [--text 50] [--answer 16] [--tflops 790] [--bandwidth 4.3]
+python -m benchmarks count [CONFIG ...] [--text 50] [--answer 16] [--tflops 790] [--bandwidth 4.3]
+python -m benchmarks count stf-7b --training [--mfu 0.4]    # memory and hours of training
 
 CONFIG is a checkpoint's folder, or one of the names below. One multiply-add is two FLOPs, attention is causal, the head
 is computed for the last token only, weights and cache take two bytes a number. The roofline takes the larger of
@@ -204,6 +205,8 @@ def read(name: str) -> Config:
 
 
 def main() -> None:
+    from benchmarks import training_needs  # it counts with the functions above
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "configs", nargs="*", default=["llava-1.5-7b", "stf-7b"], metavar="CONFIG", help=", ".join(NAMED)
@@ -213,7 +216,13 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="default: 1 8 32 128")
     parser.add_argument("--tflops", type=float, default=790, help="of the device in bfloat16 (default: an H200's)")
     parser.add_argument("--bandwidth", type=float, default=4.3, help="of its memory, in TB/s (default: an H200's)")
+    parser.add_argument("--training", action="store_true", help="memory and hours of training, in place of inference")
+    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak in training (default: 0.4)")
     options = parser.parse_args()
+    if options.training:
+        for name in options.configs:
+            print(f"{name}:\n\n" + "\n".join(training_needs.lines(read(name), options.mfu)) + "\n")
+        return
     configs = {name: read(name) for name in options.configs}
     print("| |" + "".join(f" {name} |" for name in configs))
     print("| --- |" + " --: |" * len(configs))
@@ -223,7 +232,3 @@ def main() -> None:
 
 def _digits(number: float) -> int:
     return 0 if number >= 1000 or number == int(number) else 1 if number >= 100 else 2
-
-
-if __name__ == "__main__":
-    main()

@@ -1,12 +1,21 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Equal outputs or no timing: the systems of `benchmarks/run.py` are compared before they are measured."""
+"""Equal outputs or no timing: the systems of `benchmarks run` are compared before they are measured.
 
+python -m benchmarks gate --device cuda --dtype float16    # compares only
+"""
+
+import argparse
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
-from benchmarks.systems import EAGER, OURS, QUESTION, REFERENCE, System, cast, cropped
+from benchmarks import machine, output
+from benchmarks.systems import EAGER, OURS, QUESTION, REFERENCE, System, cast, cropped, eager_systems
+from benchmarks.workloads import PLANS, SIZES
 
 STEPS = 8
 FLOAT32_ERROR = 1e-4  # relative to the largest number
@@ -107,3 +116,28 @@ def checked(outcome: dict[str, Any]) -> dict[str, Any]:
             f"a cosine above {COSINE}."
         )
     return outcome
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--size", choices=PLANS, help="default: slice on cpu, 7b on cuda")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
+    options = parser.parse_args()
+    output.require_absent(options.output, parser)
+    machine.require(options.device, parser)
+    torch.backends.cudnn.allow_tf32 = False  # what is compared in float32 is float32
+    size = options.size or SIZES[options.device]
+    with torch.no_grad():
+        outcome = eager(eager_systems(size, options.device), getattr(torch, options.dtype))
+    result = {
+        "device": machine.name(options.device),
+        "size": size,
+        "dtype": options.dtype,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "gate": outcome,
+    }
+    if options.output is not None:
+        output.write(result, options.output)
+    print(json.dumps(result, indent=2))

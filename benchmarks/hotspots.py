@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where the time of a row of `run.py` goes: its operators, or on CUDA its kernels, by the time that they take.
 
-python -m benchmarks.hotspots encode --batch 8 [--system ours] [--device cuda] [--output FILE]
+python -m benchmarks hotspots encode --batch 8 [--system ours] [--device cuda] [--output FILE]
 
 The profiler itself takes time: look at the shares, not at the milliseconds.
 """
@@ -19,8 +19,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine, output
 from benchmarks.report import SYSTEMS
-from benchmarks.run import METRICS, PLANS, SIZES, Case, Work, cases, conditions
+from benchmarks.run import conditions
 from benchmarks.systems import EAGER, OURS, cast, compile_system, eager_systems
+from benchmarks.workloads import METRICS, PLANS, SIZES, Case, Work, cases
 
 
 def hotspots(work: Work, device: str) -> list[dict[str, Any]]:
@@ -87,11 +88,7 @@ def main() -> None:
         result = {
             **conditions(options.device, size),
             "row": {"metric": case.metric, "batch": case.batch, "text": case.text, "system": options.system},
-            "command": shlex.join(["python", "-m", "benchmarks.hotspots", *sys.argv[1:]]),
+            "command": shlex.join(["python", "-m", "benchmarks", "hotspots", *sys.argv[1:]]),
             "hotspots": found,
         }
         output.write(result, options.output)
-
-
-if __name__ == "__main__":
-    main()

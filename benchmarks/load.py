@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Loads a full-size random checkpoint from safetensors, and measures time and memory against reading its files.
 
-PYTHONPATH=. python benchmarks/load.py [--folder SCRATCH] [--layers 32] [--device cuda] [--output FILE]
+python -m benchmarks load [--folder SCRATCH] [--layers 32] [--device cuda] [--output FILE]
 
 Needs 15 GB of disk in SCRATCH. The page cache is dropped before each turn where that is allowed. Loading ends when each
 page of each weight has been touched: a file that is only mapped has not been read.
@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from benchmarks import count, machine, output
 from benchmarks.convert import SHARD_BYTES, drop_page_cache, timed
+from benchmarks.systems import configs
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 START = """
@@ -42,6 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="scratch folder (default: a temporary one)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
+    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="7b", help="widths; tiny is for a rehearsal")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to (default: cpu)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
@@ -50,7 +52,7 @@ def main() -> None:
     machine.require(options.device, parser)
     scratch = Path(tempfile.mkdtemp(prefix="load-", dir=options.folder))
     try:
-        config = count.NAMED["stf-7b"]()
+        config = configs("tiny")[1] if options.size == "tiny" else count.NAMED["stf-7b"]()
         config.text_config.num_hidden_layers = options.layers
         checkpoint = make_checkpoint(scratch / "checkpoint", config)
         result = measure(checkpoint, options)
@@ -107,9 +109,5 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
         "page_cache_dropped": drop_page_cache(),
         "runs": runs,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
-        "command": f"PYTHONPATH=. python benchmarks/load.py --layers {options.layers} --device {options.device}",
+        "command": f"python -m benchmarks load --layers {options.layers} --device {options.device}",
     }
-
-
-if __name__ == "__main__":
-    main()

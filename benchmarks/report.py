@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From the results of `benchmarks/run.py`, the files `benchmarks/results/run_*.json`: the README's speed section.
 
-python -m benchmarks.report
+python -m benchmarks report
 """
 
 import argparse
@@ -238,7 +238,3 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{result['device']}, {result['dtype']}, {result['size']}")
     axes.legend()
     figure.savefig(path)
-
-
-if __name__ == "__main__":
-    main()

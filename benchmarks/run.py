@@ -2,14 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Speed of LLaVA-STF (144 tokens for a picture) beside the stock LLaVA (576) and the original's maths done plainly.
 
-python -m benchmarks.run --device cpu
-python -m benchmarks.run --device cuda
-python -m benchmarks.report    # puts the tables of all results into the README
+python -m benchmarks run --device cpu
+python -m benchmarks run --device cuda
+python -m benchmarks report    # puts the tables of all results into the README
 
 Writes a JSON file and a plot beside it, and prints a table. Widths are those of the 7B and weights are random. On a CPU
 the language model has two layers of it: compare ratios, not times. On CUDA each shape of the 7B takes long to compile:
 stop a run when you have to, and the same command goes on with the rows that are missing, or time some `--metrics` only.
-`train.py`, `load.py` and `serve.py` measure training steps, loading and serving.
+`train`, `load` and `serve` measure training steps, loading and serving.
 
 Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a compiled
 system's first call, which compiles, is counted apart.
@@ -22,9 +22,9 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -36,214 +36,21 @@ import transformers
 from PIL import Image
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from benchmarks import count, gate, machine, output, report
+from benchmarks import gate, machine, output, report
 from benchmarks.systems import (
     ANSWER,
     EAGER,
     OURS,
-    OURS_COMPILED,
     QUESTION,
     REFERENCE,
     STOCK,
-    STOCK_COMPILED,
     System,
     compile_system,
-    cropped,
     eager_systems,
     fill,
 )
+from benchmarks.workloads import METRICS, PLANS, SIZES, Case, Plan, Work, cases
 from modeling_llava_stf import LlavaSTFImageProcessor
-
-METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question", "second answer")
-SIZES = {"cpu": "slice", "cuda": "7b"}  # by device
-Work = Callable[[], object]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured, and how often. Compiled systems have no part where compiling each shape would take too long."""
-
-    dtype: torch.dtype
-    product: int  # side of the matrix product that gives the peak
-    rounds: int
-    warm_up: int  # calls at the start of a turn that are not counted
-    repeats: int  # counted calls of a turn, at least
-    turn_seconds: float  # a turn goes on until it has lasted so long, or has as many calls as an answer has tokens
-    images: tuple[int, ...]
-    texts: tuple[int, ...]
-    batches: tuple[int, ...]
-    decode_batches: tuple[int, ...]
-    compiled_batches: tuple[int, ...]
-    compile_options: dict[str, str]
-
-    def compiled(self, batch: int, text: int = QUESTION) -> bool:
-        return batch in self.compiled_batches and text == QUESTION
-
-
-PLANS = {
-    "tiny": Plan(
-        dtype=torch.float32,
-        product=512,
-        rounds=2,
-        warm_up=0,
-        repeats=1,
-        turn_seconds=0,
-        images=(1, 2),
-        texts=(10, QUESTION),
-        batches=(1, 2),
-        decode_batches=(1, 2),
-        compiled_batches=(1,),
-        compile_options={"backend": "eager"},
-    ),
-    "slice": Plan(
-        dtype=torch.bfloat16,
-        product=4096,
-        rounds=4,
-        warm_up=0,
-        repeats=1,
-        turn_seconds=1,
-        images=(1, 8),
-        texts=(10, QUESTION, 200, 1000),
-        batches=(1, 4),
-        decode_batches=(1, 8, 32, 128),
-        compiled_batches=(1,),
-        compile_options={},
-    ),
-    "7b": Plan(
-        dtype=torch.bfloat16,
-        product=8192,
-        rounds=5,
-        warm_up=3,
-        repeats=10,
-        turn_seconds=0,
-        images=(1, 8, 32),
-        texts=(10, QUESTION, 200, 1000),
-        batches=(1, 8, 32),
-        decode_batches=(1, 8, 32, 128),
-        compiled_batches=(1, 8, 32, 128),
-        compile_options={"mode": "reduce-overhead"},
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row of the table. `prepare` gives the work to be timed; `flops` and `bytes` are what it computes and reads."""
-
-    metric: str
-    batch: int
-    text: int | None
-    systems: tuple[str, ...]
-    prepare: Callable[[System], Work]
-    flops: Callable[[System], float] | None = None
-    bytes: Callable[[System], float] | None = None
-
-
-def cases(plan: Plan) -> Iterator[Case]:
-    """All that is timed, in the order of the table."""
-    both, three, compiled = (STOCK, OURS), (STOCK, REFERENCE, OURS), (STOCK_COMPILED, OURS_COMPILED)
-
-    def systems(eager: tuple[str, ...], batch: int, text: int = QUESTION) -> tuple[str, ...]:
-        return eager + compiled if plan.compiled(batch, text) else eager
-
-    for batch in plan.images:
-        yield Case("encode", batch, None, systems(three, batch), partial(encode, batch=batch), vision_flops(batch))
-    for text in plan.texts:
-        case = partial(prefill, batch=1, text=text)
-        yield Case("prefill", 1, text, systems(both, 1, text), case, prefill_flops(1, text))
-    for batch, text in [(1, text) for text in plan.texts] + [(batch, QUESTION) for batch in plan.batches[1:]]:
-        case = partial(first_token, batch=batch, text=text)
-        yield Case("first token", batch, text, systems(three, batch, text), case, first_token_flops(batch, text))
-    for batch in plan.decode_batches:
-        case = partial(decode, batch=batch)
-        yield Case("decode", batch, QUESTION, systems(both, batch), case, bytes=step_bytes(batch))
-    for batch in plan.batches:
-        yield Case("answer", batch, QUESTION, systems(both, batch), partial(answer, batch=batch))
-    for batch in plan.batches:
-        yield Case("second question", batch, QUESTION, systems(both, batch), partial(second_question, batch=batch))
-    for batch in plan.batches:
-        yield Case("second answer", batch, QUESTION, systems(both, batch), partial(second_answer, batch=batch))
-
-
-# The work
-
-
-def encode(system: System, batch: int) -> Work:
-    """Vision tower and connector."""
-    return partial(system.vision, system.pictures(batch))
-
-
-def prefill(system: System, batch: int, text: int) -> Work:
-    """The language model over pictures that are encoded already."""
-    ids = system.prompt(batch, text)
-    embeddings = system.model.get_input_embeddings()(ids)
-    cache = system.new_cache(batch, text)
-    return lambda: system.forward(system.emptied(cache), inputs_embeds=embeddings)
-
-
-def first_token(system: System, batch: int, text: int) -> Work:
-    """Pixels and ids to the logits of the first token."""
-    ids, pixels = system.prompt(batch, text), system.pictures(batch)
-    cache = system.new_cache(batch, text)
-    return lambda: system.forward(system.emptied(cache), inputs_embeds=system.embed(ids, pixels))
-
-
-def decode(system: System, batch: int) -> Work:
-    """One more token for each sequence."""
-    length = system.image_tokens + QUESTION + ANSWER // 2
-    cache = fill(system.new_cache(batch, QUESTION), system, batch, length)
-    token = torch.full((batch, 1), 5, device=system.model.device)
-    return lambda: system.forward(cache, input_ids=token)
-
-
-def answer(system: System, batch: int) -> Work:
-    """`generate`, from pixels and ids to an answer of 16 tokens."""
-    ids, pixels = system.prompt(batch, QUESTION), system.pictures(batch)
-    cache = system.new_cache(batch, QUESTION)
-    return lambda: system.generate(system.emptied(cache), ids, ANSWER, pixel_values=pixels).sequences
-
-
-def second_question(system: System, batch: int) -> Work:
-    """Another question about a picture that a cache holds, to the logits of the first token."""
-    seen = 1 + system.image_tokens
-    ids = system.prompt(batch, QUESTION)[:, seen:]
-    cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
-    return lambda: system.forward(cropped(cache, seen), input_ids=ids)
-
-
-def second_answer(system: System, batch: int) -> Work:
-    """`generate`, from another question about a picture that a cache holds to an answer of 16 tokens."""
-    seen = 1 + system.image_tokens
-    ids = system.prompt(batch, QUESTION)
-    cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
-    return lambda: system.generate(cropped(cache, seen), ids, ANSWER).sequences
-
-
-# What the work comes to
-
-
-def vision_flops(batch: int) -> Callable[[System], float]:
-    return lambda system: batch * sum(part.flops for part in count.vision_parts(system.model.config))
-
-
-def prefill_flops(batch: int, text: int) -> Callable[[System], float]:
-    return lambda system: batch * count.prefill(system.model.config, text).flops
-
-
-def first_token_flops(batch: int, text: int) -> Callable[[System], float]:
-    return lambda system: batch * sum(part.flops for part in count.first_token(system.model.config, text))
-
-
-def step_bytes(batch: int) -> Callable[[System], float]:
-    def of(system: System) -> float:
-        config = system.model.config
-        weights = count.decoder_weights(config) + count.head_weights(config)
-        return weights * count.BYTES + batch * count.cache_bytes(config, QUESTION + ANSWER // 2)
-
-    return of
-
-
-# The clock
 
 
 def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> dict[str, Any]:
@@ -398,7 +205,7 @@ def main() -> None:
         parser.error(f"{partial_out} was measured with {', '.join(others)}: move it away, or measure the rest so, too")
     result: dict[str, Any] = {
         **found,
-        "command": shlex.join(["python", "-m", "benchmarks.run", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "benchmarks", "run", *sys.argv[1:]]),
         "cases": kept["cases"],
     }
     torch.backends.cudnn.allow_tf32 = False  # what the gate compares in float32 is float32
@@ -445,11 +252,13 @@ def run(
     yield {"processor": processor_seconds(plan.rounds)}
     measured = list(kept)
     done = {(case["metric"], case["batch"], case["text"]) for case in kept}
+    order = [(case.metric, case.batch, case.text) for case in cases(plan)]
     todo = [c for c in cases(plan) if c.metric in metrics and (c.metric, c.batch, c.text) not in done]
+    todo.sort(key=lambda case: not case.wanted_first)  # a run may be cut off
     for position, case in enumerate(todo):
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)
-        yield {"cases": measured}
+        yield {"cases": sorted(measured, key=lambda row: order.index((row["metric"], row["batch"], row["text"])))}
 
 
 def _line(measured: dict[str, Any]) -> str:
@@ -459,7 +268,3 @@ def _line(measured: dict[str, Any]) -> str:
         for name, run in measured["systems"].items()
     ]
     return f"{measured['metric']}, batch {measured['batch']}{text}: {', '.join(times)}"
-
-
-if __name__ == "__main__":
-    main()

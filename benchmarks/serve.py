@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Requests per second of LLaVA-STF (144 tokens for a picture) and the stock LLaVA (576) in vLLM, offline.
 
-PYTHONPATH=. python benchmarks/serve.py [--size slice] [--requests 32] [--rounds 3] [--output FILE]
+python -m benchmarks serve [--size slice] [--requests 32] [--rounds 3] [--output FILE]
 
 Run it where vLLM is installed. Both models go through vLLM's Transformers backend, with random weights, each in a
 process of its own, in turns. A request is another picture, about 50 tokens of text, and an answer of 16; nothing is
@@ -69,7 +69,7 @@ def main() -> None:
 
 def _in_a_process(folder: Path) -> dict[str, Any]:
     """One turn: an engine cannot be stopped and begun again in the same process."""
-    subprocess.run([sys.executable, __file__, *sys.argv[1:], "--serve", str(folder)], check=True)
+    subprocess.run([sys.executable, "-m", "benchmarks", "serve", *sys.argv[1:], "--serve", str(folder)], check=True)
     return json.loads((folder / "turn.json").read_text(encoding="utf-8"))
 
 
@@ -139,7 +139,3 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
         "seconds": seconds,
         "vllm": vllm.__version__,
     }
-
-
-if __name__ == "__main__":
-    main()

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks import count
 from benchmarks.reference import ReferenceVision, share
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+from modeling_llava_stf.modeling_llava_stf import CACHE
 
 QUESTION = 50  # tokens of text beside a picture's
 ANSWER = 16  # tokens
@@ -77,14 +78,14 @@ class System:
 
     def forward(self, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
         """Logits of the last token, (batch, vocabulary)."""
-        return self.model(past_key_values=cache, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
+        return self.model(**{CACHE: cache}, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
 
     def generate(self, cache: Cache, ids: torch.Tensor, tokens: int, **inputs: torch.Tensor) -> Any:
         """The greedy answer of `tokens` tokens to a prompt; what the cache holds of it is not read again."""
         return self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
+            **{CACHE: cache},
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             do_sample=False,

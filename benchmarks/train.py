@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps of LLaVA-STF (144 tokens per picture) against the stock LLaVA (576), with the same trainer.
 
-python benchmarks/train.py [--device cuda] [--layers 32] [--batch 8] [--output benchmarks/results/train_cuda.json]
+python -m benchmarks train [--device cuda] [--layers 32] [--batch 8] [--output benchmarks/results/train_cuda.json]
 
 Widths are those of the 7B, weights are random, and a row is a picture with a question and an answer of --text tokens.
 The systems take turns in one process: each round builds and trains every stage of both. By default the language model
@@ -37,6 +37,7 @@ from transformers import (
 
 from benchmarks import machine, output
 from benchmarks.count import clip
+from benchmarks.systems import configs
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import (
     LlavaSTFConfig,
@@ -49,7 +50,6 @@ from training.trainer import measure_tflops, training_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (ROOT / "conversion" / "chat_templates" / "vicuna_v1.jinja").read_text(encoding="utf-8")
-TOWER = clip(layers=24)
 LORA = LoraConfig(
     r=128,
     lora_alpha=256,
@@ -64,22 +64,27 @@ STAGES: dict[str, tuple[str | None, torch.dtype]] = {
 }
 
 
-def build(system: str, layers: int, device: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def build(system: str, options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any]:
     """Model and processor of `stf` or `stock`, with random weights."""
     tokenizer = load_tokenizer(ROOT / "tests" / "goldens" / "tokenizer_legacy_false", 4096)
-    text = LlamaConfig(vocab_size=32001, num_hidden_layers=layers, pad_token_id=tokenizer.pad_token_id)
-    image_processor = LlavaSTFImageProcessor()
-    sizes = {"patch_size": TOWER.patch_size, "vision_feature_select_strategy": "default", "chat_template": TEMPLATE}
+    widths = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2} if options.size == "tiny" else {}
+    text = LlamaConfig(
+        vocab_size=32001, num_hidden_layers=options.layers, pad_token_id=tokenizer.pad_token_id, **widths
+    )
+    tower = configs("tiny")[1].vision_config if options.size == "tiny" else clip(layers=24)
+    side = {"height": tower.image_size, "width": tower.image_size}
+    image_processor = LlavaSTFImageProcessor(size={"shortest_edge": tower.image_size}, crop_size=side)
+    sizes = {"patch_size": tower.patch_size, "vision_feature_select_strategy": "default", "chat_template": TEMPLATE}
     image_token_id = tokenizer.image_token_id
     torch.set_default_dtype(dtype)
-    with torch.device(device):
+    with torch.device(options.device):
         if system == "stf":
-            config = LlavaSTFConfig(vision_config=TOWER, text_config=text, image_token_id=image_token_id)
+            config = LlavaSTFConfig(vision_config=tower, text_config=text, image_token_id=image_token_id)
             model: Any = LlavaSTFForConditionalGeneration(config)
             processor: Any = LlavaSTFProcessor(image_processor, tokenizer, fusion_window=config.fusion_window, **sizes)
         else:
             model = LlavaForConditionalGeneration(
-                LlavaConfig(vision_config=TOWER, text_config=text, image_token_id=image_token_id)
+                LlavaConfig(vision_config=tower, text_config=text, image_token_id=image_token_id)
             )
             processor = LlavaProcessor(image_processor, tokenizer, num_additional_image_tokens=1, **sizes)
     torch.set_default_dtype(torch.float32)
@@ -107,7 +112,7 @@ def train(system: str, stage: str, options: argparse.Namespace, rows: Dataset) -
     """Trains a few steps; seconds of a step (the first is not counted), peak memory, counted FLOPs."""
     trainable, dtype = STAGES[stage]
     machine.reset_peak(options.device)
-    model, processor = build(system, options.layers, options.device, dtype)
+    model, processor = build(system, options, dtype)
     steps = Steps(options.device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = LlavaSTFTrainer(
@@ -175,6 +180,7 @@ def data(options: argparse.Namespace) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="7b", help="widths; tiny is for a rehearsal")
     parser.add_argument("--layers", type=int, default=2, help="of the language model (7B: 32)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text", type=int, default=100, help="tokens of a row beside those of its picture")
@@ -233,7 +239,3 @@ def summary(stage: str, turns: dict, options: argparse.Namespace) -> dict[str, A
 
 def work(system: dict[str, Any]) -> float:
     return system["counted_tflop_per_step"] + system["counted_tflop_recomputed"]
-
-
-if __name__ == "__main__":
-    main()

@@ -23,6 +23,8 @@ WAY_BACK = (
     "vision_tower",
     "tokenizer",
     "revision",
+    "vision_tower_revision",
+    "tokenizer_revision",
     "max_shard_size",
     "verify",
     "dry_run",
@@ -42,10 +44,12 @@ def main() -> int:
                 parser.error(f"--to-original does not go with --{name.replace('_', '-')}")
     try:
         folder = (convert_back if way_back else convert)(**arguments)
-    except Exception as error:  # a ConversionError, or what transformers says of a config that fits no model
-        name = "" if isinstance(error, ConversionError) else f"{type(error).__name__}: "
-        print(f"error: {name}{' '.join(str(error).split())}", file=sys.stderr)
+    except (ConversionError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
     if not arguments["dry_run"]:
         print(f"wrote {folder}")
     return 0
@@ -62,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--base", metavar="NAME", help="language model of a stage-1 projector or a LoRA run")
     source.add_argument("--vision-tower", metavar="NAME", help="CLIP model (default: the one that the config names)")
     source.add_argument("--tokenizer", metavar="NAME", help="tokenizer (default: the source's, else the base's)")
-    source.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    source.add_argument("--revision", help="branch, tag or commit of SOURCE, if that is a Hub id")
+    source.add_argument("--base-revision", metavar="REVISION", help="of --base (default: the one the adapter records)")
+    source.add_argument("--vision-tower-revision", metavar="REVISION", help="of the CLIP model")
+    source.add_argument("--tokenizer-revision", metavar="REVISION", help="of --tokenizer")
     source.add_argument("--subfolder", help="folder of a Hub id that holds several runs")
     source.add_argument("--init-fusion", action="store_true", help="SOURCE has no fusion weights: make new ones")
     source.add_argument(

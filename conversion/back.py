@@ -9,16 +9,55 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, PreTrainedConfig
 
-from modeling_llava_stf import LlavaSTFConfig
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 
-from .config import INNER_TAPS
-from .convert import EMBEDDINGS, HEAD, ORIGINAL_CONFIG_FILE, complete_or_absent, require_empty
+from .config import (
+    INNER_TAPS,
+    build_image_processor,
+    build_text_config,
+    built,
+    context_length,
+    preprocessor_file,
+    read_vision_config,
+)
+from .convert import (
+    EMBEDDINGS,
+    HEAD,
+    LAYERS,
+    ORIGINAL_CONFIG_FILE,
+    TEMPLATES,
+    check_complete,
+    complete_or_absent,
+    empty_model,
+    print_shards,
+    require_empty,
+    tower_depth,
+)
 from .keys import TOWER_PREFIX, ConversionError, to_original
-from .source import fetch, read_tower
-from .weights import Weight, Weights, compare, parse_size, read_folder, read_json, write_folder
+from .settings import LANGUAGE, PREPROCESSOR, check_settings
+from .source import ADAPTER_CONFIG_FILE, fetch, read_tower
+from .tokenizer import IMAGE_TOKEN
+from .weights import Weight, Weights, check_dtypes, compare, parse_size, read_folder, read_json, write_folder
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# What the original's code reads, beside the language model's settings; a checkpoint that we converted has its own.
+NEW_CONFIG = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "model_type": "llava_llama",
+    "image_aspect_ratio": "pad",
+    "mm_patch_merge_type": "flat",
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "tokenizer_padding_side": "right",
+    "use_mm_proj": True,
+}
 
 
 def convert_back(
@@ -28,6 +67,8 @@ def convert_back(
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    vision_tower_revision: str | None = None,
+    tokenizer_revision: str | None = None,
     max_shard_size: str = "5GB",
     verify: bool = False,
     dry_run: bool = False,
@@ -39,57 +80,141 @@ def convert_back(
         destination: folder to write; must not exist, or be empty.
         vision_tower: the CLIP folder, to restore the tower's layers that were left out.
         tokenizer: folder with the original's tokenizer.model, which ours does not hold.
-        revision: of a Hub id.
+        revision: branch, tag or commit of the source, if that is a Hub id.
+        vision_tower_revision: of the CLIP model.
+        tokenizer_revision: of the tokenizer.
         max_shard_size: size of a weight file.
         verify: read the result again and compare checksums.
         dry_run: only print what would be written.
 
     Raises:
-        ConversionError: if the tower lacks layers and there is no CLIP folder to take them from, or if the CLIP folder
-            holds another tower.
+        ConversionError: if a weight is missing, unknown, damaged or of the wrong shape; if tokens were added since the
+            conversion, for which the original's vocabulary has no place; if the tower lacks layers and there is no CLIP
+            folder to take them from; or if the CLIP folder holds another tower. Nothing is written then.
     """
     destination = require_empty(destination)
+    limit = parse_size(max_shard_size)
     folder = fetch(source, revision)
-    settings = read_json(folder / "config.json")
-    if settings.get("model_type") != LlavaSTFConfig.model_type:
-        raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
-    config = LlavaSTFConfig.from_pretrained(folder)
-    original = read_json(folder / ORIGINAL_CONFIG_FILE) if (folder / ORIGINAL_CONFIG_FILE).exists() else None
+    clip_folder = _fetch_named("vision-tower", vision_tower, vision_tower_revision)
+    tokenizer_folder = _fetch_named("tokenizer", tokenizer, tokenizer_revision)
+    config = _read_config(folder)
     weights = read_folder(folder)
-    rows = original["vocab_size"] if original else _rows_without_placeholder(config)
+    check_complete(weights, empty_model(config, weights))
+    check_dtypes(weights)
+    original = _original_config(config, folder, vision_tower)
+    original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")
+    _refuse_growth(weights, original["vocab_size"], folder)
     for name in (EMBEDDINGS, HEAD):
-        weights[name] = _first_rows(weights[name], rows)
-    weights = to_original(weights)
-    weights = _with_whole_tower(weights, config, None if vision_tower is None else fetch(vision_tower))
-    if original is None:
-        original = _original_config(config, rows, vision_tower)
-    if config.taps[1:] != list(INNER_TAPS.get(len(config.taps), ())):
-        # The original's code would tap other blocks. On a list it fails, instead of computing something else.
-        original["mm_vision_select_layer"] = config.taps
-        print(f"- the taps {config.taps} are not those of the original's code: only this converter reads the result")
+        weights[name] = _first_rows(weights[name], original["vocab_size"])
+    weights = _with_whole_tower(to_original(weights), config, clip_folder)
+    original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
+    _check_pictures(original, config, folder, clip_folder)
+    files = _tokenizer_files(tokenizer_folder)
     if dry_run:
         for name, weight in weights.items():
             print(f"{name}  {'x'.join(map(str, weight.shape))} {weight.dtype}  ({weight.origin})")
+        print(f"would write {', '.join(['config.json', *(file.name for file in files)])}")
+        print_shards(weights, limit)
         return destination
     with complete_or_absent(destination) as unfinished:
-        write_folder(unfinished, weights, parse_size(max_shard_size))
+        write_folder(unfinished, weights, limit)
         (unfinished / "config.json").write_text(json.dumps(original, indent=2) + "\n", encoding="utf-8")
-        if tokenizer is not None:
-            tokenizer_folder = fetch(tokenizer)
-            for name in TOKENIZER_FILES:
-                if (tokenizer_folder / name).exists():
-                    shutil.copyfile(tokenizer_folder / name, unfinished / name)
-        else:
-            print("- no tokenizer was written: ours does not hold the original's tokenizer.model (--tokenizer FOLDER)")
+        for file in files:
+            shutil.copyfile(file, unfinished / file.name)
         if verify:
             compare(read_folder(unfinished), weights, zlib.crc32)
             print(f"- verified: {len(weights)} tensors have the checksums of their sources")
     return destination
 
 
+def _fetch_named(option: str, name: str | Path | None, revision: str | None) -> Path | None:
+    if name is None and revision is not None:
+        raise ConversionError(f"--{option}-revision {revision} is given without --{option}.")
+    return None if name is None else fetch(name, revision)
+
+
+def _read_config(folder: Path) -> LlavaSTFConfig:
+    if (folder / ADAPTER_CONFIG_FILE).exists():
+        raise ConversionError(f"{folder} is an adapter: merge it with its base first (python -m training merge).")
+    place = folder / "config.json"
+    settings = read_json(place)
+    if settings.get("model_type") != LlavaSTFConfig.model_type:
+        raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
+    if settings.get("quantization_config"):
+        raise ConversionError(f"{place}: the weights are quantised (`quantization_config`), expected whole ones.")
+    return built(LlavaSTFConfig.from_pretrained, place, pretrained_model_name_or_path=folder)
+
+
+def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | Path | None) -> dict[str, Any]:
+    """The config that the conversion kept, or a new one, with what ours says otherwise by now."""
+    text = build_text_config(config.text_config.to_dict(), folder / "config.json")
+    fields = {*LlamaConfig().to_dict()} - {*PreTrainedConfig().to_dict(), "vocab_size"}
+    now = {name: value for name, value in text.to_dict().items() if name in fields}
+    file = folder / ORIGINAL_CONFIG_FILE
+    if file.exists():
+        original = read_json(file)
+        check_settings(file, original, LANGUAGE)
+        before = build_text_config(original, file)
+        # The conversion took the tokenizer's padding.
+        known = {**before.to_dict(), "pad_token_id": text.pad_token_id}
+        now = {name: value for name, value in now.items() if value != known[name]}
+        original["vocab_size"] = before.vocab_size
+    else:
+        original = {**NEW_CONFIG, "mm_hidden_size": config.vision_config.hidden_size}
+        original["tokenizer_model_max_length"] = context_length(text)
+        original["vocab_size"] = _rows_without_placeholder(config)
+        original |= {"mm_vision_tower": str(vision_tower)} if vision_tower else {}
+    rope = now.pop("rope_parameters", None)
+    if rope is not None:
+        original.pop("rope_parameters", None)
+        now |= _original_rope(rope)
+    return original | now
+
+
+def _original_rope(rope: dict[str, Any]) -> dict[str, Any]:
+    """The rotary positions in the words of transformers 4, which takes no other key beside these two."""
+    kind = rope["rope_type"]
+    if kind not in ("default", "linear", "dynamic"):
+        raise ConversionError(f"The original's code has no rotary positions of the type {kind!r}.")
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if kind == "default" else {"type": kind, "factor": rope["factor"]},
+    }
+
+
 def _rows_without_placeholder(config: LlavaSTFConfig) -> int:
     rows = config.text_config.vocab_size
     return rows - 1 if config.image_token_id == rows - 1 else rows
+
+
+def _refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
+    """Raises a [`ConversionError`] if the rows behind the original's are more than `<image>` and padding.
+
+    Nothing ever looks at the embeddings of those, so they are still alike, as the conversion made them.
+    """
+    table = weights[EMBEDDINGS]
+    if rows > table.shape[0]:
+        raise ConversionError(
+            f"{ORIGINAL_CONFIG_FILE} says `vocab_size` {rows}, but {EMBEDDINGS!r} has {table.shape[0]} rows."
+        )
+    added = table.load()[rows:]
+    tokens = _tokens_behind(folder / "tokenizer.json", rows)
+    if tokens or not torch.equal(added, added[:1].expand_as(added)):
+        raise ConversionError(
+            f"The tables have {table.shape[0]} rows, the original's {rows}, and what was added is more than "
+            f"{IMAGE_TOKEN} and padding{': ' if tokens else ''}{', '.join(tokens)}. The original's vocabulary has no "
+            "place for tokens behind its own; nothing was cut."
+        )
+
+
+def _tokens_behind(file: Path, rows: int) -> list[str]:
+    if not file.exists():
+        return []
+    try:
+        words = Tokenizer.from_file(str(file)).get_vocab()
+    except Exception as error:  # the tokenizers library raises nothing else
+        raise ConversionError(f"Cannot read {file}: {error}") from error
+    return sorted(word for word, index in words.items() if index >= rows and word != IMAGE_TOKEN)
 
 
 def _first_rows(table: Weight, rows: int) -> Weight:
@@ -111,35 +236,73 @@ def _with_whole_tower(weights: Weights, config: LlavaSTFConfig, clip_folder: Pat
         if weights[key].shape != tower[key].shape:
             raise ConversionError(f"{clip_folder} holds another tower: {key!r} is {tower[key].shape} there.")
     known = TOWER_PREFIX + "vision_model.embeddings.position_embedding.weight"
-    if not torch.equal(weights[known].load(), tower[known].load().to(weights[known].dtype)):
+    if known not in tower or not torch.equal(weights[known].load(), tower[known].load().to(weights[known].dtype)):
         raise ConversionError(f"{clip_folder} holds another tower: its weights are not those of {known!r} here.")
-    missing = {key: weight for key, weight in tower.items() if key not in weights and "position_ids" not in key}
+    missing = _layers_behind(tower, weights, depth, _tower_depth(clip_folder, config))
+    check_dtypes(missing)
     dtype = weights[TOWER_PREFIX + "vision_model.post_layernorm.weight"].dtype
     return weights | {key: weight.to(dtype) for key, weight in missing.items()}
 
 
-def _original_config(config: LlavaSTFConfig, rows: int, vision_tower: str | Path | None) -> dict[str, Any]:
-    """What the original's code reads, from ours; a checkpoint that we converted carries its own."""
-    text = config.text_config.to_dict()
-    rope = text.pop("rope_parameters")
-    return {
-        **text,
-        "architectures": ["LlavaLlamaForCausalLM"],
-        "model_type": "llava_llama",
-        "vocab_size": rows,
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "torch_dtype": str(config.dtype).removeprefix("torch."),
-        "image_aspect_ratio": "pad",
-        "mm_hidden_size": config.vision_config.hidden_size,
-        "mm_patch_merge_type": "flat",
-        "mm_projector_type": "mlp2x_gelu",
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": str(vision_tower) if vision_tower else "openai/clip-vit-large-patch14-336",
-        "tokenizer_model_max_length": text["max_position_embeddings"],
-        "tokenizer_padding_side": "right",
-        "use_mm_proj": True,
-    }
+def _tower_depth(clip_folder: Path, config: LlavaSTFConfig) -> int:
+    """Layers of CLIP's tower, which must compute as ours does."""
+    vision, _ = read_vision_config(clip_folder)
+    for name in ("hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size"):
+        here, there = getattr(config.vision_config, name), getattr(vision, name)
+        if here != there:
+            raise ConversionError(f"{clip_folder} holds another tower: `{name}` is {there} there, {here} here.")
+    return vision.num_hidden_layers
+
+
+def _layers_behind(tower: Weights, weights: Weights, start: int, end: int) -> Weights:
+    """The layers `start` to `end` of CLIP, each with the weights and shapes of the first one here."""
+    layers: Weights = {}
+    for index in range(start, end):
+        for key in [key for key in weights if key.startswith(f"{LAYERS}0.")]:
+            name = key.replace(f"{LAYERS}0.", f"{LAYERS}{index}.")
+            if name not in tower or tower[name].shape != weights[key].shape:
+                found = tower[name].shape if name in tower else "none"
+                raise ConversionError(f"The CLIP folder has for {name!r} the shape {found}, not {weights[key].shape}.")
+            layers[name] = tower[name]
+    return layers
+
+
+def _select_layer(original: dict[str, Any], taps: list[int], weights: Weights) -> int | list[int]:
+    """`mm_vision_select_layer` for these taps, of which the original's code has all but the first built in."""
+    if taps[1:] != list(INNER_TAPS.get(len(taps), ())):
+        # The original's code would tap other blocks. On a list it fails, instead of computing something else.
+        print(f"- the taps {taps} are not those of the original's code: only this converter reads the result")
+        return taps
+    states = tower_depth(weights) + 1
+    selected = original.get("mm_vision_select_layer", -2)
+    return selected if isinstance(selected, int) and selected % states == taps[0] else taps[0] - states
+
+
+def _check_pictures(original: dict[str, Any], config: LlavaSTFConfig, folder: Path, clip_folder: Path | None) -> None:
+    """Sets `image_aspect_ratio`; the original reads all else about pictures from CLIP, which must say the same."""
+    if not preprocessor_file(folder).exists():
+        return
+    ours = LlavaSTFImageProcessor.from_pretrained(folder)
+    if bool(ours.do_pad) != (original.get("image_aspect_ratio") == "pad"):
+        original["image_aspect_ratio"] = "pad" if ours.do_pad else "square"
+    if clip_folder is not None:
+        clip, _ = build_image_processor(original, clip_folder, config.vision_config.image_size)
+        for name in sorted(PREPROCESSOR.carried):
+            if getattr(ours, name) != getattr(clip, name):
+                raise ConversionError(
+                    f"The pictures' `{name}` is {getattr(ours, name)} in {folder}, but {getattr(clip, name)} in "
+                    f"{clip_folder}, where the original reads it."
+                )
+    template = folder / "chat_template.jinja"
+    if template.exists() and template.read_bytes() != (TEMPLATES / "vicuna_v1.jinja").read_bytes():
+        print("- the chat template is not that of the conversion; the original has its own, in its code")
+
+
+def _tokenizer_files(folder: Path | None) -> list[Path]:
+    if folder is None:
+        print("- no tokenizer is written: ours does not hold the original's tokenizer.model (--tokenizer FOLDER)")
+        return []
+    files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
+    if folder / "tokenizer.model" not in files:
+        raise ConversionError(f"{folder} has no tokenizer.model, from which the original makes its tokenizer.")
+    return files

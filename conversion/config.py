@@ -2,20 +2,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """Our configuration and image processor, out of the original's configuration, the CLIP folder and the shapes."""
 
+from collections.abc import Callable
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 
 from .keys import ConversionError
+from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
 from .source import MBTF, STF
-from .weights import Weights, read_json
+from .weights import Weights, matrix, read_json, section
+
+Made = TypeVar("Made")
 
 # The taps behind the first, by the number of taps that the projector's shape shows (the original's two variants).
 INNER_TAPS = {8: (21, 18, 15, 12, 9, 6, 3), 4: (18, 12, 6)}
+# The numbers that each way to extend the rotary positions needs.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "original_max_position_embeddings",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 def build_config(
@@ -27,7 +53,9 @@ def build_config(
     """
     fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {}
     taps = _taps(original, fusion.pop("taps", None), vision.num_hidden_layers)
-    return LlavaSTFConfig(
+    return built(
+        LlavaSTFConfig,
+        "The model",
         vision_config=vision,
         text_config=text,
         image_token_index=image_token_id,
@@ -35,7 +63,7 @@ def build_config(
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
         vision_feature_layer=taps,
-        dtype=weights["model.embed_tokens.weight"].dtype,
+        dtype=matrix(weights, "model.embed_tokens.weight").dtype,
         **fusion,
     )
 
@@ -50,20 +78,27 @@ def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]
     if isinstance(selected, list):
         if number not in (None, len(selected)):
             raise ConversionError(f"The config names the taps {selected}, but {MBTF}0.weight takes {number} blocks.")
-        return selected
-    number = number or max(INNER_TAPS)
-    if number not in INNER_TAPS:
+        taps = selected
+    else:
+        number = number or max(INNER_TAPS)
+        if number not in INNER_TAPS:
+            raise ConversionError(
+                f"{MBTF}0.weight takes {number} blocks: expected {' or '.join(map(str, INNER_TAPS))}, or their list as "
+                "`mm_vision_select_layer` of the config."
+            )
+        taps = [selected, *INNER_TAPS[number]]
+    if not taps or not all(type(tap) is int and -depth - 1 <= tap <= depth for tap in taps):
         raise ConversionError(
-            f"{MBTF}0.weight takes {number} blocks: expected {' or '.join(map(str, INNER_TAPS))}, or their list as "
-            "`mm_vision_select_layer` of the config."
+            f"The taps are {taps} (the first is `mm_vision_select_layer`), but a vision tower of {depth} layers has "
+            f"the hidden states 0 to {depth}, or -{depth + 1} to -1 from its end."
         )
     # -2 of CLIP's 24 layers, said absolutely: the tower may be stored without the layers behind it.
-    return [selected % (depth + 1), *INNER_TAPS[number]]
+    return [tap % (depth + 1) for tap in taps]
 
 
 def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
-    block_hidden, block_in = weights[f"{MBTF}0.weight"].shape
-    spatial_hidden, spatial_in = weights[f"{STF}0.weight"].shape
+    block_hidden, block_in = matrix(weights, f"{MBTF}0.weight").shape
+    spatial_hidden, spatial_in = matrix(weights, f"{STF}0.weight").shape
     taps, window = block_in // width, isqrt(spatial_in // width)
     if block_in != taps * width or spatial_in != window**2 * width:
         raise ConversionError(
@@ -78,17 +113,82 @@ def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
     }
 
 
-def build_text_config(original: dict[str, Any]) -> LlamaConfig:
-    rope = original.get("rope_parameters") or {
-        "rope_theta": original.get("rope_theta", 10000.0),
-        **(original.get("rope_scaling") or {"rope_type": "default"}),
-    }
-    return LlamaConfig(**{**_known_fields(LlamaConfig, original), "rope_parameters": rope})
+def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
+    """The language model's configuration, out of a flat one; `place` is the file, for errors."""
+    sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names = (*sizes, "num_key_value_heads", "head_dim", "max_position_embeddings")
+    require_positive(place, original, names, whole=True)
+    require_positive(place, original, ["rms_norm_eps", "rope_theta"])
+    require_activation(place, original)
+    fields = {**_known_fields(LlamaConfig, original), "rope_parameters": _rope_parameters(original, place)}
+    text = built(LlamaConfig, place, **fields)
+    if text.num_attention_heads % text.num_key_value_heads:
+        raise ConversionError(
+            f"{place}: `num_key_value_heads` is {text.num_key_value_heads}, expected a divisor of "
+            f"`num_attention_heads`, {text.num_attention_heads}."
+        )
+    return text
 
 
-def read_vision_config(folder: Path) -> CLIPVisionConfig:
-    config = read_json(folder / "config.json")
-    return CLIPVisionConfig(**_known_fields(CLIPVisionConfig, config.get("vision_config", config)))
+def _rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:
+    """The rotary positions as transformers 5 has them: `rope_scaling` and `rope_theta` in one."""
+    scaling, new = original.get("rope_scaling"), original.get("rope_parameters")
+    if scaling and new and scaling != new:
+        raise ConversionError(f"{place} says two things: `rope_scaling` is {scaling}, `rope_parameters` {new}.")
+    rope = new or scaling or {}
+    if not isinstance(rope, dict):
+        raise ConversionError(f"{place}: `rope_scaling` is {rope!r}, expected an object with `type` and `factor`.")
+    theta = original.get("rope_theta")
+    if theta is not None and rope.get("rope_theta", theta) != theta:
+        raise ConversionError(f"{place} says two things: `rope_theta` is {theta} and {rope['rope_theta']}.")
+    rope = {"rope_theta": theta or 10000.0, **rope}
+    kind = rope.pop("type", None)
+    rope.setdefault("rope_type", kind or "default")
+    _check_rope(rope, place)
+    return rope
+
+
+def _check_rope(rope: dict[str, Any], place: Path) -> None:
+    where, kind = f"{place}: rope", rope["rope_type"]
+    if not isinstance(kind, str) or kind not in ROPE_TYPES:
+        raise ConversionError(f"{where}: the type is {kind!r}, expected one of {', '.join(ROPE_TYPES)}.")
+    missing = [name for name in ROPE_TYPES[kind] if rope.get(name) is None]
+    if missing:
+        raise ConversionError(f"{where}: the type {kind!r} needs {', '.join(missing)}.")
+    require_positive(where, rope, ROPE_NUMBERS)
+    for name in ("short_factor", "long_factor"):
+        values = rope[name] if isinstance(rope.get(name), list) else [rope.get(name)]
+        factors = {f"{name}[{index}]": value for index, value in enumerate(values)}
+        require_positive(where, factors, factors)
+    if (rope.get("factor") or 1) < 1:
+        raise ConversionError(f"{where}: `factor` is {rope['factor']}, expected 1 or more.")
+    other = rope.keys() - {*ROPE_NUMBERS, "rope_type", "short_factor", "long_factor", "truncate", "finetuned"}
+    if other - {"partial_rotary_factor"} or rope.get("partial_rotary_factor") not in (None, 1):
+        raise ConversionError(f"{where}: {', '.join(f'`{name}`' for name in sorted(other))} is not Llama's.")
+
+
+def context_length(text: LlamaConfig) -> int:
+    """Tokens that the language model was extended to; `max_position_embeddings` may be what it was before."""
+    rope, length = text.rope_parameters, text.max_position_embeddings
+    if rope["rope_type"] in ("linear", "dynamic"):
+        return int(length * rope["factor"])
+    if rope["rope_type"] == "yarn":
+        return max(length, int((rope.get("original_max_position_embeddings") or length) * rope["factor"]))
+    return length
+
+
+def read_vision_config(folder: Path) -> tuple[CLIPVisionConfig, list[str]]:
+    """The tower's configuration, out of a CLIP folder, and notes."""
+    place = folder / "config.json"
+    config = read_json(place)
+    settings = {"model_type": config.get("model_type"), **section(config, "vision_config", place)}
+    notes = check_settings(place, settings, VISION)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    require_positive(place, settings, sizes, whole=True)
+    require_positive(place, settings, ["layer_norm_eps"])
+    require_activation(place, settings)
+    fields = _known_fields(CLIPVisionConfig, settings)
+    return built(CLIPVisionConfig, place, **{name: value for name, value in fields.items() if value is not None}), notes
 
 
 def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) -> dict[str, Any]:
@@ -97,15 +197,73 @@ def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) 
     return {name: values[name] for name in config_class().to_dict() if name in values and name not in common}
 
 
-def build_image_processor(original: dict[str, Any], clip_folder: Path) -> LlavaSTFImageProcessor:
-    """CLIP's preprocessing, with the padding that the run was trained with (`image_aspect_ratio`)."""
-    file = clip_folder / "preprocessor_config.json"
-    if not file.exists():  # transformers 5 saves it as a part of the processor's
-        file = clip_folder / "processor_config.json"
-    settings = read_json(file)
-    settings = settings.get("image_processor", settings)
-    names = ("size", "crop_size", "image_mean", "image_std", "resample", "rescale_factor")
-    return LlavaSTFImageProcessor(
-        do_pad=original.get("image_aspect_ratio", "pad") == "pad",
-        **{name: settings[name] for name in names if name in settings},
-    )
+def built(make: Callable[..., Made], place: Path | str, **fields: Any) -> Made:
+    """What `make` makes of fields; what transformers finds wrong with them becomes a [`ConversionError`]."""
+    try:
+        return make(**fields)
+    except (StrictDataclassError, ValueError) as error:
+        raise ConversionError(f"{place}: {' '.join(str(error).split())}") from error
+
+
+def build_image_processor(
+    original: dict[str, Any], clip_folder: Path, side: int
+) -> tuple[LlavaSTFImageProcessor, list[str]]:
+    """CLIP's preprocessing, with the padding that the run was trained with, and notes.
+
+    Args:
+        original: the run's settings; `image_aspect_ratio` is `pad`, or `square` (resize and crop), also if missing.
+        clip_folder: has preprocessor_config.json.
+        side: of the pictures that the tower takes, in pixels.
+    """
+    file = preprocessor_file(clip_folder)
+    settings = section(read_json(file), "image_processor", file)
+    notes = check_settings(file, settings, PREPROCESSOR)
+    require_positive(file, settings, ["rescale_factor"])
+    for name in ("size", "crop_size"):
+        sides = settings[name] if isinstance(settings.get(name), dict) else {name: settings.get(name)}
+        require_positive(file, sides, sides, whole=True)
+    for name in ("image_mean", "image_std"):
+        _check_channels(file, name, settings.get(name))
+    # What a CLIP processor takes where the file says nothing.
+    settings = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}} | settings
+    carried = {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
+    processor = built(LlavaSTFImageProcessor, file, do_pad=original.get("image_aspect_ratio") == "pad", **carried)
+    _check_side(file, processor, side)
+    return processor, notes
+
+
+def preprocessor_file(folder: Path) -> Path:
+    """The file with the settings of the pictures; transformers 5 saves them as a part of the processor's."""
+    file = folder / "preprocessor_config.json"
+    return file if file.exists() else folder / "processor_config.json"
+
+
+def _check_channels(file: Path, name: str, values: Any) -> None:
+    if values is None:
+        return
+    if not isinstance(values, list) or len(values) != 3:
+        raise ConversionError(f"{file}: `{name}` is {values!r}, expected three numbers.")
+    channels = {f"{name}[{index}]": value for index, value in enumerate(values)}
+    if name == "image_mean":  # which may be zero
+        channels = {key: value or 1 for key, value in channels.items()}
+    require_positive(file, channels, channels)
+
+
+def _check_side(file: Path, processor: LlavaSTFImageProcessor, side: int) -> None:
+    """Raises a [`ConversionError`] if not every picture gets the tower's size."""
+    size, crop = processor.size, processor.crop_size
+    sides: set[int | None]
+    if processor.do_resize and not (size["shortest_edge"] or size["height"] and size["width"]):
+        sides = set()
+    elif processor.do_center_crop:
+        sides = {crop["height"], crop["width"]}
+    elif processor.do_resize and size["shortest_edge"] and processor.do_pad:
+        sides = {size["shortest_edge"]}
+    else:
+        sides = {size["height"], size["width"]} if processor.do_resize else {None}
+    if sides != {side}:
+        raise ConversionError(
+            f"{file} does not give every picture {side} x {side} pixels, which the vision tower expects: found "
+            f"size {dict(size)}, crop_size {dict(crop)}, do_resize {processor.do_resize}, do_center_crop "
+            f"{processor.do_center_crop}, padding {processor.do_pad}."
+        )

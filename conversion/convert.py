@@ -2,9 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a finished Hub folder: weights, configs, processor, tokenizer, templates, code, licences and a card."""
 
+import glob
 import json
 import os
+import re
 import shutil
+import socket
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +22,7 @@ from transformers.dynamic_module_utils import custom_object_save
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
-from .config import build_config, build_image_processor, build_text_config, read_vision_config
+from .config import build_config, build_image_processor, build_text_config, context_length, read_vision_config
 from .keys import TOWER_PREFIX, ConversionError, to_hub, to_original
 from .source import (
     ADAPTER_CONFIG_FILE,
@@ -27,6 +30,7 @@ from .source import (
     PEFT_PREFIX,
     STF,
     Source,
+    commit_of,
     fetch,
     find_run,
     lora_pairs,
@@ -41,6 +45,7 @@ from .weights import (
     Weights,
     check_dtypes,
     compare,
+    matrix,
     parse_size,
     plan_shards,
     read_file,
@@ -55,6 +60,12 @@ TEMPLATES = Path(__file__).parent / "chat_templates"
 ADAPTER_FILE = "adapter_model.safetensors"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
+LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
+LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
+UNFINISHED = ".partial"  # ends the name of a folder that is being written, and of no other
+# Tokens that `generate` adds at most, if a call does not say: room for the longest descriptions that LLaVA is trained
+# on, and in a small context at most a quarter of it. Without it transformers stops after 20.
+LONGEST_ANSWER = 512
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 CARD = """---
 library_name: transformers
@@ -142,6 +153,8 @@ def convert(
 
 def require_empty(destination: str | Path) -> Path:
     destination = Path(destination).resolve()
+    if destination.name.endswith(UNFINISHED):
+        raise ConversionError(f"{destination} has the name of an unfinished folder (*{UNFINISHED}). Choose another.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
         raise ConversionError(f"{destination} is not empty, or not a folder. Choose another; nothing was written.")
     return destination
@@ -154,6 +167,9 @@ def make_plan(
     vision_tower: str | Path | None = None,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
+    base_revision: str | None = None,
+    vision_tower_revision: str | None = None,
+    tokenizer_revision: str | None = None,
     subfolder: str | None = None,
     keep_adapter: bool = False,
     keep_full_tower: bool = False,
@@ -170,7 +186,10 @@ def make_plan(
         base: folder or Hub id of the language model that a projector or a LoRA run was trained on.
         vision_tower: folder or Hub id of the CLIP model; by default the one that the source's config names.
         tokenizer: folder of the tokenizer; by default the source's, else the base's.
-        revision: of a Hub id.
+        revision: branch, tag or commit of the source, if that is a Hub id.
+        base_revision: of the base; by default the one that the adapter's config records for it.
+        vision_tower_revision: of the CLIP model.
+        tokenizer_revision: of the tokenizer.
         subfolder: of a Hub id with several runs.
         keep_adapter: keep a LoRA run as an adapter beside its converted base, instead of merging it.
         keep_full_tower: keep the tower's layers behind the last tap; they never run.
@@ -181,33 +200,48 @@ def make_plan(
         pad_vocabulary: pad the vocabulary tables to a multiple of this.
     """
     folder = find_run(fetch(source, revision, subfolder))
-    base_folder = None if base is None else fetch(base)
+    for option, name, given in (("base", base, base_revision), ("tokenizer", tokenizer, tokenizer_revision)):
+        if name is None and given is not None:
+            raise ConversionError(f"--{option}-revision {given} is given without --{option}.")
+    base_folder = None if base is None else fetch(base, base_revision or _recorded_revision(folder, base))
     run = read_source(folder, base_folder, init_fusion)
     if taps is not None:
         if not init_fusion:
             raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
         run.config["mm_vision_select_layer"] = taps
-    notes = [f"{run.folder}: {run.kind}"]
+    notes = [f"{run.folder}: {run.kind}", *run.notes]
     weights = run.weights
     has_tower = any(key.startswith(TOWER_PREFIX) for key in weights)
-    clip_folder = _tower_folder(run, vision_tower, weights=not has_tower)
+    if not has_tower and run.config.get("unfreeze_mm_vision_tower"):
+        raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
+    clip_folder = _tower_folder(run, vision_tower, vision_tower_revision, weights=not has_tower)
     if keep_adapter and run.adapter is None:
         raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
     if not has_tower:
         weights = weights | read_tower(clip_folder)
         notes.append(f"vision tower: {clip_folder}")
+    notes += _commits(source=folder, base=base_folder, vision_tower=clip_folder)
     adapter = None
     if run.adapter is not None and run.adapter_config is not None:
+        run.adapter_config["revision"] = None if base_folder is None else commit_of(base_folder)
         if keep_adapter:
             adapter = _adapter_weights(lora_pairs(run.adapter, weights, run.adapter_config))
         else:
             weights = merge_lora(weights, run.adapter, run.adapter_config)
 
-    text = build_text_config(run.config)
-    text_tokenizer = load_tokenizer(_tokenizer_folder(tokenizer, run, base_folder), text.max_position_embeddings)
+    text = build_text_config(run.config, run.folder / "config.json")
+    context = context_length(text)
+    notes += _context_note(run, context)
+    tokenizer_folder = _tokenizer_folder(tokenizer, tokenizer_revision, run, base_folder)
+    notes += _commits(tokenizer=tokenizer_folder if tokenizer else None)
+    text_tokenizer = load_tokenizer(tokenizer_folder, context)
     text.pad_token_id = text_tokenizer.pad_token_id
     image_token_id = text_tokenizer.image_token_id
-    config = build_config(run.config, weights, read_vision_config(clip_folder), text, image_token_id)
+    vision, vision_notes = read_vision_config(clip_folder)
+    _check_depth(weights, vision.num_hidden_layers, clip_folder)
+    config = build_config(run.config, weights, vision, text, image_token_id)
+    image_processor, image_notes = build_image_processor(run.config, clip_folder, vision.image_size)
+    notes += vision_notes + image_notes
     if init_fusion:
         weights = weights | new_fusion(config, seed)
         notes.append(f"THE FUSION MODULES ARE NEW (seed {seed}): train them before you ask this model anything")
@@ -215,7 +249,7 @@ def make_plan(
         config.vision_config.num_hidden_layers = max(config.taps)
         weights = _without_unused_layers(weights, config)
         notes.append(f"the tower's layers behind the last tap, {max(config.taps)}, are left out: they are never used")
-    weights, note = _with_vocabulary(to_hub(weights), config, pad_vocabulary)
+    weights, note = _with_vocabulary(to_hub(weights), config, len(text_tokenizer), pad_vocabulary)
     notes.append(note)
     if dtype is not None:
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
@@ -224,13 +258,12 @@ def make_plan(
     config.text_config.dtype = config.vision_config.dtype = config.dtype  # as `save_pretrained` writes it
     if adapter is not None:
         adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
-    check_dtypes(weights)
+    check_dtypes(weights | (run.adapter or {}))
 
-    with torch.device("meta"):
-        model = LlavaSTFForConditionalGeneration(config)
-    _check_complete(weights, {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()})
+    model = empty_model(config, weights)
+    check_complete(weights, model)
     processor = LlavaSTFProcessor(
-        image_processor=build_image_processor(run.config, clip_folder),
+        image_processor=image_processor,
         tokenizer=text_tokenizer,
         patch_size=config.vision_config.patch_size,
         fusion_window=config.fusion_window,
@@ -253,26 +286,49 @@ def _adapter_weights(pairs: dict[str, tuple[Weight, Weight]]) -> Weights:
     return weights
 
 
-def _tower_folder(run: Source, vision_tower: str | Path | None, weights: bool) -> Path:
+def _recorded_revision(folder: Path, base: str | Path) -> str | None:
+    """The revision of the base that an adapter's config records, if it is the same base on the Hub."""
+    file = folder / ADAPTER_CONFIG_FILE
+    if Path(base).is_dir() or not file.exists():
+        return None
+    settings = read_json(file)
+    return settings.get("revision") if settings.get("base_model_name_or_path") == str(base) else None
+
+
+def _commits(**folders: Path | None) -> list[str]:
+    """Notes with the commits of what came from the Hub."""
+    found = {name: commit_of(folder) for name, folder in folders.items() if folder is not None}
+    return [f"{name.replace('_', ' ')}: commit {commit}" for name, commit in found.items() if commit is not None]
+
+
+def _context_note(run: Source, context: int) -> list[str]:
+    length = run.config.get("tokenizer_model_max_length")
+    if not isinstance(length, int) or length >= context:
+        return []
+    return [f"the original cuts a prompt at {length} tokens (tokenizer_model_max_length); here it may have {context}"]
+
+
+def _tower_folder(run: Source, vision_tower: str | Path | None, revision: str | None, weights: bool) -> Path:
     """The folder that describes the tower, and holds its weights where they are needed."""
     if vision_tower is not None:
-        return fetch(vision_tower, weights=weights)
+        return fetch(vision_tower, revision, weights=weights)
     if "vision_config" in read_json(run.folder / "config.json"):  # llava-hf describes its tower itself
-        return run.folder
+        return fetch(run.folder, revision)
     named = run.config.get("mm_vision_tower")
-    if named is None:
+    if not isinstance(named, str):
         raise ConversionError(f"{run.folder} names no vision tower: give its folder or Hub id with --vision-tower.")
     for folder in (Path(named), run.folder / named, run.folder.parent / named):
         if (folder / "config.json").exists():
-            return folder
+            return fetch(folder, revision)
     try:
-        return fetch(named, weights=weights)
+        return fetch(named, revision, weights=weights)
     except ConversionError as error:
         raise ConversionError(f"The vision tower of the config: {error} Give it with --vision-tower.") from error
 
 
-def _tokenizer_folder(tokenizer: str | Path | None, run: Source, base: Path | None) -> Path:
-    candidates = [fetch(tokenizer)] if tokenizer else [folder for folder in (run.folder, base) if folder is not None]
+def _tokenizer_folder(tokenizer: str | Path | None, revision: str | None, run: Source, base: Path | None) -> Path:
+    given = None if tokenizer is None else fetch(tokenizer, revision)
+    candidates = [given] if given else [folder for folder in (run.folder, base) if folder is not None]
     for folder in candidates:
         if (folder / "tokenizer_config.json").exists():
             return folder
@@ -303,32 +359,39 @@ def _new_linear(inputs: int, outputs: int, seed: int, part: str, dtype: torch.dt
         return getattr(nn.Linear(inputs, outputs), part).detach().to(dtype)
 
 
+def _check_depth(weights: Weights, depth: int, clip_folder: Path) -> None:
+    """Raises a [`ConversionError`] if the tower has not the depth that its config says: taps count from its end."""
+    found = tower_depth(weights)
+    if found != depth:
+        raise ConversionError(f"{clip_folder}: `num_hidden_layers` is {depth}, but the tower's weights have {found}.")
+
+
+def tower_depth(weights: Weights) -> int:
+    """Layers of the tower, under the original's names."""
+    return 1 + max((int(found[1]) for key in weights if (found := LAYER.match(key))), default=-1)
+
+
 def _without_unused_layers(weights: Weights, config: LlavaSTFConfig) -> Weights:
-    prefix = TOWER_PREFIX + "vision_model.encoder.layers."
     depth = config.vision_config.num_hidden_layers
-    return {
-        key: weight
-        for key, weight in weights.items()
-        if not key.startswith(prefix) or int(key.removeprefix(prefix).split(".")[0]) < depth
-    }
+    return {key: weight for key, weight in weights.items() if not (found := LAYER.match(key)) or int(found[1]) < depth}
 
 
-def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, multiple: int) -> tuple[Weights, str]:
-    """Gives `<image>` a row in both tables where it has none: the mean of the others.
+def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, vocabulary: int, multiple: int) -> tuple[Weights, str]:
+    """Gives `<image>`, and what else the tokenizer has beyond both tables, a row there: the mean of the others.
 
     The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest. Padding,
     where asked for, gets the same row.
     """
-    if EMBEDDINGS not in weights or HEAD not in weights:
-        raise ConversionError(f"The source has no weight for {EMBEDDINGS if EMBEDDINGS not in weights else HEAD!r}.")
-    rows, image_token_id = weights[EMBEDDINGS].shape[0], config.image_token_id
+    rows, image_token_id = matrix(weights, EMBEDDINGS).shape[0], config.image_token_id
     if multiple < 1:
         raise ConversionError(f"--pad-vocabulary is {multiple}, expected a positive number.")
-    if rows != config.text_config.vocab_size:
-        raise ConversionError(
-            f"The tables have {rows} rows, but config.json says `vocab_size` {config.text_config.vocab_size}."
-        )
-    needed = -(-max(rows, image_token_id + 1) // multiple) * multiple
+    for name in (EMBEDDINGS, HEAD):
+        if matrix(weights, name).shape[0] != config.text_config.vocab_size:
+            raise ConversionError(
+                f"{name!r} has {weights[name].shape[0]} rows, but config.json says `vocab_size` "
+                f"{config.text_config.vocab_size}."
+            )
+    needed = -(-max(rows, vocabulary) // multiple) * multiple
     config.text_config.vocab_size = needed
     weights = {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}
     added = f"{needed - rows} added to each table, the mean of the others" if needed > rows else "none added"
@@ -349,7 +412,26 @@ def _with_mean_rows(table: Weight, rows: int) -> Weight:
     return Weight((rows, *table.shape[1:]), table.dtype, load, f"{table.origin} + mean")
 
 
-def _check_complete(weights: Weights, expected: dict[str, tuple[int, ...]]) -> None:
+def empty_model(config: LlavaSTFConfig, weights: Weights) -> LlavaSTFForConditionalGeneration:
+    """A model without memory for its weights, which are under our names.
+
+    Raises:
+        ConversionError: if the config has more layers than there are weights: it might take hours to build them.
+    """
+    for name, part in (("language_model", config.text_config), ("vision_tower.encoder", config.vision_config)):
+        found = {match[1] for key in weights if (match := re.match(rf"model\.{name}\.layers\.(\d+)\.", key))}
+        if part.num_hidden_layers > len(found):
+            raise ConversionError(
+                f"The config has {part.num_hidden_layers} layers of model.{name} (num_hidden_layers, or the last tap), "
+                f"but there are weights of {len(found)}."
+            )
+    with torch.device("meta"):
+        return LlavaSTFForConditionalGeneration(config)
+
+
+def check_complete(weights: Weights, model: nn.Module) -> None:
+    """Raises a [`ConversionError`] unless `weights`, under our names, are those of the model, in its shapes."""
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     for name in sorted(expected.keys() - weights.keys()):
         raise ConversionError(f"The source has no weight for {name!r}.")
     for name, weight in weights.items():
@@ -365,21 +447,31 @@ def print_table(plan: Plan, max_shard_size: int) -> None:
         shape = "x".join(str(side) for side in weight.shape)
         dtype = str(weight.dtype).removeprefix("torch.")
         print(f"{theirs} -> {name}  {shape} {dtype}  ({weight.origin})")
-    shards = plan_shards(plan.weights, max_shard_size)
+    print_shards(plan.weights, max_shard_size)
+
+
+def print_shards(weights: Weights, max_shard_size: int) -> None:
+    shards = plan_shards(weights, max_shard_size)
     for file, names in zip(shard_names(len(shards)), shards, strict=True):
-        print(f"would write {file}: {sum(plan.weights[name].nbytes for name in names) / 1e9:.3f} GB")
-    total = sum(weight.nbytes for weight in plan.weights.values())
-    print(f"{len(plan.weights)} tensors, {total / 1e9:.3f} GB; nothing was written")
+        print(f"would write {file}: {sum(weights[name].nbytes for name in names) / 1e9:.3f} GB")
+    total = sum(weight.nbytes for weight in weights.values())
+    print(f"{len(weights)} tensors, {total / 1e9:.3f} GB; nothing was written")
 
 
 @contextmanager
 def complete_or_absent(destination: Path) -> Iterator[Path]:
-    """A sibling folder to write into, renamed to the destination at the end; what a killed run left is removed."""
+    """A sibling folder to write into, renamed to the destination at the end.
+
+    Its name says for which destination, on which host and in which process it is written: what a killed run of this
+    host left for this destination is removed.
+    """
     destination.parent.mkdir(parents=True, exist_ok=True)
-    for left in destination.parent.glob(f".{destination.name}.*.partial"):
-        if not _runs(int(left.name.split(".")[-2])):
+    prefix = f".{destination.name}@{socket.gethostname()}@"
+    for left in destination.parent.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
+        process = left.name.removeprefix(prefix).removesuffix(UNFINISHED)
+        if process == str(os.getpid()) or (process.isdecimal() and not _runs(int(process))):
             shutil.rmtree(left, ignore_errors=True)
-    unfinished = destination.with_name(f".{destination.name}.{os.getpid()}.partial")
+    unfinished = destination.with_name(f"{prefix}{os.getpid()}{UNFINISHED}")
     unfinished.mkdir()
     try:
         yield unfinished
@@ -408,6 +500,7 @@ def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
     config.save_pretrained(folder)
     plan.processor.save_pretrained(folder)
     GenerationConfig(
+        max_new_tokens=min(LONGEST_ANSWER, plan.processor.tokenizer.model_max_length // 4),
         bos_token_id=config.text_config.bos_token_id,
         eos_token_id=config.text_config.eos_token_id,
         pad_token_id=config.text_config.pad_token_id,
@@ -452,11 +545,13 @@ def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:
     assert plan.adapter is not None and plan.source.adapter_config is not None
     write_folder(folder, plan.adapter, max_shard_size=sum(weight.nbytes for weight in plan.adapter.values()))
     (folder / "model.safetensors").rename(folder / ADAPTER_FILE)
-    adapted = {name.split(".lora_")[0].rpartition(".")[2] for name in plan.adapter if ".lora_" in name}
+    adapted = {name.removeprefix(PEFT_PREFIX).split(".lora_")[0] for name in plan.adapter if ".lora_" in name}
     settings = {
         **plan.source.adapter_config,
         "base_model_name_or_path": str(destination.resolve() / "base"),
-        "target_modules": rf".*language_model.*\.({'|'.join(sorted(adapted))})",
+        "target_modules": sorted(adapted),
+        "layers_to_transform": None,
+        "layers_pattern": None,
         "modules_to_save": ["multi_modal_projector"],
     }
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

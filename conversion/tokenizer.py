@@ -2,60 +2,75 @@
 # SPDX-License-Identifier: Apache-2.0
 """The original's tokenizer as one fast tokenizer that knows `<image>`."""
 
+import json
+import random
 import re
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, processors
-from transformers import LlamaTokenizer, PreTrainedTokenizerFast
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
 
 from .keys import ConversionError
-from .weights import read_json
+from .weights import read_json, require_file
 
 IMAGE_TOKEN = "<image>"
+# In the order in which transformers 4.37 gives new ids to those that the vocabulary lacks.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+PROBES = 5000
+# Flags of added tokens, by their ids.
+Added = dict[int, dict[str, Any]]
 
 
 def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFast:
     """Reads a Llama tokenizer and adds `<image>` as one special token.
 
+    A tokenizer.json has its merges, which are used as they are; those of a tokenizer.model are in its scores.
+
     The original cuts the text at `<image>` and tokenizes each piece alone, so the text after an image begins with the
-    dummy prefix `▁`, as at the start of a text. With `legacy=False` the text after `</s>` has none. Both rules are in
-    the normalizer, which [`LlamaTokenizer`] would replace on loading: hence a plain [`PreTrainedTokenizerFast`].
+    dummy prefix `▁`, as at the start of a text. With `legacy=False` the text after other special tokens has none. Both
+    rules are in the normalizer, which `LlamaTokenizer` would replace on loading: hence a plain
+    [`PreTrainedTokenizerFast`].
 
     Args:
         folder: has tokenizer.model (or tokenizer.json) and tokenizer_config.json.
         model_max_length: the model's context, in tokens.
+
+    Raises:
+        ConversionError: if a file is missing or damaged, or if a fast tokenizer would read texts in another way than
+            the original.
     """
     settings = read_json(folder / "tokenizer_config.json")
-    source = _read(folder)
-    unk, bos, eos = source.unk_token, source.bos_token, source.eos_token
-    # transformers 4.37, which wrote these files, takes a missing flag as True.
+    named, special = _special_tokens(folder, settings)
+    added = _added_tokens(folder, settings)
+    if not isinstance(settings.get("legacy"), (bool, type(None))):
+        raise ConversionError(f"{folder}: `legacy` of the tokenizer is {settings['legacy']!r}, expected true or false.")
+    # transformers 4.37, which wrote the original's files, takes a missing flag as True.
     legacy = settings.get("legacy") in (None, True)
+    if (folder / "tokenizer.json").exists():
+        source = _read_tokenizer_json(folder / "tokenizer.json")
+        model = source.model
+        in_file = json.loads(source.to_str())["added_tokens"]
+        added = {token["id"]: _flags(token, folder) for token in in_file} | added
+        if settings.get("legacy") is None:
+            legacy = _prefixes_after(source, named["eos_token"])
+    elif (folder / "tokenizer.model").exists():
+        cut = {*special, *(token["content"] for token in added.values()), IMAGE_TOKEN}
+        model = _read_tokenizer_model(folder / "tokenizer.model", cut)
+    else:
+        raise ConversionError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
 
-    backend = Tokenizer(source.backend_tokenizer.model)
-    backend.normalizer = _normalizer(unk, bos, eos, legacy)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    # A token that is matched before normalization ends the text before it; one that is matched after does not.
-    backend.add_special_tokens([AddedToken(token, normalized=not legacy, special=True) for token in (unk, bos, eos)])
-    extra = sorted(source.added_tokens_decoder.items())
-    backend.add_tokens([token for _, token in extra if str(token) not in (unk, bos, eos)])
-    for token_id, token in settings.get("added_tokens_decoder", {}).items():
-        if backend.token_to_id(token["content"]) != int(token_id):
-            raise ConversionError(
-                f"{folder}: the added token {token['content']!r} has the id {token_id}, but the ids before have a gap."
-            )
-    backend.add_special_tokens([AddedToken(IMAGE_TOKEN, normalized=False, special=True)])
-    bos_id = backend.token_to_id(bos)
+    backend = _assemble(model, added, special, legacy, folder)
+    bos = named["bos_token"]
     backend.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, bos_id)]
+        single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        unk_token=unk,
-        bos_token=bos,
-        eos_token=eos,
-        pad_token=source.pad_token or unk,
+        **{"pad_token": named["unk_token"], **named},
         model_specific_special_tokens={"image_token": IMAGE_TOKEN},
         padding_side="left",
         model_max_length=model_max_length,
@@ -63,29 +78,212 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
     )
 
 
-def _read(folder: Path) -> LlamaTokenizer:
-    if not any((folder / name).exists() for name in ("tokenizer.model", "tokenizer.json")):
-        raise ConversionError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
+    """The named special tokens, and all of them in the order of their new ids, as transformers 4.37 reads them."""
+    file = folder / "special_tokens_map.json"
+    overriding = read_json(file) if file.exists() and "added_tokens_decoder" not in settings else {}
+    values = {**LLAMA_TOKENS, **settings, **overriding}
+    named = {name: _content(values[name], folder) for name in NAMED_TOKENS if values.get(name) is not None}
+    if not named.keys() >= LLAMA_TOKENS.keys():
+        raise ConversionError(f"{folder}: tokenizer_config.json names no {min(LLAMA_TOKENS.keys() - named.keys())}.")
+    others = values.get("additional_special_tokens") or values.get("extra_special_tokens") or []
+    others = list(others.values()) if isinstance(others, dict) else others
+    if not isinstance(others, list):
+        raise ConversionError(f"{folder}: `additional_special_tokens` is {others!r:.100}, expected a list of tokens.")
+    special = [*named.values(), *(_content(token, folder) for token in others)]
+    return named, [token for token in dict.fromkeys(special) if token != IMAGE_TOKEN]
+
+
+def _content(token: Any, folder: Path) -> str:
+    """A token's text; it is written as that, or as an object with its flags (with a `__type` before 4.35)."""
+    content = token.get("content") if isinstance(token, dict) else token
+    if not isinstance(content, str) or not content:
+        raise ConversionError(f"{folder}: a special token of the tokenizer is {token!r:.100}, expected its text.")
+    return content
+
+
+def _added_tokens(folder: Path, settings: dict[str, Any]) -> Added:
+    """The added tokens of a slow tokenizer: in its settings, or in a file of their own before transformers 4.34."""
+    tokens = settings.get("added_tokens_decoder")
+    if tokens is None and (folder / "added_tokens.json").exists():
+        tokens = {token_id: token for token, token_id in read_json(folder / "added_tokens.json").items()}
     try:
-        source = LlamaTokenizer.from_pretrained(folder)
-    except Exception as error:  # a damaged file, or sentencepiece and protobuf are not installed
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return {int(token_id): _flags(token, folder) for token_id, token in (tokens or {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
         raise ConversionError(
-            f"Cannot read the tokenizer in {folder} (tokenizer.model needs sentencepiece and protobuf): {reason}"
+            f"{folder}: the added tokens are {tokens!r:.100}, expected tokens by their ids."
         ) from error
-    if source.backend_tokenizer.get_vocab_size(with_added_tokens=False) <= len(source.all_special_tokens):
-        raise ConversionError(f"The tokenizer in {folder} has no words: tokenizer.model is damaged or not Llama's.")
-    return source
 
 
-def _normalizer(unk: str, bos: str, eos: str, legacy: bool) -> normalizers.Normalizer:
+def _flags(token: Any, folder: Path) -> dict[str, Any]:
+    flags = ("lstrip", "rstrip", "single_word")
+    own = {flag: bool(token.get(flag)) for flag in flags} if isinstance(token, dict) else {}
+    return {"content": _content(token, folder), **own}
+
+
+def _read_tokenizer_json(file: Path) -> Tokenizer:
+    require_file(file)
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises no other class
+        raise ConversionError(f"Cannot read the tokenizer {file}: {error}") from error
+    parts = json.loads(tokenizer.to_str())
+    steps = (parts["normalizer"] or {}).get("normalizers", [parts["normalizer"]])
+    pre_tokenizer = parts["pre_tokenizer"] or {"type": "Metaspace"}
+    odd = [step["type"] for step in steps if step and step["type"] not in ("Prepend", "Replace")]
+    if not parts["model"].get("byte_fallback"):
+        odd.append(f"{parts['model']['type']} without byte fallback")
+    if pre_tokenizer["type"] != "Metaspace" or pre_tokenizer.get("split"):
+        odd.append(f"the pre-tokenizer {pre_tokenizer['type']}, which splits words")
+    if odd:
+        raise ConversionError(f"{file} has {', '.join(odd)}: this is not a Llama tokenizer (sentencepiece BPE).")
+    return tokenizer
+
+
+def _prefixes_after(tokenizer: Tokenizer, special: str) -> bool:
+    """Whether the text after a special token begins with the dummy prefix: what `legacy` says, where it is not said."""
+    tokens = tokenizer.encode(f"{special}a", add_special_tokens=False).tokens
+    return len(tokens) < 2 or tokens[1].startswith("▁")
+
+
+def _read_tokenizer_model(file: Path, cut: set[str]) -> BPE:
+    """A sentencepiece model as the BPE of `tokenizers`, which reads all texts alike, or else is refused.
+
+    Args:
+        file: the tokenizer.model.
+        cut: the tokens at which a text is cut before sentencepiece sees it.
+    """
+    require_file(file)
+    try:
+        from sentencepiece import SentencePieceProcessor
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise ConversionError(f"To read {file}, install sentencepiece and protobuf: {error}") from error
+    sentencepiece = SentencePieceProcessor()
+    try:
+        sentencepiece.LoadFromSerializedProto(file.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise ConversionError(f"Cannot read the tokenizer {file}: {error} (damaged, or not sentencepiece's)") from error
+    proto = ModelProto.FromString(sentencepiece.serialized_model_proto())
+    for piece in proto.pieces:
+        if piece.type == piece.USER_DEFINED and piece.piece in cut:
+            piece.type = piece.CONTROL
+    sentencepiece.LoadFromSerializedProto(proto.SerializeToString())
+    _require_llama(file, proto)
+    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+    if not scores:
+        raise ConversionError(f"The tokenizer {file} has no words: it is damaged or not Llama's.")
+    model = BPE(
+        vocab={piece.piece: index for index, piece in enumerate(proto.pieces)},
+        merges=merges_of(scores),
+        unk_token=proto.pieces[sentencepiece.unk_id()].piece,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+    _compare(model, sentencepiece, scores, file)
+    return model
+
+
+def _require_llama(file: Path, proto: Any) -> None:
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    expected = {
+        "model_type": (trainer.ModelType.Name(trainer.model_type), "BPE"),
+        "treat_whitespace_as_suffix": (trainer.treat_whitespace_as_suffix, False),
+        "add_dummy_prefix": (normalizer.add_dummy_prefix, True),
+        "remove_extra_whitespaces": (normalizer.remove_extra_whitespaces, False),
+        "escape_whitespaces": (normalizer.escape_whitespaces, True),
+        "normalizer": ("identity" if not normalizer.precompiled_charsmap else normalizer.name, "identity"),
+    }
+    for name, (found, wanted) in expected.items():
+        if found != wanted:
+            raise ConversionError(f"{file}: `{name}` is {found!r}, expected {wanted!r} as in Llama's tokenizer.")
+    for piece in proto.pieces:
+        if piece.type == piece.UNUSED or (piece.type == piece.USER_DEFINED and len(piece.piece) > 1):
+            kind = "unused" if piece.type == piece.UNUSED else "user-defined"
+            raise ConversionError(
+                f"{file}: {piece.piece!r} is a piece of the type `{kind}`, which Llama's tokenizer does not have and a "
+                "fast tokenizer cannot follow. Make it an added token (tokenizer_config.json), or a normal piece."
+            )
+
+
+def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a piece out of two others, in sentencepiece's order: the piece with the best score first.
+
+    Among equal scores sentencepiece takes what stands leftmost. A run of spaces, whose pieces are all equal, then grows
+    from its left end: hence the longest left part first.
+    """
+    pairs = [
+        (-score, -end, piece)
+        for piece, score in scores.items()
+        for end in range(1, len(piece))
+        if piece[:end] in scores and piece[end:] in scores
+    ]
+    return [(piece[:-end], piece[-end:]) for _, end, piece in sorted(pairs)]
+
+
+def _compare(model: BPE, sentencepiece: Any, scores: dict[str, float], file: Path) -> None:
+    """Compares ids on the pieces and on random rows of them, of all and of those whose score others share."""
+    alike, generator = Counter(scores.values()), random.Random(0)
+    pools = [list(scores), [piece for piece, score in scores.items() if alike[score] > 1]]
+    texts = [*scores, *("".join(generator.choices(pool, k=6)) for pool in pools if pool for _ in range(PROBES))]
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = _normalizer([], [], legacy=True)
+    for text, expected, fast in zip(texts, sentencepiece.encode(texts), tokenizer.encode_batch(texts), strict=True):
+        if fast.ids != expected:
+            raise ConversionError(
+                f"{file}: a fast tokenizer reads {text!r} as {fast.tokens}, sentencepiece as "
+                f"{sentencepiece.id_to_piece(expected)}. Usual causes: pieces with equal scores, or a piece with a "
+                "character that is no piece itself; Llama's vocabulary has neither."
+            )
+
+
+def _assemble(model: Any, added: Added, special: list[str], legacy: bool, folder: Path) -> Tokenizer:
+    backend = Tokenizer(model)
+    special_or_image = [*special, IMAGE_TOKEN]
+    plain = [token["content"] for token in added.values() if token["content"] not in special_or_image]
+    backend.normalizer = _normalizer(special, plain, legacy)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    if not legacy:
+        _refuse_stripping(added, folder)
+    known = {token["content"]: token for _, token in sorted(added.items())}
+    for name, flags in (known | {name: {"content": name} | known.get(name, {}) for name in special_or_image}).items():
+        # A token that is matched before normalization ends the text before it; one that is matched after does not.
+        normalized = not legacy and name != IMAGE_TOKEN
+        backend.add_tokens([AddedToken(**flags, normalized=normalized, special=name in special_or_image)])
+    for token_id, token in added.items():
+        if backend.token_to_id(token["content"]) != token_id:
+            raise ConversionError(
+                f"{folder}: the added token {token['content']!r} has the id {token_id}, but the ids before have a gap, "
+                f"or the vocabulary is another's: here it is {backend.token_to_id(token['content'])}."
+            )
+    return backend
+
+
+def _refuse_stripping(added: Added, folder: Path) -> None:
+    for token in added.values():
+        if token["content"] != IMAGE_TOKEN and (token.get("lstrip") or token.get("rstrip")):
+            raise ConversionError(
+                f"{folder}: the added token {token['content']!r} takes the spaces beside it (lstrip, rstrip), which a "
+                "fast tokenizer cannot do with `legacy: false`. Set both to false, if the model was trained without."
+            )
+
+
+def _normalizer(special: list[str], plain: list[str], legacy: bool) -> normalizers.Normalizer:
     steps: list[normalizers.Normalizer] = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
     if not legacy:
-        special = "|".join(re.escape(token) for token in (unk, bos, eos))
+        any_special, any_plain = (
+            "|".join(re.escape(token.replace(" ", "▁")) for token in tokens) for tokens in (special, plain)
+        )
+        bos = special[0].replace(" ", "▁")
         steps += [
             # No prefix in front of a special token ...
-            normalizers.Replace(Regex(rf"\A▁(?={special})"), ""),
+            normalizers.Replace(Regex(rf"\A▁(?={any_special})"), ""),
             # ... but one behind the BOS with which a chat template begins.
-            normalizers.Replace(Regex(rf"\A{re.escape(bos)}(?!{special}|\z)"), f"{bos}▁"),
+            normalizers.Replace(Regex(rf"\A{re.escape(bos)}(?!{any_special}|\z)"), f"{bos}▁"),
         ]
+        if plain:
+            # The library looks for a token in its normalized form, so a token alone must stay as it is.
+            steps.append(normalizers.Replace(Regex(rf"\A▁(?=(?:{any_plain})\z)"), ""))
     return normalizers.Sequence(steps)

@@ -5,12 +5,11 @@
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 from .keys import ConversionError
-from .weights import read_json
+from .weights import read_file, read_json
 
 TOLERANCE = 1e-4
 Case = dict[str, torch.Tensor]
@@ -56,10 +55,12 @@ def _error(model: torch.nn.Module, case: Case) -> float:
 
 def _recorded(outputs: Path, config: LlavaSTFConfig) -> dict[str, list[Case]]:
     """Recorded cases by the name of their checkpoint."""
-    tensors = load_file(outputs)
+    tensors = {name: weight.load() for name, weight in read_file(outputs).items()}
     if {"input_ids", "pixel_values", "logits"} <= tensors.keys():
         return {outputs.stem: [tensors]}
     goldens = read_json(outputs.with_suffix(".json"))
+    if not goldens.keys() >= {"images", "forward", "image_token_id"}:
+        raise ConversionError(f"{outputs} has no `input_ids`, `pixel_values` and `logits`, and is no file of goldens.")
     pixels = dict(zip(goldens["images"]["files"], tensors["pixel_values.pad"], strict=True))
     checkpoints: dict[str, list[Case]] = {}
     for case in goldens["forward"]:

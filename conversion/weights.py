@@ -49,18 +49,47 @@ class Weight:
 Weights = dict[str, Weight]
 
 
+def matrix(weights: Weights, name: str) -> Weight:
+    """A weight of two dimensions.
+
+    Raises:
+        ConversionError: if there is none of this name, or if it has another number of dimensions.
+    """
+    if name not in weights:
+        raise ConversionError(f"The source has no weight for {name!r}.")
+    if len(weights[name].shape) != 2:
+        raise ConversionError(f"{name!r} has the shape {weights[name].shape}, expected two dimensions.")
+    return weights[name]
+
+
+def require_file(path: Path) -> None:
+    """Raises a [`ConversionError`] for a pipe, a folder or a device, which would be read without end or not at all."""
+    if path.exists() and not path.is_file():
+        raise ConversionError(f"{path} is not a file, but a folder, a pipe or a device.")
+
+
 def read_json(path: Path) -> dict[str, Any]:
+    require_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConversionError(f"Cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ConversionError(f"{path} holds a {type(content).__name__}, expected an object with named fields.")
     return content
 
 
+def section(config: dict[str, Any], name: str, place: Path) -> dict[str, Any]:
+    """The object `name` of a config, or the config itself if it has none."""
+    found = config.get(name, config)
+    if not isinstance(found, dict):
+        raise ConversionError(f"{place}: `{name}` is {found!r}, expected an object with named fields.")
+    return found
+
+
 def read_file(path: Path) -> Weights:
     """The weights of one .safetensors or .bin file, memory-mapped; nothing in a .bin is executed."""
+    require_file(path)
     try:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
@@ -70,10 +99,15 @@ def read_file(path: Path) -> Weights:
         raise ConversionError(
             f"Cannot read {path}: {reason} (damaged, incomplete, or not a file of tensors)"
         ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ConversionError(f"{path} holds something else than named tensors.")
+    if not isinstance(state, Mapping) or not all(map(_is_named_tensor, state.items())):
+        raise ConversionError(f"{path} holds something else than named tensors (dense ones).")
     _refuse_shared(state, path)
     return {key: Weight.of(tensor.contiguous(), path.name) for key, tensor in state.items()}
+
+
+def _is_named_tensor(item: tuple[Any, Any]) -> bool:
+    name, tensor = item
+    return isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -111,7 +145,9 @@ def read_folder(folder: Path) -> Weights:
 
 
 def _read_shards(index: Path) -> Weights:
-    weight_map = read_json(index).get("weight_map", {})
+    weight_map = section(read_json(index), "weight_map", index)
+    if not all(isinstance(name, str) for name in weight_map.values()):
+        raise ConversionError(f"{index}: `weight_map` is expected to name the file of each weight.")
     weights: Weights = {}
     for name in sorted(set(weight_map.values())):
         if not (index.parent / name).exists():

@@ -7,6 +7,19 @@ python -m hub_card --help
 
 from .card import Card, Facts, gather, write_card
 from .check import check
+from .files import Frozen, freeze
 from .publish import HubError, Upload, plan, publish
 
-__all__ = ["Card", "Facts", "HubError", "Upload", "check", "gather", "plan", "publish", "write_card"]
+__all__ = [
+    "Card",
+    "Facts",
+    "Frozen",
+    "HubError",
+    "Upload",
+    "check",
+    "freeze",
+    "gather",
+    "plan",
+    "publish",
+    "write_card",
+]

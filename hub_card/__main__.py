@@ -22,8 +22,12 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers.utils import logging
 
 from .card import (
+    ADAPTER_CONFIG_FILE,
     CARD_FILE,
+    EXAMPLE_PICTURE,
     FIRST_TAG,
+    LICENCES,
+    METHOD_PICTURE,
     Facts,
     gather,
     is_adapter,
@@ -32,13 +36,16 @@ from .card import (
     write_card,
 )
 from .check import check, use
+from .files import Frozen, freeze
 from .publish import HubError, plan, publish
 from .results import read_object
 
 # What was said on the command line, so that rendering again needs to be told what is new only. Never published.
 MEMORY_FILE = ".hub_card.json"
 NEEDED = {"repo_id": ("--repo-id", "USER/NAME"), "license": ("--license", "cc-by-nc-4.0")}
-REFUSED, HUB_REFUSED, TRY_AGAIN = 2, 3, 4
+REFUSED, HUB_REFUSED, TRY_AGAIN, STOPPED = 2, 3, 4, 130
+WRITTEN = {MEMORY_FILE, CARD_FILE, METHOD_PICTURE, EXAMPLE_PICTURE, ADAPTER_CONFIG_FILE, *LICENCES}
+YES = ("also", "allow_code", "run_code", "time_limit")
 
 
 def main() -> int:
@@ -55,10 +62,14 @@ def main() -> int:
     except (OSError, ValueError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return REFUSED
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        return STOPPED
 
 
 def _render(folder: Path, run: bool, **options: Any) -> int:
     adapter = is_adapter(folder)
+    _refuse_special(folder)
     memory = folder / MEMORY_FILE
     known = (read_object(memory) if memory.exists() else {}) | {name: value for name, value in options.items() if value}
     missing = [f"{option} {example}" for name, (option, example) in NEEDED.items() if name not in known]
@@ -75,28 +86,42 @@ def _render(folder: Path, run: bool, **options: Any) -> int:
     write_card(folder, card)
     memory.write_text(memory_text, encoding="utf-8")
     if run:
-        found = use(folder, snippet_of(card.render())[0])
+        found = use(freeze(folder, run_code=True), snippet_of(card.render())[0])
         write_card(folder, replace(card, printed=found["printed"], printed_on=f"on {found['on']}"))
     print(f"wrote {folder / CARD_FILE}")
     return 0
 
 
-def _check(folder: Path) -> int:
-    problems = check(folder)
+def _refuse_special(folder: Path) -> None:
+    """Rendering reads the folder, and would wait for a pipe; it writes into it, and would follow a link."""
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ValueError(f"{path} is no regular file (a pipe, socket or device): remove it.")
+        if path.is_symlink() and path.name in WRITTEN:
+            raise ValueError(f"{path} is a symbolic link, which would be written through: remove it.")
+
+
+def _check(folder: Path, **yes: Any) -> int:
+    return _report(freeze(folder, **yes))
+
+
+def _report(frozen: Frozen) -> int:
+    problems = check(frozen)
     if not problems:
-        print(f"{folder} may be published")
+        print(f"{frozen.source} may be published")
         return 0
     for problem in problems:
         print(f"- {problem}", file=sys.stderr)
-    print(f"error: {folder} may not be published; wrong: {len(problems)}, see above", file=sys.stderr)
+    print(f"error: {frozen.source} may not be published; wrong: {len(problems)}, see above", file=sys.stderr)
     return REFUSED
 
 
-def _publish(folder: Path, dry_run: bool, **target: Any) -> int:
-    refused = _check(folder)
+def _publish(folder: Path, dry_run: bool, **options: Any) -> int:
+    frozen = freeze(folder, **{name: options.pop(name) for name in YES})
+    refused = _report(frozen)
     if refused:
         return refused
-    upload = plan(folder, **target)
+    upload = plan(frozen, **options)
     for line in upload.describe():
         print(line, flush=True)
     if dry_run:
@@ -107,7 +132,10 @@ def _publish(folder: Path, dry_run: bool, **target: Any) -> int:
 
 
 def _file(name: str) -> str:
-    return str(Path(name).resolve())
+    path = Path(name).resolve()
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{name} is no regular file")
+    return str(path)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -142,6 +170,16 @@ def _parser() -> argparse.ArgumentParser:
     published = commands.add_parser("publish", help="check a folder and upload it in one commit")
     published.add_argument("folder", metavar="DIR", type=Path)
     published.add_argument("repo_id", metavar="USER/NAME")
+    for command in (checked, published):
+        yes = command.add_argument_group("what needs a yes")
+        yes.add_argument("--also", metavar="NAME", action="append", default=[], help="a file that is not on the list")
+        yes.add_argument(
+            "--allow-code", metavar="NAME", action="append", default=[], help="code that is not this package's"
+        )
+        yes.add_argument("--run-code", action="store_true", help="run code, or a snippet, that is not this package's")
+        yes.add_argument(
+            "--time-limit", metavar="SECONDS", type=float, default=1800, help="for loading and snippet (default: 1800)"
+        )
     published.add_argument("--private", action="store_true", help="create the repository as private")
     published.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
     published.add_argument("--pr", action="store_true", help="open a pull request instead")

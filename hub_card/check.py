@@ -5,6 +5,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -14,12 +15,13 @@ from typing import Any
 
 import transformers
 import yaml
-from huggingface_hub import ModelCard, get_token, snapshot_download
+from huggingface_hub import ModelCardData, snapshot_download
 from packaging import version
 from tqdm import tqdm
 
 from conversion import ConversionError
 from conversion.weights import check_finite
+from modeling_llava_stf import LlavaSTFProcessor
 from modeling_llava_stf.configuration_llava_stf import AUTO_MAP
 
 from .card import (
@@ -30,22 +32,23 @@ from .card import (
     HUB_ID,
     LICENCES,
     METHOD_PICTURE,
-    RECIPE_FILE,
+    Card,
+    Facts,
     is_adapter,
     named_in,
     snippet_of,
     weights_of,
 )
+from .files import Frozen, freeze, own_code
+from .kinds import check_kind, is_pickle, levels_of, picture_texts, refuse_archive
 from .results import TASK, read_object
+from .secrets import secrets_in, unescape
 
 # Older ones ask the Hub again for the config.json that an adapter's repository does not have.
 ADAPTERS_OFFLINE = version.parse("5.23")
 PROBE = Path(__file__).with_name("probe.py")
-# What a trainer leaves in its folder to go on with: of no use to others, and partly pickles. It stays at home.
-RUN_STATE = re.compile(
-    r"trainer_state\.json|training_args\.(bin|json)|(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|"
-    + re.escape(RECIPE_FILE)
-)
+# What the probe gets of our environment: no tokens, and no address with a password.
+PROBE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 PROCESSOR_FILES = (
     "processing_llava_stf.py",
     "processor_config.json",
@@ -56,10 +59,11 @@ PROCESSOR_FILES = (
 MODEL_FILES = ("config.json", "generation_config.json", METHOD_PICTURE) + tuple(
     sorted({f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()})
 )
-PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib"}
-ZIP, PICKLE = b"PK\x03\x04", re.compile(rb"\x80[\x02-\x05]")
+WEIGHTS_INDEX = "model.safetensors.index.json"
+OBJECTS = ("config.json", ".index.json")
+REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 # Vocabularies have words that look like paths.
-VOCABULARY = "tokenizer.json"
+VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 BINARY = "\ufffd"  # what a file that is no text has, decoded
 REST = r"[^\s\"'`)>\]\x00-\x1f\ufffd]*"
 PATH = re.compile(
@@ -67,85 +71,77 @@ PATH = re.compile(
 )
 # So short that they stand by chance in what is no text.
 SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:\\\\?\w)" + REST)
-SECRETS = {
-    "a Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{20,}",
-    "an AWS key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
-    "a GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{36,}|\bgithub_pat_\w{40,}",
-    "an API key": r"\bsk-[A-Za-z0-9_-]{20,}|\bAIza[0-9A-Za-z_-]{35}",
-    "a Slack token": r"\bxox[abprs]-[A-Za-z0-9-]{10,}",
-    "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
-    "a password in a URL": r"\b[a-z][a-z0-9+.-]*://[^\s/:@]+:[^\s/:@]+@",
-}
+# The most characters of a card's YAML, and brackets in it: PyYAML 6.0.3 takes time with the square of their depth.
+MOST_HEAD, MOST_BRACKETS = 200_000, 200
 
 
-def check(folder: Path) -> list[str]:
+def check(folder: Path | Frozen, **options: Any) -> list[str]:
     """All that is wrong with a folder; nothing, if it may be published.
+
+    Args:
+        folder: what [`freeze`] returns, or a folder to freeze.
+        options: those of [`freeze`].
 
     Raises:
         ValueError: if it holds neither a model nor an adapter.
     """
-    is_adapter(folder)
-    problems = list(check_json(folder)) or [problem for find in CHECKS for problem in find(folder)]
+    is_adapter(folder.source if isinstance(folder, Frozen) else folder)
+    frozen = folder if isinstance(folder, Frozen) else freeze(folder, **options)
+    problems = [*frozen.refused, *check_kinds(frozen)]
+    damaged = any(problem.startswith("damaged") for problem in problems)
+    if not damaged and {"config.json", ADAPTER_CONFIG_FILE} & frozen.files.keys():  # the other checks read them
+        problems += [problem for find in CHECKS for problem in find(frozen)]
     # Loading runs code of the folder, and would only repeat what is known to be missing.
-    return problems or list(check_use(folder))
+    problems = problems or list(check_use(frozen))
+    return [problem.replace(str(frozen.folder), str(frozen.source)) for problem in problems]
 
 
-def published_files(folder: Path) -> list[Path]:
-    """The files that make up the repository, relative to the folder, sorted."""
-    return sorted(path for path, reason in _sorted_out(folder) if not reason)
+# The checks. Each takes what would be published and gives what is wrong.
 
 
-def files_left_out(folder: Path) -> dict[str, str]:
-    """The other files, or the sub-folders of them, and why they are not published."""
-    return {
-        path.parts[0] + ("/" if len(path.parts) > 1 else ""): reason for path, reason in _sorted_out(folder) if reason
-    }
-
-
-def _sorted_out(folder: Path) -> Iterator[tuple[Path, str]]:
-    own = {"config.json", ADAPTER_CONFIG_FILE}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder)
-        if not path.is_file():
+def check_kinds(frozen: Frozen) -> Iterator[str]:
+    """Every file is of the kind that its name says, and nothing else besides."""
+    for name, file in frozen.files.items():
+        content = frozen.read(name)
+        if file.kind in ("text", "code", "sentencepiece") and is_pickle(content):
+            yield f"pickle: {name} may run code when it is loaded; remove it"
             continue
-        if any(part.startswith(".") or part == "__pycache__" for part in inside.parts):
-            yield inside, "hidden"
-        elif len(inside.parts) > 1 and own & {file.name for file in (folder / inside.parts[0]).iterdir()}:
-            yield inside, "a checkpoint of its own"
-        elif inside.parts[0] == "runs":
-            yield inside, "logs of a run"
-        elif RUN_STATE.fullmatch(path.name):
-            yield inside, "state of a training run"
-        else:
-            yield inside, ""
+        try:
+            check_kind(content, file.kind)
+            if name.endswith(OBJECTS) and not isinstance(json.loads(content), dict):
+                raise ValueError("is no object with named fields")
+        except ValueError as error:
+            yield f"damaged: {name} {error}"
 
 
-# The checks. Each takes the folder and gives what is wrong.
-
-
-def check_complete(folder: Path) -> Iterator[str]:
+def check_complete(frozen: Frozen) -> Iterator[str]:
     """Code, configuration, processor, templates, weights, card and pictures are there."""
-    wanted = [CARD_FILE, EXAMPLE_PICTURE, *PROCESSOR_FILES, *(() if is_adapter(folder) else MODEL_FILES)]
+    adapter = is_adapter(frozen.folder)
+    wanted = [CARD_FILE, EXAMPLE_PICTURE, *PROCESSOR_FILES, *(() if adapter else MODEL_FILES)]
     for name in wanted:
-        if not (folder / name).is_file():
-            made = (
-                f" (python -m hub_card render {folder})" if name in (CARD_FILE, EXAMPLE_PICTURE, METHOD_PICTURE) else ""
-            )
+        if name not in frozen.files:
+            rendered = name in (CARD_FILE, EXAMPLE_PICTURE, METHOD_PICTURE)
+            made = f" (python -m hub_card render {frozen.source})" if rendered else ""
             yield f"incomplete: {name} is missing{made}"
-    if not any(folder.glob("*.safetensors")):
-        expected = ADAPTER_WEIGHTS_FILE if is_adapter(folder) else "model.safetensors, whole or in shards"
+    if not any(file.kind == "safetensors" for file in frozen.files.values()):
+        expected = ADAPTER_WEIGHTS_FILE if adapter else "model.safetensors, whole or in shards"
         yield f"incomplete: there are no weights; expected {expected}"
 
 
-def check_weights(folder: Path) -> Iterator[str]:
+def check_weights(frozen: Frozen) -> Iterator[str]:
     """The safetensors can be read, shards are those of their index, and every value is finite."""
-    if not any(folder.glob("*.safetensors")):
+    files = [name for name, file in frozen.files.items() if file.kind == "safetensors"]
+    if not files:
+        return
+    outside = _outside(frozen)
+    if outside:
+        yield f"weights: {WEIGHTS_INDEX} names {', '.join(map(repr, outside))}, expected files of the folder"
         return
     try:
-        weights = weights_of(folder)
-        for path in published_files(folder):
-            if path.suffix == ".safetensors" and str(path) not in {weight.origin for weight in weights.values()}:
-                yield f"weights: {path} does not belong to the checkpoint; transformers might load it instead"
+        weights = weights_of(frozen.folder)
+        for name in files:
+            if name not in {weight.origin for weight in weights.values()}:
+                yield f"weights: {name} does not belong to the checkpoint; transformers might load it instead"
         total = sum(weight.nbytes for weight in weights.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="checking weights", leave=False) as progress:
             for name, weight in weights.items():
@@ -157,70 +153,120 @@ def check_weights(folder: Path) -> Iterator[str]:
         yield f"weights: {error}"
 
 
-def check_metadata(folder: Path) -> Iterator[str]:
+def _outside(frozen: Frozen) -> list[Any]:
+    """What the index of the weights names that would not be published."""
+    if WEIGHTS_INDEX not in frozen.files:
+        return []
+    weight_map = json.loads(frozen.read(WEIGHTS_INDEX)).get("weight_map")
+    if not isinstance(weight_map, dict):
+        return [weight_map]
+    return [name for name in weight_map.values() if not isinstance(name, str) or name not in frozen.files][:3]
+
+
+def check_metadata(frozen: Frozen) -> Iterator[str]:
     """The YAML head is read by huggingface_hub and names licence, pipeline and library."""
-    card = _card(folder)
-    if card is None:
-        return
-    head = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
-    if head is None:
-        yield f"metadata: {CARD_FILE} does not begin with a YAML block between two lines of `---`"
+    if CARD_FILE not in frozen.files:
         return
     try:
-        fields = yaml.safe_load(head[1])
-        metadata = ModelCard(card).data
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        yield f"metadata: the YAML of {CARD_FILE} is not valid: {' '.join(str(error).split())}"
+        fields = head_of(_card(frozen))
+        metadata = ModelCardData(**fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        yield f"metadata: {' '.join(str(error).split())}"
         return
     if "licence" in fields:
         yield f"metadata: {CARD_FILE} says `licence`; the Hub reads `license`"
-    expected = {"pipeline_tag": TASK, "library_name": "peft" if is_adapter(folder) else "transformers"}
+    expected = {"pipeline_tag": TASK, "library_name": "peft" if is_adapter(frozen.folder) else "transformers"}
     for name, value in expected.items():
         if getattr(metadata, name) != value:
             yield f"metadata: `{name}` is {getattr(metadata, name)!r}, expected {value!r}"
 
 
-def check_licence(folder: Path) -> Iterator[str]:
+def head_of(card: str) -> dict[str, Any]:
+    """The YAML head of a card; references are refused, because few lines of them stand for any amount.
+
+    Raises:
+        ValueError: if there is none, or it is not valid.
+    """
+    head = re.match(r"---\n(.*?)\n---\n", card, re.DOTALL)
+    if head is None:
+        raise ValueError(f"{CARD_FILE} does not begin with a YAML block between two lines of `---`")
+    if len(head[1]) > MOST_HEAD:
+        raise ValueError(f"the YAML of {CARD_FILE} has {len(head[1])} characters; the most is {MOST_HEAD}")
+    brackets = head[1].count("[") + head[1].count("{")
+    if brackets > MOST_BRACKETS:
+        raise ValueError(f"the YAML of {CARD_FILE} has {brackets} opening brackets; the most is {MOST_BRACKETS}")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1], Loader=yaml.SafeLoader)):
+            raise ValueError(f"the YAML of {CARD_FILE} has references (`*name`): write out what they stand for")
+        fields = yaml.safe_load(head[1])
+    except RecursionError as error:
+        raise ValueError(f"the YAML of {CARD_FILE} is nested too deep") from error
+    except yaml.YAMLError as error:
+        raise ValueError(f"the YAML of {CARD_FILE} is not valid: {error}") from error
+    if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
+        raise ValueError(f"the YAML of {CARD_FILE} is not valid: expected names with values")
+    return fields
+
+
+def check_licence(frozen: Frozen) -> Iterator[str]:
     """LICENSE and NOTICE are there, and the card names the licence of the weights."""
     for name in LICENCES:
-        if not (folder / name).is_file() or not (folder / name).stat().st_size:
+        if name not in frozen.files or not frozen.files[name].size:
             yield f"licence: {name} is missing or empty"
-    fields = _metadata(folder)
-    if fields is not None and not (isinstance(fields.get("license"), str) and fields["license"].strip()):
-        yield f"licence: `license` in {CARD_FILE} is {fields.get('license')!r}, expected one of the Hub's identifiers"
-
-
-def check_snippet(folder: Path) -> Iterator[str]:
-    """The card has a snippet, and it names a repository and a revision."""
-    card = _card(folder)
     try:
-        if card is not None:
-            named_in(snippet_of(card)[0])
+        licence = head_of(_card(frozen)).get("license")
+    except ValueError:  # see `check_metadata`
+        return
+    if not (isinstance(licence, str) and licence.strip()):
+        yield f"licence: `license` in {CARD_FILE} is {licence!r}, expected one of the Hub's identifiers"
+
+
+def check_snippet(frozen: Frozen) -> Iterator[str]:
+    """The card has a snippet, and it names a repository and a revision."""
+    try:
+        if CARD_FILE in frozen.files:
+            named_in(snippet_of(_card(frozen))[0])
     except ValueError as error:
         yield f"snippet: {error}"
 
 
-def check_pickles(folder: Path) -> Iterator[str]:
-    """No file can run code when it is loaded."""
-    for path in published_files(folder):
-        with (folder / path).open("rb") as file:
-            start = file.read(4)
-        if path.suffix in PICKLE_SUFFIXES or start == ZIP or PICKLE.match(start):
-            yield f"pickle: {path} may run code when it is loaded; convert it to safetensors, or remove it"
+def check_archives(frozen: Frozen) -> Iterator[str]:
+    """No archive is hidden in the weights."""
+    for name, file in frozen.files.items():
+        if file.kind == "safetensors":
+            try:
+                with (frozen.folder / name).open("rb") as weights:
+                    refuse_archive(weights)
+            except ValueError as error:
+                yield f"weights: {name} {error}"
 
 
-def check_paths(folder: Path) -> Iterator[str]:
+def check_code(frozen: Frozen) -> Iterator[str]:
+    """No configuration takes code from another repository, or has a chat template of its own in it."""
+    for name, value in _json_of(frozen):
+        for key, item in _pairs(value):
+            if key in ("auto_map", "custom_pipelines"):
+                for reference in sorted({text for text in _strings(item) if "--" in text}):
+                    yield f"code: {name} takes code from another repository, {reference!r}; copy it here"
+            elif key == "chat_template" and name not in frozen.allow_code and not _is_our_template(item):
+                yield f"code: {name} has a chat template that differs from this package's; see --allow-code {name}"
+
+
+def _is_our_template(value: Any) -> bool:
+    return isinstance(value, str) and value.encode() in own_code(".jinja")
+
+
+def check_paths(frozen: Frozen) -> Iterator[str]:
     """No file names a place on the machine where it was made."""
-    for path, text in _texts(folder):
-        if path.name == VOCABULARY:
+    for name in frozen.files:
+        if name in VOCABULARIES:
             continue
-        advice = " (render again with --base USER/NAME)" if path.name == ADAPTER_CONFIG_FILE else ""
-        values = _strings(json.loads(text)) if path.suffix == ".json" else [text]
-        for found in sorted({found for value in values for found in _paths_in(value)}):
-            yield f"path: {path} names {found!r}, a place on this machine{advice}"
-    if is_adapter(folder):
-        base = read_object(folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or ""
-        if not HUB_ID.fullmatch(base) and not list(_paths_in(base)):
+        advice = " (render again with --base USER/NAME)" if name == ADAPTER_CONFIG_FILE else ""
+        for found in sorted({found for text in _texts(frozen, name) for found in _paths_in(text)}):
+            yield f"path: {name} names {found!r}, a place on this machine{advice}"
+    if is_adapter(frozen.folder):
+        base = read_object(frozen.folder / ADAPTER_CONFIG_FILE).get("base_model_name_or_path") or ""
+        if not HUB_ID.fullmatch(str(base)) and not list(_paths_in(str(base))):
             yield f"path: the adapter's base is {base!r}, expected a Hub id (render again with --base USER/NAME)"
 
 
@@ -232,82 +278,114 @@ def _paths_in(text: str) -> Iterator[str]:
         yield from (found[0] for pattern in patterns for found in pattern.finditer(text))
 
 
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _strings(item)
-
-
-def check_json(folder: Path) -> Iterator[str]:
-    """Every JSON file is JSON."""
-    for path in published_files(folder):
-        if path.suffix == ".json":
-            try:
-                json.loads((folder / path).read_bytes())
-            except ValueError as error:
-                yield f"damaged: {path} is not JSON: {error}"
-
-
-def check_secrets(folder: Path) -> Iterator[str]:
+def check_secrets(frozen: Frozen) -> Iterator[str]:
     """No file has a token, a key or a password in it; the message does not repeat it."""
-    token = get_token()
-    for path, text in _texts(folder):
-        found = [kind for kind, pattern in SECRETS.items() if re.search(pattern, text)]
-        if token and token in text:
-            found.append("the token that you are logged in with")
-        yield from (f"secret: {path} holds {kind}" for kind in found)
+    for name, file in frozen.files.items():
+        content = frozen.read(name)
+        found = secrets_in(content)
+        if file.kind == "PNG":
+            found += [kind for text in picture_texts(content) for kind in secrets_in(text)]
+        yield from (f"secret: {name} holds {kind}" for kind in sorted(set(found)))
 
 
-def _texts(folder: Path) -> Iterator[tuple[Path, str]]:
-    """Each file as text, with replacement characters where it is none; of weights their header only."""
-    for path in published_files(folder):
-        if path.suffix in PICKLE_SUFFIXES:  # perhaps large, and refused anyway
-            continue
-        with (folder / path).open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if path.suffix == ".safetensors":  # 8 bytes with the length of the header, the header, the weights
-                size = min(size, int.from_bytes(file.read(8), "little"))
-            content = file.read(size)
-        yield path, content.decode("utf-8", "replace")
+def _texts(frozen: Frozen, name: str) -> Iterator[str]:
+    """What a file says: the names and strings of JSON, the text of others, with and without escapes."""
+    content, kind = frozen.read(name), frozen.files[name].kind
+    if kind in ("JSON", "safetensors"):
+        yield from _strings(_loaded(content))
+        return
+    text = content.decode("utf-8", "replace")
+    yield from dict.fromkeys((text, unescape(text)))
+    if kind == "PNG":
+        yield from picture_texts(content)
 
 
-def _card(folder: Path) -> str | None:
-    path = folder / CARD_FILE
-    return path.read_text(encoding="utf-8") if path.is_file() else None
-
-
-def _metadata(folder: Path) -> dict[str, Any] | None:
-    head = re.match(r"---\n(.*?)\n---\n", _card(folder) or "", re.DOTALL)
+def _loaded(content: bytes) -> Any:
+    """JSON, or nothing where it is the header of damaged weights, see `check_weights`."""
     try:
-        fields = yaml.safe_load(head[1]) if head else None
-    except yaml.YAMLError:
+        return json.loads(content)
+    except (ValueError, RecursionError):
         return None
-    return fields if isinstance(fields, dict) else None
 
 
-CHECKS: tuple[Callable[[Path], Iterator[str]], ...] = (
+def _json_of(frozen: Frozen) -> Iterator[tuple[str, Any]]:
+    return ((name, _loaded(frozen.read(name))) for name, file in frozen.files.items() if file.kind == "JSON")
+
+
+def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
+    return (pair for level in levels_of(value) for pair in level)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    for name, item in _pairs(value):
+        yield from (text for text in (name, item) if isinstance(text, str))
+
+
+def _card(frozen: Frozen) -> str:
+    return frozen.read(CARD_FILE).decode() if CARD_FILE in frozen.files else ""
+
+
+CHECKS: tuple[Callable[[Frozen], Iterator[str]], ...] = (
     check_complete,
     check_metadata,
     check_licence,
     check_snippet,
-    check_pickles,
+    check_code,
     check_paths,
     check_secrets,
     check_weights,
+    check_archives,
 )
 
 
-def check_use(folder: Path) -> Iterator[str]:
-    """In a process of its own and offline: the folder loads, the snippet runs, and both do what the card says."""
-    card = _card(folder) or ""
+def check_use(frozen: Frozen) -> Iterator[str]:
+    """In a process of its own and offline: the folder loads, the snippet runs, and both do what the card says.
+
+    Code that is not this package's is run only after a yes.
+    """
+    card = _card(frozen)
+    if frozen.foreign and not frozen.run_code:
+        names = ", ".join(frozen.foreign)
+        print(f"- not loaded: {names} is not this package's code (--run-code loads it)", file=sys.stderr, flush=True)
+        return
     try:
-        found = use(folder, snippet_of(card)[0])
-    except ValueError as error:
-        yield f"use: {error}"
+        if not frozen.run_code and not _is_our_snippet(frozen, card):
+            yield "snippet: it is not what this package writes, and was not run; render again, or say --run-code"
+            return
+        found = use(frozen, snippet_of(card)[0])
+    except (OSError, ValueError) as error:
+        yield f"use: {' '.join(str(error).split())}"
         return
     yield from compare_use(card, found)
+
+
+def _is_our_snippet(frozen: Frozen, card: str) -> bool:
+    """Whether the snippet is that of a card about the same repository; nothing else of a card shows in it."""
+    snippet = snippet_of(card)[0]
+    repository, tag = named_in(snippet)
+    base, base_revision = _base_of(frozen)
+    ours = Card(
+        repo_id=repository,
+        tag=tag,
+        facts=Facts(license=""),
+        processor=LlavaSTFProcessor.from_pretrained(frozen.folder),
+        tokens_per_image=0,
+        parameters=0,
+        dtypes="",
+        size="",
+        training={},
+        base=base,
+        base_revision=base_revision,
+    )
+    return snippet == snippet_of(ours.render())[0]
+
+
+def _base_of(frozen: Frozen) -> tuple[str, str]:
+    """The base of an adapter and its revision; nothing for a model."""
+    if not is_adapter(frozen.folder):
+        return "", ""
+    settings = read_object(frozen.folder / ADAPTER_CONFIG_FILE)
+    return settings["base_model_name_or_path"], settings.get("revision") or "main"
 
 
 def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
@@ -322,7 +400,7 @@ def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
         yield f"snippet: it prints {found['printed']!r}, the card shows {printed!r} (render again with --run)"
 
 
-def use(folder: Path, snippet: str) -> dict[str, Any]:
+def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
     """Loads a folder and runs the card's snippet in a fresh process: offline, with nothing of this package.
 
     The process finds the files that would be published under the repository's name, in a cache of its own. The base
@@ -332,45 +410,110 @@ def use(folder: Path, snippet: str) -> dict[str, Any]:
         `wrong` (weights that are missing or have no place), `tokens_per_image`, `printed`, and `on` (device, dtype).
 
     Raises:
-        ValueError: with the last line of its error, if that process fails.
+        ValueError: with the last line of its error, if that process fails, or if it takes longer than the time limit.
     """
     repository, revision = named_in(snippet)
-    base, base_revision = "", ""
-    if is_adapter(folder) and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
+    base, base_revision = _base_of(frozen)
+    if base and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
         raise ValueError(
             f"transformers {transformers.__version__} cannot load an adapter offline: use {ADAPTERS_OFFLINE}"
         )
     print("- loading it in a fresh process, and running the card's snippet", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as home:
-        _put_in_cache(Path(home), repository, revision, folder, published_files(folder))
-        if is_adapter(folder):
-            settings = read_object(folder / ADAPTER_CONFIG_FILE)
-            base, base_revision = settings["base_model_name_or_path"], settings.get("revision") or "main"
+        _put_in_cache(Path(home), repository, revision, frozen.folder, [Path(name) for name in frozen.files])
+        if base:
             base_folder = _fetch(base, base_revision)
-            _put_in_cache(Path(home), base, base_revision, base_folder, published_files(base_folder))
+            files = [path.relative_to(base_folder) for path in base_folder.rglob("*") if path.is_file()]
+            _refuse_foreign(base, base_folder, files, frozen.run_code)
+            _put_in_cache(Path(home), base, base_revision, base_folder, files)
         asked = {"repository": repository, "revision": revision, "base": base, "base_revision": base_revision}
-        result = subprocess.run(
+        return _probe(Path(home), json.dumps({"load": asked, "snippet": snippet}), frozen.time_limit)
+
+
+def _refuse_foreign(base: str, folder: Path, files: list[Path], run_code: bool) -> None:
+    for path in files:
+        if path.suffix not in (".py", ".pyc", ".so", ".pyd") or run_code:
+            continue
+        if (folder / path).read_bytes() not in own_code(path.name):
+            raise ValueError(f"{path} of the base {base} is not this package's code, and was not run: see --run-code")
+
+
+def _probe(home: Path, request: str, time_limit: float) -> dict[str, Any]:
+    """Runs the probe; its standard input stays open while this process lives, and it ends when that closes."""
+    environment = {name: os.environ[name] for name in PROBE_ENVIRONMENT if name in os.environ}
+    places = {
+        "HOME": home,
+        "TMPDIR": home,
+        "HF_HOME": home,
+        "HF_HUB_CACHE": home / "hub",
+        "HF_MODULES_CACHE": home / "code",
+    }
+    environment |= {"HF_HUB_OFFLINE": "1", **{name: str(place) for name, place in places.items()}}
+    answer, errors = home / "answer", home / "errors"
+    with answer.open("wb") as output, errors.open("wb") as complaints:
+        process = subprocess.Popen(
             [sys.executable, "-I", str(PROBE)],
             cwd=home,
-            env={name: value for name, value in os.environ.items() if name not in ("HF_TOKEN", "HF_ENDPOINT")}
-            | {
-                "HF_HUB_OFFLINE": "1",
-                "HF_HOME": home,
-                "HF_HUB_CACHE": f"{home}/hub",
-                "HF_MODULES_CACHE": f"{home}/code",
-            },
-            input=json.dumps({"load": asked, "snippet": snippet}),
-            capture_output=True,
-            encoding="utf-8",
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=complaints,
+            start_new_session=True,
         )
-    if result.returncode:
-        said = result.stderr.strip().splitlines() or [f"exit code {result.returncode}"]
-        raise ValueError(f"it does not load in a fresh process: {said[-1]}")
-    return json.loads(result.stdout.splitlines()[-1])
+        try:
+            _send(process, request)
+            process.wait(time_limit)
+        except subprocess.TimeoutExpired as error:
+            raise ValueError(
+                f"it took longer than {time_limit:.0f} seconds in a fresh process (--time-limit)"
+            ) from error
+        finally:
+            _end(process)
+    if process.returncode:
+        said = _last_line(errors) or f"exit code {process.returncode}"
+        raise ValueError(f"it does not load in a fresh process: {said}")
+    try:
+        return json.loads(_last_line(answer))
+    except ValueError as error:
+        raise ValueError("it does not load in a fresh process: that ended without an answer") from error
+
+
+def _send(process: subprocess.Popen, request: str) -> None:
+    assert process.stdin is not None
+    try:
+        process.stdin.write(request.encode() + b"\n")
+        process.stdin.flush()
+    except BrokenPipeError:  # it has ended, and its errors say why
+        pass
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Ends a process with all that it has started, whether or not it is done."""
+    try:
+        os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    process.wait()
+    assert process.stdin is not None
+    process.stdin.close()
+
+
+def _last_line(path: Path) -> str:
+    """The last line of what a process wrote, which may be long."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 2**20))
+        lines = file.read().decode("utf-8", "replace").strip().splitlines()
+    return lines[-1] if lines else ""
 
 
 def _put_in_cache(home: Path, repository: str, revision: str, folder: Path, files: list[Path]) -> None:
-    """Lays files out as huggingface_hub's cache does after a download, by links."""
+    """Lays files out as huggingface_hub's cache does after a download, by links.
+
+    Raises:
+        ValueError: for names that would lie outside of the cache.
+    """
+    if not (HUB_ID.fullmatch(repository) and REVISION.fullmatch(str(revision))):
+        raise ValueError(f"{repository!r} with the revision {revision!r} is no place on the Hub")
     commit = "0" * 40
     cache = home / "hub" / f"models--{repository.replace('/', '--')}"
     (cache / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)

@@ -3,13 +3,17 @@
 """Loads a repository as a stranger would, and runs its card's snippet; started by `check` in a process of its own.
 
 It imports nothing of this package, which may not be importable there: the repository has to bring its code. Reads a
-request from standard input and writes what it found as the last line of standard output.
+request from the first line of standard input and writes what it found as the last line of standard output. It ends when
+standard input does, because `check` has ended then; Python code in it cannot connect to another machine.
 """
 
 import contextlib
 import io
 import json
+import os
+import signal
 import sys
+import threading
 import warnings
 
 # Importing them fails from here on, whether or not they are installed.
@@ -18,9 +22,21 @@ for name in ("modeling_llava_stf", "conversion", "hub_card"):
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
+    asked = json.loads(sys.stdin.readline())
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    sys.addaudithook(refuse_network)
     found = {**load(**asked["load"]), "printed": run(asked["snippet"])}
     print(json.dumps(found))
+
+
+def end_with_parent() -> None:
+    sys.stdin.read()
+    os.killpg(0, signal.SIGKILL)  # with all that this process has started
+
+
+def refuse_network(event: str, arguments: tuple) -> None:
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        raise OSError("the check of a model runs offline")
 
 
 def load(repository: str, revision: str, base: str, base_revision: str) -> dict:

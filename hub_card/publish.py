@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from .card import CARD_FILE, named_in, snippet_of
-from .check import files_left_out, published_files
+from .files import Frozen, freeze, shown
 
 # Old weights beside new ones might be loaded instead of them.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
@@ -34,11 +34,9 @@ class HubError(Exception):
 class Upload:
     """What will be uploaded, and where."""
 
-    folder: Path
+    frozen: Frozen
     repo_id: str
     tag: str
-    files: list[Path]
-    left_out: dict[str, str]
     private: bool = False
     revision: str = "main"
     pr: bool = False
@@ -46,20 +44,20 @@ class Upload:
 
     @property
     def size(self) -> int:
-        return sum((self.folder / path).stat().st_size for path in self.files)
+        return sum(file.size for file in self.frozen.files.values())
 
     def describe(self) -> Iterator[str]:
         """The upload in lines."""
-        for path in self.files:
-            yield f"{_size((self.folder / path).stat().st_size):>10}  {path}"
-        for name, reason in self.left_out.items():
-            yield f"{'not sent':>10}  {name} ({reason})"
+        for name, file in self.frozen.files.items():
+            yield f"{_size(file.size):>10}  {name}  sha256 {file.sha256[:12]}"
+        for name, reason in self.frozen.left_out.items():
+            yield f"{'not sent':>10}  {shown(name)} ({reason})"
         kind = (
             "private, if it is new" if self.private else "public, if it is new and the account does not say otherwise"
         )
         target = "a pull request on" if self.pr else f"branch {self.revision} of"
         place = f"{HfApi().endpoint}/{self.repo_id} ({kind})"
-        yield f"{len(self.files)} files, {_size(self.size)}, in one commit to {target} {place}"
+        yield f"{len(self.frozen.files)} files, {_size(self.size)}, in one commit to {target} {place}"
         later = " (publish again when the pull request is merged)" if self.pr else ""
         yield f"tag {self.tag}, which the card's snippet asks for{later}"
         if self.collection:
@@ -71,7 +69,7 @@ def _size(number: int) -> str:
 
 
 def plan(
-    folder: Path,
+    folder: Path | Frozen,
     repo_id: str,
     private: bool = False,
     revision: str | None = None,
@@ -80,17 +78,24 @@ def plan(
 ) -> Upload:
     """Says what an upload would do; nothing is sent.
 
+    Args:
+        folder: what [`freeze`] returns and [`check`] has checked; a folder is frozen as it is now.
+
     Raises:
-        ValueError: if the card is about another repository.
+        ValueError: if there is a file that may not be sent, or if the card is about another repository.
     """
-    named, tag = named_in(snippet_of((folder / CARD_FILE).read_text(encoding="utf-8"))[0])
+    frozen = folder if isinstance(folder, Frozen) else freeze(folder)
+    if frozen.refused:
+        raise ValueError(frozen.refused[0])
+    if CARD_FILE not in frozen.files:
+        raise ValueError(f"{frozen.source} has no {CARD_FILE}: python -m hub_card render {frozen.source}")
+    named, tag = named_in(snippet_of(frozen.read(CARD_FILE).decode("utf-8"))[0])
     if named != repo_id:
         raise ValueError(
             f"The card is about {named}, but you publish to {repo_id}. Render it again: python -m hub_card render "
-            f"{folder} --repo-id {repo_id}"
+            f"{frozen.source} --repo-id {repo_id}"
         )
-    files, left_out = published_files(folder), files_left_out(folder)
-    return Upload(folder, repo_id, tag, files, left_out, private, revision or "main", pr, collection or "")
+    return Upload(frozen, repo_id, tag, private, revision or "main", pr, collection or "")
 
 
 def publish(upload: Upload) -> str:
@@ -127,9 +132,11 @@ def publish(upload: Upload) -> str:
         with _step(f"creating the branch {upload.revision}", name):
             api.create_branch(name, branch=upload.revision, exist_ok=True)
     with _step(f"uploading to {name}", name):
+        operations = _operations(api, upload)
+        _upload(api, upload, operations)
         commit = api.create_commit(
             name,
-            _operations(api, upload),
+            operations,
             commit_message=f"Publish {upload.tag}",
             revision=upload.revision,
             create_pr=upload.pr,
@@ -147,19 +154,34 @@ def publish(upload: Upload) -> str:
 
 def _operations(api: HfApi, upload: Upload) -> list[CommitOperationAdd | CommitOperationDelete]:
     """All files of the folder (huggingface_hub leaves out what has not changed), without weights of another upload."""
-    names = {path.as_posix() for path in upload.files}
+    names = upload.frozen.files.keys()
     there = api.list_repo_files(upload.repo_id, revision=upload.revision)
     old = [name for name in there if name not in names and name.endswith(WEIGHT_SUFFIXES)]
     return [
-        *(CommitOperationAdd(name, str(upload.folder / name)) for name in sorted(names)),
+        *(CommitOperationAdd(name, str(upload.frozen.folder / name)) for name in sorted(names)),
         *(CommitOperationDelete(name) for name in old),
     ]
 
 
+def _upload(api: HfApi, upload: Upload, operations: list[CommitOperationAdd | CommitOperationDelete]) -> None:
+    """Sends the content of large files, of which nothing is visible yet, and compares all with the frozen list."""
+    additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
+    api.preupload_lfs_files(upload.repo_id, additions, revision=upload.revision, create_pr=upload.pr, free_memory=False)
+    files = upload.frozen.files
+    changed = [
+        added.path_in_repo for added in additions if added.upload_info.sha256.hex() != files[added.path_in_repo].sha256
+    ]
+    if changed:
+        raise HubError(
+            f"{', '.join(changed)} changed after it was checked. Nothing was committed: run the same command again.",
+            again=False,
+        )
+
+
 def _same_files(api: HfApi, upload: Upload) -> bool:
-    """Whether the tag has the files of the folder, by their checksums."""
-    found = api.verify_repo_checksums(upload.repo_id, revision=upload.tag, local_dir=upload.folder)
-    new = {path.as_posix() for path in upload.files} & set(found.extra_paths)
+    """Whether the tag has the frozen files, by their checksums."""
+    found = api.verify_repo_checksums(upload.repo_id, revision=upload.tag, local_dir=upload.frozen.folder)
+    new = upload.frozen.files.keys() & set(found.extra_paths)
     old = [path for path in found.missing_paths if path.endswith(WEIGHT_SUFFIXES)]
     return not (found.mismatches or new or old)
 

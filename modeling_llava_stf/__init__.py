@@ -3,7 +3,13 @@
 """LLaVA-STF for transformers. Importing the package registers its classes with the Auto classes."""
 
 import transformers
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoModelForPreTraining,
+    AutoProcessor,
+)
 
 # Before transformers 5.18 the top-level name asks for torchvision, which the PIL processors do not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -18,6 +24,7 @@ AutoImageProcessor.register(LlavaSTFConfig, image_processor_classes={"pil": Llav
 AutoProcessor.register(LlavaSTFConfig, LlavaSTFProcessor, exist_ok=True)
 AutoModel.register(LlavaSTFConfig, LlavaSTFModel, exist_ok=True)
 AutoModelForImageTextToText.register(LlavaSTFConfig, LlavaSTFForConditionalGeneration, exist_ok=True)
+AutoModelForPreTraining.register(LlavaSTFConfig, LlavaSTFForConditionalGeneration, exist_ok=True)
 if "AutoModelForMultimodalLM" in dir(transformers):
     transformers.AutoModelForMultimodalLM.register(LlavaSTFConfig, LlavaSTFForConditionalGeneration, exist_ok=True)
 

@@ -12,31 +12,54 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.utils import logging as hub_logging
+from jinja2 import TemplateError
 from transformers.utils import logging
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, bulk
+from ._folder import check_folder, check_weights
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
+# Of the image processor: what may differ between a picture and what the original sees of it.
+IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background")
 
 
 def main() -> int:
     arguments = _parser().parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
         if arguments.command == "demo":
             return demo()
         if arguments.command == "caption":
             return caption(arguments)
-        return ask(arguments.image, arguments.question, arguments.model, arguments.revision, arguments.max_new_tokens)
-    except (OSError, ValueError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return ask(
+            arguments.image,
+            arguments.question,
+            arguments.model,
+            arguments.revision,
+            arguments.max_new_tokens,
+            {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None},
+        )
+    except TemplateError as error:
+        return _refused(f"The model's chat template cannot be used: {error}")
+    except (OSError, ValueError, StrictDataclassError) as error:
+        return _refused(str(error))
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _refused(reason: str) -> int:
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,17 +71,36 @@ def _parser() -> argparse.ArgumentParser:
     ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    ask_parser.add_argument(
+        "--do-exif-transpose",
+        action=argparse.BooleanOptionalAction,
+        help="turn a photo upright, as its EXIF orientation says (default: as the model's processor does)",
+    )
+    ask_parser.add_argument(
+        "--alpha-background",
+        metavar="COLOUR",
+        help="paint this colour, such as white, behind transparent pixels (default: as the model's processor does)",
+    )
     bulk.add_parser(commands)
     commands.add_parser("demo", help="ask the small model about a picture that it has never seen")
     return parser
 
 
 def ask(
-    image: str, question: str, model: str | None = None, revision: str | None = None, max_new_tokens: int = 128
+    image: str,
+    question: str,
+    model: str | None = None,
+    revision: str | None = None,
+    max_new_tokens: int = 128,
+    image_options: dict[str, Any] | None = None,
 ) -> int:
     """Prints picture, question, answer, vision tokens and time."""
-    processor, network = _load(model or _default_model(), revision)
-    answer, seconds = _answer(processor, network, image, question, max_new_tokens)
+    if not question.strip():
+        raise ValueError("The question is empty.")
+    question.encode()  # an argument that is no UTF-8 ends here, with its own ValueError
+    processor, network = _load(_default_model() if model is None else model, revision)
+    _check_length(max_new_tokens, network.config.text_config.max_position_embeddings)
+    answer, seconds = _answer(processor, network, image, question, max_new_tokens, image_options)
     print(f"picture   {image}")
     print(f"question  {question}")
     print(f"answer    {answer}")
@@ -102,6 +144,7 @@ def _answer(
     image: str,
     question: str,
     max_new_tokens: int,
+    image_options: dict[str, Any] | None = None,
 ) -> tuple[str, float]:
     """The greedy answer, and the seconds that it took."""
     conversation = [
@@ -109,11 +152,24 @@ def _answer(
     ]
     started = time.perf_counter()
     inputs = processor.apply_chat_template(
-        conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+        conversation,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=image_options,
     ).to(network.device, network.dtype)
     output = network.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
     answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     return answer, time.perf_counter() - started
+
+
+def _check_length(max_new_tokens: int, context: int) -> None:
+    if not 0 < max_new_tokens < context:
+        raise ValueError(
+            f"--max-new-tokens is {max_new_tokens}, expected 1 to {context - 1}: the model's context holds {context} "
+            "tokens, those of the picture and the question included."
+        )
 
 
 def _tokens(config: LlavaSTFConfig) -> str:
@@ -129,20 +185,29 @@ def _default_model() -> str:
 def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
     if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
         raise ValueError(f"There is no folder {folder!r}.")
-    if Path(folder).is_dir() and not (Path(folder) / "config.json").exists():
-        raise ValueError(f"{folder} is not a checkpoint: it has no config.json.")
+    if Path(folder).is_dir() and revision is not None:
+        raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
+    if Path(folder).is_dir():
+        check_folder(Path(folder))
     # The configuration comes first: it says best what a folder is, if it is not ours.
-    LlavaSTFConfig.from_pretrained(folder, revision=revision)
+    config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
+    if Path(folder).is_dir():
+        check_weights(Path(folder), config)
     processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
     try:
         network, found = LlavaSTFForConditionalGeneration.from_pretrained(
             folder, revision=revision, dtype="auto", output_loading_info=True
         )
-    except SafetensorError as error:
-        raise ValueError(f"Cannot read the weights in {folder}: {error}. Are they complete?") from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(f"The weights in {folder} have other shapes than its config.json says.") from error
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
+    surplus = sorted(found["unexpected_keys"])
+    if surplus:
+        raise ValueError(f"{folder} has {len(surplus)} weights that its config.json has no place for: {surplus[0]!r}.")
     return processor, network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -13,16 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import transformers
-from packaging import version
 from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
 
-from .modeling_llava_stf import LlavaSTFForConditionalGeneration
+from .modeling_llava_stf import CACHE, LlavaSTFForConditionalGeneration
 from .processing_llava_stf import LlavaSTFProcessor
-
-# The argument that holds the cache. The stock models take the old name until 5.40, and warn of it since 5.24.
-CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) else "past_key_values"
 
 
 class PictureCache:

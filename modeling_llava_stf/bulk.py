@@ -23,13 +23,12 @@ from typing import Any
 
 import PIL.ExifTags
 import PIL.Image
-import PIL.ImageOps
 import torch
 from tqdm.auto import tqdm
 
 from .ask_many import prompt_ids
 from .modeling_llava_stf import LlavaSTFForConditionalGeneration
-from .processing_llava_stf import LlavaSTFProcessor
+from .processing_llava_stf import LlavaSTFProcessor, load_picture, to_rgb
 
 PROMPT = "Describe the picture."
 PREPARED_BATCHES = 4  # that the workers may be ahead of the model
@@ -43,7 +42,7 @@ SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png"}
 
 @dataclass(frozen=True)
 class Row:
-    """A question about a picture, which is a path, a URL, the bytes of a file, or missing."""
+    """A question about a picture, which is a path, a URL, or the bytes of a file (none, if it is missing)."""
 
     path: str
     prompt: str
@@ -195,7 +194,9 @@ class Captioner:
         """Decodes a picture, in a thread; whatever is wrong with it is the row's error."""
         content = [{"type": "image"}, {"type": "text", "text": row.prompt}]
         try:
-            pixels = self.processor(images=_picture(row), return_tensors="pt")["pixel_values"]  # (1, 3, height, width)
+            pixels = self.processor(images=load_picture(row.picture), return_tensors="pt")[
+                "pixel_values"
+            ]  # (1, 3, height, width)
             ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]])[0]
         except Exception as error:  # damaged files make PIL raise errors of every kind
             return Prepared(row, [], None, _reason(error))
@@ -255,20 +256,6 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _picture(row: Row) -> Any:
-    """What the processor takes: a path, a URL, or an opened picture."""
-    if row.picture is None:
-        raise ValueError("The row has no picture.")
-    return _opened(row.picture) if isinstance(row.picture, bytes) else str(row.picture)
-
-
-def _opened(content: bytes) -> PIL.Image.Image:
-    try:
-        return PIL.Image.open(BytesIO(content))
-    except PIL.UnidentifiedImageError as error:  # whose own words name an object in memory
-        raise ValueError(f"These {len(content)} bytes are no picture that can be identified.") from error
-
-
 # A model elsewhere
 
 
@@ -297,7 +284,7 @@ class Server:
     def answer(self, row: Row) -> Answer:
         """The answer; a picture that cannot be read, or that the server refuses, is an error of the row."""
         try:
-            picture = _data_url(row)
+            picture = _data_url(row.picture)
         except Exception as error:  # as in `Captioner.prepare`
             return _answer(row, error=_reason(error))
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row.prompt}]
@@ -346,25 +333,16 @@ class RefusedError(Exception):
     """The server takes other requests, but not this one."""
 
 
-def _data_url(row: Row) -> str:
+def _data_url(picture: bytes | str | Path) -> str:
     """The file as it is, if all decode it alike; else the pixels that the processor here would see, as PNG."""
-    picture = _picture(row)
-    if isinstance(picture, str) and Path(picture).is_file():
-        content = Path(picture).read_bytes()
-        picture = _opened(content)
-    elif isinstance(picture, str):
-        with urllib.request.urlopen(picture, timeout=REPLY_SECONDS) as reply:  # http, https, or data
-            content = reply.read()
-        picture = _opened(content)
-    else:
-        content = row.picture
-    kind = SENT_AS_THEY_ARE.get(picture.format or "")
-    upright = picture.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
-    plain = picture.mode in ("L", "RGB") and "transparency" not in picture.info
-    picture.load()
-    if not (kind and upright and plain):
+    content = picture.read_bytes() if isinstance(picture, Path) and picture.is_file() else picture
+    opened = load_picture(content)
+    kind = SENT_AS_THEY_ARE.get(opened.format or "")
+    upright = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
+    opaque = opened.mode in ("L", "RGB") and "transparency" not in opened.info
+    if not (isinstance(content, bytes) and kind and upright and opaque):
         kind, stream = "image/png", BytesIO()
-        PIL.ImageOps.exif_transpose(picture).convert("RGB").save(stream, "png")
+        to_rgb(opened).save(stream, "png")
         content = stream.getvalue()
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -477,7 +455,7 @@ class ParquetRows(Sequence):
         inside = picture.get("path") if isinstance(picture, dict) else picture if isinstance(picture, str) else None
         if isinstance(picture, dict):
             picture = picture.get("bytes") or picture.get("path")
-        return _row(found, str(found.get("path") or inside or place), picture, self.prompt, self.root)
+        return _row(found, str(found.get("path") or inside or place), picture or b"", self.prompt, self.root)
 
 
 def _leaves(schema: Any) -> list[tuple[str, str]]:

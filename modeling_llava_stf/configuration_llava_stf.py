@@ -4,13 +4,29 @@
 
 from typing import Any
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, LlavaConfig
+from packaging.specifiers import SpecifierSet
+from transformers import AutoConfig, AutoModelForCausalLM, LlavaConfig
+from transformers.activations import ACT2FN
+from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+# The range of pyproject.toml, for a user of `trust_remote_code`, who never sees that file.
+SUPPORTED_TRANSFORMERS = ">=5.16.1,<5.25"
+if not SpecifierSet(SUPPORTED_TRANSFORMERS).contains(transformers.__version__, prereleases=True):
+    logger.warning_once(
+        f"This is transformers {transformers.__version__}, but LLaVA-STF is tested with {SUPPORTED_TRANSFORMERS} only. "
+        f"If something fails or answers look wrong: pip install 'transformers{SUPPORTED_TRANSFORMERS}'"
+    )
 
 # Every checkpoint carries its own code: the references never name another repository.
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_stf.LlavaSTFConfig",
     "AutoModel": "modeling_llava_stf.LlavaSTFModel",
+    "AutoModelForPreTraining": "modeling_llava_stf.LlavaSTFForConditionalGeneration",
     "AutoModelForImageTextToText": "modeling_llava_stf.LlavaSTFForConditionalGeneration",
     "AutoModelForMultimodalLM": "modeling_llava_stf.LlavaSTFForConditionalGeneration",
 }
@@ -109,6 +125,13 @@ class LlavaSTFConfig(LlavaConfig):
 
     def check_fusion(self) -> None:
         """Raises a `ValueError` if window and strategy do not fit the tower; also run when a model is built."""
+        if self.vision_config.patch_size < 1 or self.vision_config.model_type != "clip_vision_model":
+            raise ValueError(
+                f"`vision_config` is a `{self.vision_config.model_type}` with patches of "
+                f"{self.vision_config.patch_size} pixels, expected a `clip_vision_model` with patches of at least one."
+            )
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(f"`projector_hidden_act` is {self.projector_hidden_act!r}, expected one of {[*ACT2FN]}.")
         if self.fusion_window < 1 or self.grid_size % self.fusion_window:
             raise ValueError(
                 f"`fusion_window` is {self.fusion_window}, but the vision tower has a grid of {self.grid_size} x "
@@ -122,5 +145,26 @@ class LlavaSTFConfig(LlavaConfig):
                 "the class token has no place in a window of patches."
             )
 
+
+class NotACausalLM:
+    """Stands where `AutoModelForCausalLM` looks for a model, to name the Auto class that has one."""
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> None:
+        """Raises a `ValueError` with the right Auto class, and so does `from_config`."""
+        raise ValueError(
+            "LLaVA-STF answers about pictures and is not a plain causal language model: load it with "
+            "`AutoModelForImageTextToText`, its inputs with `AutoProcessor`, and its vision tower and language model "
+            "without a head with `AutoModel`."
+        )
+
+    _from_config = from_pretrained
+
+
+# Here, because `trust_remote_code` runs this file before it looks for a model.
+AutoModelForCausalLM.register(LlavaSTFConfig, NotACausalLM, exist_ok=True)
+# `transformers serve` (seen in 5.16 to 5.24) knows a multimodal model by its name in this dictionary alone, which no
+# `register` fills. Can go when it asks the Auto classes.
+MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[LlavaSTFConfig.model_type] = "LlavaSTFForConditionalGeneration"
 
 __all__ = ["LlavaSTFConfig"]

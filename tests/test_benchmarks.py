@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from benchmarks import convert, gate, hotspots, load, report, run, serve
+from benchmarks import convert, gate, gpu, hotspots, load, report, run, serve, workloads
 from benchmarks.systems import (
     OURS,
     OURS_COMPILED,
@@ -112,7 +112,7 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     measure()
     result = json.loads(out.read_text())
     cases = {(case["metric"], case["batch"], case["text"]): case["systems"] for case in result["cases"]}
-    assert {metric for metric, _, _ in cases} == set(run.METRICS)
+    assert {metric for metric, _, _ in cases} == set(workloads.METRICS)
     assert set(cases["first token", 1, 50]) == {STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED}
     assert all(len(run["seconds"]) == 2 and min(run["seconds"]) > 0 for case in cases.values() for run in case.values())
     assert result["versions"]["torch"] == torch.__version__ and result["device"] and result["gate"]
@@ -167,7 +167,7 @@ def test_a_run_that_stops_goes_on_where_it_was(measured, monkeypatch, capsys):
     monkeypatch.setattr(run, "measure", whole)
     measure("--metrics", "prefill", "decode")
     cases = json.loads(out.read_text())["cases"]
-    assert cases[:2] == json.loads(half)["cases"] and not partial.exists()
+    assert all(case in cases for case in json.loads(half)["cases"]) and not partial.exists()
     assert [(case["metric"], case["batch"], case["text"]) for case in cases] == [
         ("prefill", 1, 10),
         ("prefill", 1, 50),
@@ -183,10 +183,10 @@ def test_a_system_without_memory_is_said_so(systems):
         return lambda: None
 
     case = run.Case("decode", 512, 50, (STOCK, OURS), prepare)
-    measured = run.measure(case, systems, run.PLANS["tiny"], "cpu")
+    measured = run.measure(case, systems, workloads.PLANS["tiny"], "cpu")
     assert report.cell(measured["systems"][STOCK]) == "out of memory"
     assert report.ratio(measured["systems"], STOCK, OURS) is None
-    assert len(measured["systems"][OURS]["seconds"]) == run.PLANS["tiny"].rounds
+    assert len(measured["systems"][OURS]["seconds"]) == workloads.PLANS["tiny"].rounds
 
 
 def test_compiling_is_not_timed(systems):
@@ -198,7 +198,7 @@ def test_compiling_is_not_timed(systems):
 
     case = run.Case("decode", 1, 50, (OURS,), prepare)
     with pytest.raises(RuntimeError, match="ours was compiled again"):
-        run.measure(case, systems, run.PLANS["tiny"], "cpu")
+        run.measure(case, systems, workloads.PLANS["tiny"], "cpu")
 
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch, tmp_path, capsys):
@@ -223,7 +223,7 @@ def test_compiled_systems_pass_the_gate_and_answer(systems):
     torch.compiler.reset()
     for eager, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
         systems[name] = compile_system(systems[eager], name, backend="eager")
-        answers = [run.answer(systems[system], batch=1)() for system in (eager, name)]
+        answers = [workloads.answer(systems[system], batch=1)() for system in (eager, name)]
         assert torch.equal(*answers)
     gate.compiled(systems)
     torch.compiler.reset()
@@ -257,7 +257,7 @@ def test_losses_are_named(stock, said):
 
 def test_readme_says_what_the_results_say():
     readme = report.README.read_text(encoding="utf-8")
-    assert report.updated(readme) == readme, "run: python -m benchmarks.report"
+    assert report.updated(readme) == readme, "run: python -m benchmarks report"
 
 
 def test_readme_without_a_place_for_the_tables_is_refused():
@@ -312,3 +312,39 @@ def test_checkpoints_for_serving_answer(tmp_path):
         output = model.generate(**inputs, min_new_tokens=3, max_new_tokens=3)
         assert output.shape[1] == inputs["input_ids"].shape[1] + 3
     assert tokens[STOCK] == 4 * tokens[OURS] > 0
+
+
+def test_gpu_steps_are_done_once_and_in_order(monkeypatch, tmp_path, capsys):
+    """The rehearsal on a CPU: real processes, the first steps only."""
+    every_step = gpu.steps
+    monkeypatch.setattr(gpu, "steps", lambda *settings: list(every_step(*settings))[:2])
+    monkeypatch.setattr(
+        "sys.argv", ["gpu", "--device", "cpu", "--size", "tiny", "--minutes", "9", "--output", str(tmp_path)]
+    )
+    for outcome in ("done", "done before"):
+        gpu.main()
+        summary = json.loads((tmp_path / "summary_cpu.json").read_text())
+        assert summary["steps"] == dict.fromkeys(("tests_cpu", "gate_bfloat16_cpu"), outcome)
+    assert summary["tests"][0]["passed"] and not summary["tests"][0]["failed"] and summary["device"]
+    assert json.loads((tmp_path / "gate_bfloat16_cpu.json").read_text())["gate"]
+
+
+def test_gpu_steps_that_fail_or_take_too_long_are_named(tmp_path):
+    failing = tmp_path / "test_it.py"
+    failing.write_text("def test_it():\n    assert False\n")
+    report = tmp_path / "tests_cpu.xml"
+    step = gpu.Step(("pytest", str(failing), "-q", "-c", "/dev/null", f"--junitxml={report}"), report)
+    assert gpu.run_step(step, 100) == "exit code 1" and not report.exists()
+    assert len(gpu.outcome_of_tests(tmp_path / "tests_cpu.failed.xml")["failed"]) == 1
+    assert gpu.run_step(gpu.Step(("http.server", "0"), tmp_path / "never"), 1) == "out of time"
+
+
+def test_rows_that_are_wanted_first_come_first(measured, monkeypatch, capsys):
+    measure, out = measured
+    measure()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("[")]
+    wanted = [case.wanted_first for case in workloads.cases(workloads.PLANS["tiny"])]
+    assert 0 < sum(wanted) < len(wanted) == len(lines)
+    assert all("50 tokens" in line and "batch" in line for line in lines[: sum(wanted)])
+    rows = [(case["metric"], case["batch"], case["text"]) for case in json.loads(out.read_text())["cases"]]
+    assert rows == [(case.metric, case.batch, case.text) for case in workloads.cases(workloads.PLANS["tiny"])]

@@ -195,6 +195,13 @@ def test_a_folder_of_parquet_files_with_prompts_of_their_own(pictures, tmp_path,
     ]
 
 
+def test_a_missing_picture_is_a_row_with_an_error(tmp_path, caption):
+    pq.write_table(pa.table({"image": pa.array([None], pa.binary()), "path": [7]}), tmp_path / "one.parquet")
+    assert caption(tmp_path / "one.parquet", tmp_path / "out")[0] == 0
+    row = rows(tmp_path / "out")[0]
+    assert (row["path"], row["answer"]) == ("7", None) and "picture of 0 bytes" in row["error"]
+
+
 def test_question_files_of_llava(pictures, tmp_path, caption):
     """Their scorers read the lines of all parts, one after the other; pyarrow is not needed."""
     questions = [
@@ -328,7 +335,7 @@ def test_a_server_is_asked_until_it_answers(server, photos, tmp_path, caption, t
     assert (found["10.png"]["prompt_tokens"], found["10.png"]["answer_tokens"]) == (5, 7)
     assert found["turned.jpg"]["answer"].startswith("(4, 30)")
     assert found["glass.png"]["answer"] == "(31, 4) (9, 8, 7)"  # the colour below, as the processor sees it
-    assert found["broken.png"]["answer"] is None and "2 bytes are no picture" in found["broken.png"]["error"]
+    assert found["broken.png"]["answer"] is None and "picture of 2 bytes" in found["broken.png"]["error"]
     assert 1 < server.most <= 3
     assert {seen[1:] for seen in server.seen} == {("stand-in", QUESTION, 0)}
     assert sorted(kind for kind, *_ in server.seen).count("data:image/jpeg") == (1 if trouble is None else 2)

@@ -2,8 +2,11 @@
 
 import json
 
+import jinja2
+import jinja2.ext
 import pytest
 from conftest import GOLDENS
+from jinja2 import TemplateError
 from PIL import Image
 
 from conversion.tokenizer import load_tokenizer
@@ -177,3 +180,154 @@ def test_answers_about_a_picture_in_the_conversation(processor, model, picture):
     for name in direct:
         assert (inputs[name] == direct[name]).all()
     assert model(**inputs).logits.isfinite().all()
+
+
+# What has no place in a conversation is refused, at inference as in training
+
+
+def text(value, /, **keys):
+    return {"type": "text", "text": value, **keys}
+
+
+PICTURE = {"type": "image"}
+REFUSED_CONTENTS = {
+    "null": (None, "neither a text nor a list of parts"),
+    "a number": (4, "neither a text nor a list of parts"),
+    "an object": ({"text": "Hi"}, "neither a text nor a list of parts"),
+    "null as text": ([text(None)], "expected a string as its 'text'"),
+    "a number as text": ([text(4)], "expected a string as its 'text'"),
+    "a bool as text": ([text(True)], "expected a string as its 'text'"),
+    "a list as text": ([text(["Hi"])], "expected a string as its 'text'"),
+    "no text": ([{"type": "text"}], "expected a string as its 'text'"),
+    "value for text": ([{"type": "text", "value": "Hi"}], "expected a string as its 'text'"),
+    "value beside text": ([text("Hi", value="Ho")], "has 'value' beside its text"),
+    "a picture beside text": ([text("Hi", image="a.png")], "has 'image' beside its text"),
+    "a string as part": (["Hi"], "A part of the content is Hi, expected one with the 'type'"),
+    "null as part": ([None], "expected one with the 'type' 'text', 'image' or 'video'"),
+    "an unknown part": ([{"type": "audio", "audio": "a.wav"}], "expected one with the 'type'"),
+    "an image_url": ([{"type": "image_url", "image_url": {"url": "a.png"}}], "expected one with the 'type'"),
+    "no type": ([{"text": "Hi"}], "expected one with the 'type'"),
+    "a picture with a text": ([{**PICTURE, "text": "A cat"}, text("Hi")], "it has no text of its own"),
+}
+REFUSED_MESSAGES = {
+    "no role": ([{"content": "Hi"}], "role"),
+    "a list as role": ([{"role": ["user"], "content": "Hi"}], "role"),
+    "keys of LLaVA": ([{"from": "human", "value": "Hi"}], "role"),
+    "a picture in an answer": ([{"role": "assistant", "content": [text("Hi"), PICTURE]}], "message of 'user'"),
+    "a tool call": ([{"role": "assistant", "content": "Hi", "tool_calls": [{"name": "f"}]}], "has 'tool_calls'"),
+    "a name": ([{"role": "user", "content": "Hi", "name": "Eve"}], "has 'name'"),
+    "pictures of the message": ([{"role": "user", "content": "Hi", "images": ["a.png"]}], "has 'images'"),
+    "a thought": ([{"role": "assistant", "content": "Hi", "reasoning_content": "Hm"}], "has 'reasoning_content'"),
+    "weight 0": ([{"role": "assistant", "content": "Hi", "weight": 0}], "has the weight 0"),
+}
+
+
+def refused(processor, template, messages):
+    question = [{"role": "user", "content": [PICTURE, text("Hi")]}] if messages[0].get("role") == "assistant" else []
+    with pytest.raises(TemplateError) as caught:
+        processor.tokenizer.apply_chat_template(
+            question + messages, chat_template=processor.chat_template[template], tokenize=False
+        )
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("template", ["default", "plain"])
+@pytest.mark.parametrize("name", REFUSED_CONTENTS)
+def test_refuses_contents_that_it_does_not_know(name, template, processor):
+    content, message = REFUSED_CONTENTS[name]
+    for role in ("user", "assistant"):
+        assert message in refused(processor, template, [{"role": role, "content": content}])
+
+
+@pytest.mark.parametrize("template", ["default", "plain"])
+@pytest.mark.parametrize("name", REFUSED_MESSAGES)
+def test_refuses_messages_that_it_does_not_know(name, template, processor):
+    messages, message = REFUSED_MESSAGES[name]
+    assert message in refused(processor, template, messages)
+
+
+def test_refuses_a_placeholder_beside_a_picture(processor):
+    messages = [{"role": "user", "content": [PICTURE, text("What is <image>?")]}]
+    assert "leave out one of them" in refused(processor, "default", messages)
+
+
+@pytest.mark.parametrize("template", ["default", "plain"])
+@pytest.mark.parametrize("given", ["tools", "documents"])
+def test_refuses_tools_and_documents(given, template, processor):
+    tool = {"type": "function", "function": {"name": "f", "parameters": {}}}
+    with pytest.raises(TemplateError, match="no place for tools or documents"):
+        processor.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "<image>"}],
+            chat_template=processor.chat_template[template],
+            tokenize=False,
+            **{given: [tool]},
+        )
+
+
+def test_what_means_nothing_is_no_reason_to_refuse(processor):
+    """Datasets and clients give each message all keys that any of them has."""
+    nothing = {"name": None, "tool_calls": [], "weight": None}
+    parts = [{**PICTURE, "text": None, "index": 0, "image": "a.png"}, text("Hi", image=None, index=None)]
+    messages = [
+        {"role": "user", "content": parts, **nothing},
+        {"role": "assistant", "content": "Ho", **nothing, "weight": 1},
+    ]
+    rendered = processor.tokenizer.apply_chat_template(
+        messages, chat_template=processor.chat_template["default"], tokenize=False
+    )
+    assert rendered.endswith("USER: <image>\nHi ASSISTANT: Ho</s>")
+
+
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ([text("one"), PICTURE, text("two"), PICTURE, text("cmp")], "<image>\n<image>\none\ntwo\ncmp"),
+        ([text("one "), PICTURE, text("two")], "<image>\none two"),
+        ([text("one"), text("\ntwo"), text(""), text("three")], "one\ntwo\nthree"),
+        ([PICTURE, text("one")], "<image>\none"),
+    ],
+)
+def test_texts_are_not_glued_together(parts, expected, processor):
+    rendered = processor.apply_chat_template([{"role": "user", "content": parts}])
+    assert rendered.split("USER: ")[1] == expected + " "
+    answer = [part for part in parts if part != PICTURE]
+    rendered = processor.apply_chat_template(
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+    )
+    assert rendered.split("ASSISTANT: ")[1] == expected.replace("<image>\n", "") + "</s>"
+
+
+@pytest.mark.parametrize("roles", [["system"], ["user", "user"], ["user", "assistant", "user"]])
+def test_plain_is_one_picture_and_one_caption(roles, processor):
+    messages = [{"role": role, "content": "x"} for role in roles]
+    expected = "expected one message of 'user' with the image and one of 'assistant' with its caption"
+    assert expected in refused(processor, "plain", messages)
+
+
+def test_both_templates_read_a_message_alike(processor):
+    start, end = "{%- macro text_of", "{%- endmacro -%}"
+    macros = {text[text.index(start) : text.index(end)] for text in processor.chat_template.values()}
+    assert len(macros) == 1
+
+
+@pytest.mark.parametrize("template", ["default", "plain"])
+def test_engines_see_that_contents_are_lists_of_parts(template, processor):
+    """vLLM (0.32) gives a template strings, in which one picture has a place, unless a loop goes over the contents."""
+    tree = jinja2.Environment(extensions=[GenerationTag]).parse(processor.chat_template[template])
+    contents = [
+        loop
+        for loop in tree.find_all(jinja2.nodes.For)
+        if isinstance(loop.iter, jinja2.nodes.Getitem)
+        and (loop.iter.node.name, loop.iter.arg.value) == ("message", "content")
+    ]
+    assert contents
+
+
+class GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}`, which transformers adds."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)

@@ -240,3 +240,47 @@ def test_conversion_without_space_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         convert(GOLDENS / "original", tmp_path / "hub")
     assert not list(tmp_path.iterdir())
+
+
+def test_ask_turns_a_photo_and_paints_transparency_as_asked(run_here, tmp_path):
+    """The demo's drawing lies on its side, or is drawn on nothing."""
+    truth = json.loads(DEMO.read_text(encoding="utf-8"))
+    drawing, question = Image.open(DEMO.parent / truth["picture"]).convert("RGB"), "Describe the picture."
+    exif = Image.Exif()
+    exif[274] = 6
+    drawing.save(tmp_path / "lying.png", exif=exif)
+    drawing.save(tmp_path / "as_it_lies.png")
+    drawing.rotate(-90).save(tmp_path / "upright.png")
+    nothing = drawing.convert("RGBA")
+    nothing.putalpha(0)
+    nothing.save(tmp_path / "nothing.png")
+    Image.new("RGB", drawing.size, "white").save(tmp_path / "white.png")
+
+    def answer(name, *options):
+        status, output, _ = run_here(ask_main, "ask", tmp_path / name, question, *options)
+        assert status == 0
+        return shown(output)["answer"]
+
+    assert answer("lying.png") == answer("upright.png") != answer("as_it_lies.png")
+    assert answer("lying.png", "--no-do-exif-transpose") == answer("as_it_lies.png")
+    assert answer("nothing.png") == answer("as_it_lies.png")
+    assert answer("nothing.png", "--alpha-background", "white") == answer("white.png") != answer("nothing.png")
+
+
+@pytest.mark.parametrize(
+    ("picture", "options"),
+    [
+        ("http://127.0.0.1:1/a.png", ()),
+        ("file:///etc/hostname", ()),
+        ("data:image/png;base64,AAAA", ()),
+        (PICTURE, ("--alpha-background", "no-such-colour")),
+    ],
+)
+def test_ask_says_in_one_line_what_is_wrong_with_a_picture(picture, options, run_here):
+    name = options[1] if options else picture
+    assert_one_line_about(name, *run_here(ask_main, "ask", picture, "What is this?", *options))
+
+
+def test_ask_does_not_wait_for_a_pipe(run_here, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    assert_one_line_about("pipe.png", *run_here(ask_main, "ask", tmp_path / "pipe.png", "What is this?"))

@@ -1,16 +1,19 @@
 """The count of FLOPs, weights and cache is that of PyTorch, for small and for full-width models."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlavaForConditionalGeneration
 
-from benchmarks import count
+from benchmarks import count, training_needs
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+from modeling_llava_stf.modeling_llava_stf import CACHE
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXT = 50
@@ -75,7 +78,7 @@ def test_weights(config):
 
 def test_cache(model, processor, picture):
     inputs = processor(images=picture("wide.png"), text="<image> What is it?", return_tensors="pt")
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = model(**inputs, use_cache=True)[CACHE]
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
     text = inputs["input_ids"].shape[1] - model.config.tokens_per_image
     assert count.cache_bytes(model.config, text) == count.BYTES * numbers
@@ -90,10 +93,47 @@ def test_published_counts_of_the_7b():
 
 
 def test_command(checkpoint):
-    command = [sys.executable, str(ROOT / "benchmarks" / "count.py"), "stf-7b", str(checkpoint)]
+    command = [sys.executable, "-m", "benchmarks", "count", "stf-7b", str(checkpoint)]
     printed = subprocess.run(
         command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
     )
     lines = printed.stdout.splitlines()
     assert lines[2] == "| tokens of an image | 144 | 4 |"
     assert len({line.count("|") for line in lines}) == 1
+
+
+def matrices(network, pattern=""):
+    return sum(w.numel() for name, w in network.named_parameters() if w.ndim > 1 and re.search(pattern, name))
+
+
+def test_weights_that_each_recipe_trains():
+    config = count.NAMED["stf-7b"]()
+    config.text_config.num_hidden_layers = 2
+    network = on_meta(config)
+    everything = matrices(network) - matrices(network, "position_embedding")
+    for name in ("pretrain", "finetune"):
+        settings = training_needs.recipe(name)
+        trained, frozen, quantised = training_needs.weights(config, settings)
+        assert trained == matrices(network, settings["trainable"])
+        assert trained + frozen == everything and quantised == 0
+    for name in ("finetune_lora", "finetune_qlora"):
+        settings = training_needs.recipe(name)
+        config_of = LoraConfig(
+            r=settings["lora_r"],
+            target_modules=settings["lora_target_modules"],
+            modules_to_save=settings["lora_modules_to_save"],
+        )
+        adapted = get_peft_model(on_meta(config), config_of)
+        trained, frozen, quantised = training_needs.weights(config, settings)
+        assert trained == sum(w.numel() for w in adapted.parameters() if w.requires_grad and w.ndim > 1)
+        assert frozen + quantised == everything
+        assert quantised == (count.decoder_weights(config) if "qlora" in name else 0)
+
+
+def test_more_devices_need_less_memory_where_they_share():
+    config = count.NAMED["stf-7b"]()
+    for way in training_needs.WAYS:
+        one, eight = (training_needs.memory(config, way, devices, text=200) for devices in (1, 8))
+        assert (eight < one) == bool(way.trained_shared), way.name
+    assert training_needs.memory(config, training_needs.WAYS[2], 1, 200) < 24e9  # QLoRA on a card of 24 GB
+    assert training_needs.memory(config, training_needs.WAYS[3], 8, 200) > 80e9  # the full model, not shared

@@ -7,6 +7,8 @@ import torch
 import transformers
 from packaging.version import Version
 
+from modeling_llava_stf.modeling_llava_stf import CACHE
+
 TEXT = "USER: Name a city. ASSISTANT:"
 ONE = "USER: <image>\nWhat is this? ASSISTANT:"
 TWO = "USER: <image> and <image>\nWhat differs? ASSISTANT:"
@@ -224,7 +226,7 @@ def test_second_turn_continues_from_the_cache(model, processor, inputs_of):
     ids = torch.cat([first.sequences, turn(processor, "USER: And now? ASSISTANT:")], dim=1)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     expected = generate(model, inputs | {"pixel_values": first_inputs["pixel_values"]})
-    continued = generate(model, inputs | {"past_key_values": copy.deepcopy(first.past_key_values)})
+    continued = generate(model, inputs | {CACHE: copy.deepcopy(first[CACHE])})
     assert torch.equal(continued, expected)
 
 
@@ -235,7 +237,7 @@ def test_second_turn_brings_its_own_image(model, processor, inputs_of):
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     pixels = torch.cat([first_inputs["pixel_values"], second["pixel_values"]])
     expected = generate(model, inputs | {"pixel_values": pixels})
-    new = {"pixel_values": second["pixel_values"], "past_key_values": first.past_key_values}
+    new = {"pixel_values": second["pixel_values"], CACHE: first[CACHE]}
     assert torch.equal(generate(model, inputs | new), expected)
 
 

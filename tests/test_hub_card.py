@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import zlib
 
 import pytest
 import torch
@@ -14,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
 from conversion import to_hub
-from hub_card import Facts, check, gather
+from hub_card import Facts, check, freeze, gather
 from hub_card.__main__ import main
 from hub_card.card import ROOT, name_base, pinned_versions, snippet_of
-from hub_card.check import check_paths, compare_use, files_left_out, published_files, use
+from hub_card.check import check_paths, compare_use, use
 from hub_card.picture import draw_method
 from hub_card.results import read_evaluation, read_speed
 from modeling_llava_stf import LlavaSTFConfig
@@ -44,7 +45,7 @@ def folder(card_folder, tmp_path):
 @pytest.fixture(scope="module")
 def found(card_folder):
     """What a fresh process says of it."""
-    return use(card_folder, snippet_of((card_folder / "README.md").read_text())[0])
+    return use(freeze(card_folder), snippet_of((card_folder / "README.md").read_text())[0])
 
 
 @pytest.fixture
@@ -284,7 +285,7 @@ def test_render_remembers_what_it_was_told(folder, run):
     assert run("render", folder, "--tag", "v2")[0] == 0
     assert text_of(folder) == once.replace('"v1"', '"v2"').replace("--revision v1", "--revision v2")
     assert "> Random weights." in once
-    assert ".hub_card.json" in files_left_out(folder)
+    assert ".hub_card.json" in freeze(folder).left_out
 
 
 @pytest.mark.parametrize(
@@ -329,6 +330,13 @@ def put_in_weights(folder, **changes):
     name = next(iter(weights))
     weights[name].view(-1)[0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt", **changes})
+
+
+def write_chunk(path, name, data):
+    """Puts a chunk into a PNG, in front of its end."""
+    content = path.read_bytes()
+    chunk = len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+    path.write_bytes(content[:-12] + chunk + content[-12:])
 
 
 def truncate(path):
@@ -400,9 +408,9 @@ def test_each_fault_is_found_alone(fault, folder, monkeypatch):
 
 def test_what_only_looks_like_a_path_is_none(folder):
     edit_json(folder / "tokenizer.json", merges=["/home/me x"])  # words of a vocabulary
-    (folder / "example.png").write_bytes((folder / "example.png").read_bytes() + b"\xff ~/x C:\\x")  # by chance
+    write_chunk(folder / "example.png", b"hIST", b"\xff ~/x C:\\x")  # by chance
     edit_card(folder, "## Use", "See https://some.org/data/x, `a/b/c` and USER:\\n.\n\n## Use")
-    assert not list(check_paths(folder))
+    assert not list(check_paths(freeze(folder)))
 
 
 def test_all_faults_are_listed(folder, run):
@@ -425,14 +433,14 @@ def test_state_of_a_run_is_left_out(folder):
     shutil.copy(folder / "config.json", folder / "checkpoint-1")
     (folder / ".git").mkdir()
     (folder / ".git" / "config").write_text("")
-    before = {path.as_posix() for path in published_files(folder)}
-    assert files_left_out(folder) == {
+    frozen = freeze(folder)
+    assert frozen.left_out == {
         **dict.fromkeys(["optimizer.pt", "rng_state.pth", "scheduler.pt"], "state of a training run"),
         **dict.fromkeys(["trainer_state.json", "training_args.bin"], "state of a training run"),
         "checkpoint-1/": "a checkpoint of its own",
         ".git/": "hidden",
     }
-    assert not any(name.startswith(("checkpoint", "train", "opt", ".git")) for name in before)
+    assert not any(name.startswith(("checkpoint", "train", "opt", ".git")) for name in frozen.files)
 
 
 # Use: in a fresh process
@@ -474,6 +482,8 @@ def test_missing_weights_and_broken_snippets_are_found(folder):
     assert check(folder) == [f"use: missing weight: {name}"]
     edit_card(folder, "from transformers import pipeline", "from transformers import pipelines as pipeline")
     (problem,) = check(folder)
+    assert problem.startswith("snippet: it is not what this package writes, and was not run")
+    (problem,) = check(folder, run_code=True)
     assert problem.startswith("use: it does not load in a fresh process: TypeError")
 
 
@@ -485,4 +495,9 @@ def test_an_adapter_without_a_base_on_the_hub_is_refused(folder):
         name_base(folder, "/home/me/base", "v1")
     name_base(folder, "some/base", "v2")
     settings = json.loads((folder / "adapter_config.json").read_text())
-    assert settings == {"base_model_name_or_path": "some/base", "revision": "v2"}
+    assert settings == {
+        "base_model_name_or_path": "some/base",
+        "revision": "v2",
+        "task_type": None,
+        "auto_mapping": {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"},
+    }

@@ -24,10 +24,10 @@ from peft import PeftModel
 from transformers import BitsAndBytesConfig
 
 from conversion import convert
-from hub_card import HubError, check, gather, plan, publish, write_card
+from hub_card import HubError, check, freeze, gather, plan, publish, write_card
 from hub_card.__main__ import main
 from hub_card.card import name_base, snippet_of
-from hub_card.check import ADAPTERS_OFFLINE, CHECKS, files_left_out
+from hub_card.check import ADAPTERS_OFFLINE, CHECKS
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
@@ -239,8 +239,9 @@ def test_what_a_stranger_gets(world, model, reply, processor, adapter_folder, ca
     card = gather(checkpoint, "some/trained", CARD_FACTS)
     write_card(checkpoint, card)
     assert card.training["steps"] == "2 of 2" and "## Training" in card.render()
-    assert [problem for find in CHECKS for problem in find(checkpoint)] == []
-    assert {"optimizer.pt", "training_args.bin", "trainer_state.json"} <= files_left_out(checkpoint).keys()
+    frozen = freeze(checkpoint)
+    assert frozen.refused == [] and [problem for find in CHECKS for problem in find(frozen)] == []
+    assert {"optimizer.pt", "training_args.bin", "trainer_state.json"} <= frozen.left_out.keys()
 
     (collection,) = world["hub"].collections.values()
     assert collection["title"] == "LLaVA-STF" and collection["owner"]["name"] == OWNER
@@ -473,7 +474,10 @@ def test_render_check_and_publish_from_the_command_line(hub, checkpoint, tmp_pat
     hub.requests.clear()
     status, output, _ = run("publish", folder, TINY, "--dry-run", "--private", "--collection", "All")
     assert status == 0 and output.endswith("nothing was sent\n") and not hub.requests
-    assert re.search(r"\d\.\d+M?B? +model.safetensors\n", output) and "not sent  .hub_card.json (hidden)" in output
+    assert (
+        re.search(r"\d\.\d+M?B? +model.safetensors +sha256 [0-9a-f]{12}\n", output)
+        and "not sent  .hub_card.json (hidden)" in output
+    )
     assert f"branch main of {hub.endpoint}/{TINY} (private, if it is new)" in output
 
     hub.fail("POST", "/commit/", status=503, times=1)

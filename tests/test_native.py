@@ -7,8 +7,10 @@ import sys
 
 import pytest
 import torch
+import transformers
 from accelerate import cpu_offload
 from conftest import GOLDENS
+from packaging import version
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -16,6 +18,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from conversion import convert
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFModel
+from modeling_llava_stf.modeling_llava_stf import CACHE
 
 SAME = {"rtol": 0, "atol": 2e-5}
 LANGUAGE_LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -152,7 +155,7 @@ def test_cached_equals_uncached(model_and_inputs):
     for step in range(tokens.shape[1]):
         seen = mask[:, : prompt.shape[1] + step + 1]
         token = tokens[:, step : step + 1]
-        outputs = model(token, attention_mask=seen, past_key_values=outputs.past_key_values)
+        outputs = model(token, attention_mask=seen, **{CACHE: outputs[CACHE]})
         steps.append(outputs.logits)
     torch.testing.assert_close(torch.cat(steps, dim=1), full[:, -tokens.shape[1] - 1 :], **SAME)
 
@@ -214,11 +217,19 @@ def test_export(model_and_inputs):
 # Training
 
 
+def enable_checkpointing(model, use_reentrant):
+    """By the name of the installed transformers: the older one is deprecated since 5.23."""
+    if version.parse(transformers.__version__).release >= (5, 23):
+        model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_gradient_checkpointing_changes_nothing(use_reentrant, model_and_inputs):
     model, inputs = model_and_inputs
     loss, gradients = loss_and_gradients(model.train(), inputs)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    enable_checkpointing(model, use_reentrant)
     runs = {"language": 0, "vision": 0}
 
     def count(name):
@@ -262,7 +273,7 @@ def test_frozen_tower_never_runs_backward(use_reentrant, model, inputs):
     model.train()
     tower = model.model.vision_tower.requires_grad_(False)
     if use_reentrant is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+        enable_checkpointing(model, use_reentrant)
         model.enable_input_require_grads()
     seen = []
 
@@ -323,7 +334,7 @@ def test_adapters_of_the_language_model_only(model, inputs):
 
 def test_adapters_of_all_linear_layers(model, inputs):
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
-    adapted.gradient_checkpointing_enable()
+    enable_checkpointing(adapted, True)
     adapted.enable_input_require_grads()
     _, gradients = loss_and_gradients(adapted.train(), inputs)
     trained = {name for name, gradient in gradients.items() if gradient is not None and gradient.any()}

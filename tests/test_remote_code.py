@@ -76,7 +76,7 @@ def with_auto_classes(folder, picture, prompt, max_new_tokens, destination):
     base, info = loaded("AutoModel", output_loading_info=True)
     inputs = processor(images=picture, text=prompt, return_tensors="pt")
     classes, tokens = [type(thing) for thing in (config, processor, processor.image_processor, base)], {}
-    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM"):
+    for name in ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForPreTraining"):
         model = loaded(name)
         output = model.generate(**inputs, do_sample=False, max_new_tokens=int(max_new_tokens))
         tokens[name] = output[0, inputs["input_ids"].shape[1] :].tolist()
@@ -85,8 +85,8 @@ def with_auto_classes(folder, picture, prompt, max_new_tokens, destination):
     processor.save_pretrained(destination)
     try:
         causal = type(loaded("AutoModelForCausalLM")).__name__
-    except ValueError:
-        causal = "ValueError"
+    except ValueError as error:
+        causal = str(error)
     return {
         "package": package,
         "classes": [kind.__name__ for kind in classes],
@@ -151,18 +151,18 @@ def test_loads_without_the_package(alone):
     assert all(module.startswith("transformers_modules.x.") for module in found["modules"])
     generator = "LlavaSTFForConditionalGeneration"
     processors = ["LlavaSTFProcessor", "LlavaSTFImageProcessor"]
-    assert found["classes"] == ["LlavaSTFConfig", *processors, "LlavaSTFModel", generator, generator]
+    assert found["classes"] == ["LlavaSTFConfig", *processors, "LlavaSTFModel", *[generator] * 3]
     assert not found["missing"]
 
 
 def test_greedy_tokens_without_the_package(alone, goldens):
     expected = golden_case(goldens, "short_image")["new_tokens"]
     found, _ = alone
-    assert found["tokens"] == {"AutoModelForImageTextToText": expected, "AutoModelForMultimodalLM": expected}
+    assert found["tokens"] == dict.fromkeys(found["tokens"], expected) and len(found["tokens"]) == 3
 
 
 def test_is_not_a_model_of_text_alone(alone):
-    assert alone[0]["causal"] == "ValueError"
+    assert "AutoModelForImageTextToText" in alone[0]["causal"]  # a hint, where people look first
 
 
 def test_pipeline_answers(piped, goldens, processor):
@@ -236,6 +236,7 @@ def test_code_references_name_files_of_the_folder(piped):
         "AutoModel",
         "AutoModelForImageTextToText",
         "AutoModelForMultimodalLM",
+        "AutoModelForPreTraining",
         "AutoProcessor",
     }
     for _, reference in references:

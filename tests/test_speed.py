@@ -10,6 +10,7 @@ from transformers import CompileConfig
 
 from benchmarks.systems import OURS, OURS_COMPILED, STOCK, System, eager_systems
 from modeling_llava_stf import modeling_llava_stf as code
+from modeling_llava_stf.modeling_llava_stf import CACHE
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMPILED, ASK_MANY = re.findall(r"```python\n(.*?)```", README.partition("## Speed")[2].partition("\n## ")[0], re.S)
@@ -124,7 +125,7 @@ def test_steps_wait_for_the_device_no_more_than_the_stock_models():
         inputs = {"input_ids": ids, "pixel_values": pixels, "attention_mask": torch.ones_like(ids)}
         with Waits() as mode:
             system.model.generate(
-                **inputs, past_key_values=cache, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False
+                **inputs, **{CACHE: cache}, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False
             )
         return mode.count
 

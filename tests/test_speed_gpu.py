@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from benchmarks.systems import OURS, OURS_COMPILED, compile_system, eager_systems
+from modeling_llava_stf.modeling_llava_stf import CACHE
 
 pytestmark = pytest.mark.gpu
 
@@ -21,7 +22,7 @@ def test_cuda_graphs_answer_as_eager_passes(counters):
         expected = ours.model.generate(**inputs, pixel_values=pixels, do_sample=False)
         cache.reset()
         tokens = compiled.model.generate(
-            **inputs, pixel_values=pixels, do_sample=False, past_key_values=cache, disable_compile=True
+            **inputs, pixel_values=pixels, do_sample=False, **{CACHE: cache}, disable_compile=True
         )
         assert torch.equal(tokens, expected)
         graphs.append(counters["stats"]["unique_graphs"])

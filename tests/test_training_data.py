@@ -1,6 +1,7 @@
 """Rows from every source, what is wrong with them, and the original's labels in batches."""
 
 import json
+import re
 
 import datasets
 import numpy as np
@@ -399,3 +400,293 @@ def test_check_command(broken, checkpoint, tmp_path):
     assert "cut.png" in result.stdout and "gone.png" in result.stdout
     assert Image.open(plot).size[0] > 500
     assert "There is no file" in run("check", tmp_path / "no.json", "--model", checkpoint).stderr
+
+
+# Rows are trained exactly as they are written, or refused by name
+
+
+def human(text, **keys):
+    return {"from": "human", "value": text, **keys}
+
+
+def gpt(text, **keys):
+    return {"from": "gpt", "value": text, **keys}
+
+
+def says(role, content, **keys):
+    return {"role": role, "content": content, **keys}
+
+
+def text(value, /, **keys):
+    return {"type": "text", "text": value, **keys}
+
+
+def llava(*turns, **keys):
+    return {"conversations": list(turns), **keys}
+
+
+def trl(question, answer="A shape.", **keys):
+    return {"messages": [says("user", question), says("assistant", answer)], **keys}
+
+
+ONE = {"image": "wide.png"}
+TWO = {"images": ["wide.png", "alpha.png"]}
+PICTURE = {"type": "image"}
+HI = human("Hi"), gpt("Ho")
+
+REFUSED = {
+    "a number as text": (trl("Hi", [text(4)]), "the text of a part of assistant is 4, expected a text"),
+    "a bool as text": (trl([text(True)]), "the text of a part of user is True, expected a text"),
+    "null as text": (trl("Hi", [text(None)]), "is None, expected a text"),
+    "no text": (trl("Hi", [{"type": "text"}]), "is None, expected a text"),
+    "a list as text": (trl("Hi", [text(["a"])]), r"is \['a'\], expected a text"),
+    "an object as text": (trl("Hi", [text({"a": 1})]), "expected a text"),
+    "value for text": (trl("Hi", [{"type": "text", "value": "Ho"}]), "a part has 'value': 'Ho'"),
+    "value beside text": (trl("Hi", [text("Ho", value="Hm")]), "a part has 'value': 'Hm'"),
+    "a number as answer": (llava(human("Hi"), gpt(4)), "what a turn of assistant says is 4, expected a text"),
+    "null as answer": (llava(human("Hi"), gpt(None)), "what a turn of assistant says is None"),
+    "an unknown part": (
+        trl([{"type": "audio", "audio": "a.wav"}]),
+        "expected an object of the type text, image or video",
+    ),
+    "a part with an odd type": (trl([{"type": ["text"], "text": "Hi"}]), "expected an object of the type text"),
+    "a picture with a text": (trl([{"type": "image", "text": "A cat"}, text("Hi")], **ONE), "has a text: 'A cat'"),
+    "a system text of the row": (llava(*HI, system="Be brief."), "a row has 'system': 'Be brief.'.*first turn"),
+    "tools of the row": (llava(*HI, tools=[{"name": "f"}]), "a row has 'tools'"),
+    "a template of the row": (llava(*HI, chat_template="{{ x }}"), "a row has 'chat_template'"),
+    "a call of a tool": (llava(human("Hi"), gpt("Ho", tool_calls=[{"name": "f"}])), "a turn has 'tool_calls'"),
+    "a name": (llava(human("Hi", name="Eve"), gpt("Ho")), "a turn has 'name': 'Eve'"),
+    "a thought": (llava(human("Hi"), gpt("Ho", reasoning_content="Hm")), "a turn has 'reasoning_content'"),
+    "an answer of weight 0": (llava(human("Hi"), gpt("Ho", weight=0)), "a turn of assistant has 'weight': 0"),
+    "an answer of weight 0.5": (llava(human("Hi"), gpt("Ho", weight=0.5)), "'weight': 0.5"),
+    "an answer without loss": (llava(human("Hi"), gpt("Ho", loss=False)), "'loss': False"),
+    "an answer not to train": (llava(human("Hi"), gpt("Ho", train=False)), "'train': False"),
+    "a masked answer": (llava(human("Hi"), gpt("Ho", mask=True)), "'mask': True"),
+    "a question to train": (llava(human("Hi", train=True), gpt("Ho")), "a turn of user has 'train': True"),
+    "a row of weight 0": (llava(*HI, weight=0), "a row has 'weight': 0"),
+    "image and images": (llava(human("<image>\nHi"), gpt("Ho"), **ONE, **TWO), "both `image` and `images`"),
+    "video and videos": (llava(*HI, video="a.mp4", videos=["b.mp4"]), "both `video` and `videos`"),
+    "a picture in a part": (trl([{"type": "image", "image": "alpha.png"}, text("Hi")], **ONE), "a part has 'image'"),
+    "a URL in a part": (trl([{"type": "image", "url": "alpha.png"}, text("Hi")]), "a part has 'url'"),
+    "a picture in a turn": (llava(human("<image>\nHi", image="wide.png"), gpt("Ho")), "a turn has 'image'"),
+    "parts out of order": (trl([{**PICTURE, "index": 1}, {**PICTURE, "index": 0}], **TWO), "the index 1, expected 0"),
+    "an empty answer": (llava(human("Hi"), gpt("")), "an answer is empty or blank"),
+    "a blank answer": (llava(*HI, human("More"), gpt(" \n")), "an answer is empty or blank"),
+    "an answer without parts": (trl("Hi", []), "an answer is empty or blank"),
+    "a lone surrogate": (llava(human("Hi"), gpt("x \ud83d y")), r"has '\\ud83d' at character 2"),
+    "a list as role": (llava({"from": ["human"], "value": "Hi"}, gpt("Ho")), r"the role \['human'\]"),
+    "null as role": (llava({"from": None, "value": "Hi"}, gpt("Ho")), "the role None"),
+    "prompt and completion": ({"prompt": "Hi", "completion": "Ho"}, '"content": prompt.*"content": completion'),
+    "query and response": ({"query": "Hi", "response": "Ho"}, 'expected `messages` and `images`.*"content": query'),
+    "instruction and output": ({"instruction": "Hi", "output": "Ho"}, '"content": instruction.*"content": output'),
+    "preferences": ({"prompt": "Hi", "chosen": "Ho", "rejected": "Hm"}, "examples/dpo.py"),
+    "a text alone": ({"text": "Hi Ho"}, "it has the columns id, text, but no turns, expected `messages`"),
+    "conversations and messages": ({**llava(*HI), **trl("Hi")}, "both `conversations` and `messages`"),
+    "value and content": (llava(human("Hi"), gpt("Ho", content="Hm")), "both 'value' .'Ho'. and 'content' .'Hm'."),
+    "from and role": (llava(human("Hi"), gpt("Ho", role="user")), "both 'from' .'gpt'. and 'role' .'user'."),
+    "two questions": (llava(human("Hi"), *HI), "Two messages in a row are from 'user'"),
+    "a late system text": ({"messages": [*trl("Hi")["messages"], says("system", "S")]}, "The role is 'system'"),
+    "an end token": (llava(human("Hi"), gpt("Ho</s>")), "a text has '</s>'"),
+    "a start token": (llava(human("Hi <s>"), gpt("Ho")), "a text has '<s>'"),
+    "an unknown token": (llava(human("Hi"), gpt("<unk>")), "a text has '<unk>'"),
+    "a placeholder in an answer": (llava(human("Hi"), gpt("a <image>"), **ONE), "outside of the turns of the user"),
+    "a picture in an answer": (trl("Hi", [PICTURE, text("Ho")], **ONE), "outside of the turns of the user"),
+    "a placeholder too many": (trl([PICTURE, text("See <image>")], **ONE), "2 <image> for 1 images"),
+    "a literal video": (llava(human("Hi <video>"), gpt("Ho")), "1 <video> for 0 videos"),
+    "text for bytes": (llava(human("<image>\nHi"), gpt("Ho"), image={"bytes": "abc"}), "bad image: {'bytes': 'abc'}"),
+    "a path that is no text": (llava(human("<image>\nHi"), gpt("Ho"), image="a\udc00.png"), r"bad image: a path has"),
+    "null": (None, "it is None, expected an object"),
+    "a number": (7, "it is 7, expected an object"),
+}
+USED = {
+    "quotes": (trl("Hi", [text('Yes.\nIt is "so".')]), ["Hi", 'Yes.\nIt is "so".']),
+    "digits": (trl("Hi", [text("4")]), ["Hi", "4"]),
+    "a word of JSON": (trl([text("null")], "true"), ["null", "true"]),
+    "quoted": (trl("Hi", '"STOP"'), ["Hi", '"STOP"']),
+    "a date": (trl("Hi", "2020-01-01 00:00:00"), ["Hi", "2020-01-01 00:00:00"]),
+    "an empty system text": (llava(*HI, system=""), ["Hi", "Ho"]),
+    "weights as they are": (llava(human("Hi", weight=0), gpt("Ho", weight=1)), ["Hi", "Ho"]),
+    "masks as they are": (llava(human("Hi", masked=True), gpt("Ho", masked=False)), ["Hi", "Ho"]),
+    "no name": (llava(human("Hi", name=None), gpt("Ho", tool_calls=[])), ["Hi", "Ho"]),
+    "numbered parts": (trl([{**PICTURE, "index": 0, "text": None}, text("Hi", index=None)], **ONE), ["Hi", "A shape."]),
+    "both kinds of keys": (llava({"from": "human", "content": "Hi"}, says("assistant", "Ho")), ["Hi", "Ho"]),
+    "an empty question": (llava(human(""), gpt("Ho")), ["", "Ho"]),
+    "a question at the end": (llava(*HI, human("More?")), ["Hi", "Ho", "More?"]),
+    "a system text": ({"messages": [says("system", "S"), *trl("Hi")["messages"]]}, ["S", "Hi", "A shape."]),
+}
+
+
+def checked_rows(rows, processor, folder, name="data.json"):
+    named = [{"id": key, **row} if isinstance(row, dict) else row for key, row in rows.items()]
+    found = load_rows(write_json(folder, named, name), str(IMAGES))
+    return list(check_rows(found, Checker(processor, processor.chat_template["default"], 4096, decode=True)))
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_row_is_used_as_it_is_written_or_refused_by_name(name, processor, tmp_path):
+    """All in one file: no row changes another, and none but its own row is refused."""
+    refused = {key: row for key, (row, _) in REFUSED.items()}
+    used = {key: row for key, (row, _) in USED.items()}
+    rows = checked_rows({**refused, **used}, processor, tmp_path, name)
+    for row, (key, (source, reason)) in zip(rows, REFUSED.items(), strict=False):
+        assert row["id"] == (key if isinstance(source, dict) else str(rows.index(row)))
+        assert re.search(reason, row["problem"]), (key, row["problem"])
+    kept = rows[len(REFUSED) :]
+    for row, (key, (_, texts)) in zip(kept, USED.items(), strict=True):
+        assert row["problem"] == "" and row["notes"] == [], key
+        assert [
+            part["text"] for turn in row["messages"] for part in turn["content"] if part["text"] is not None
+        ] == texts
+    Collator(processor, assistant_only_loss=True)(kept)
+
+
+def test_what_the_check_accepts_and_refuses_the_batch_does_too(processor, tmp_path):
+    """Rows that never saw the check, as TRL gives them."""
+    collator = Collator(processor, assistant_only_loss=True)
+    for name in (
+        "a number as text",
+        "an answer of weight 0",
+        "a blank answer",
+        "an end token",
+        "prompt and completion",
+    ):
+        row, reason = REFUSED[name]
+        with pytest.raises(DataError, match=f"bad conversation: .*{reason}"):
+            collator([{"images": [], **row}])
+
+
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+@pytest.mark.parametrize("streaming", [False, True])
+def test_json_in_a_folder_is_read_as_json(name, streaming, tmp_path):
+    """`datasets` 5.2.0 makes JSON of texts beside a number: a quoted text loses its marks, `4` becomes a number."""
+    answers = ["Yes.\nIt is.", '"STOP"', "4", 4, "2020-01-01 00:00:00"]
+    folder = tmp_path / "data"  # the cache is beside it
+    folder.mkdir()
+    write_json(folder, [trl([text("Hi")], [text(answer)]) for answer in answers], name)
+    rows = list(load_rows(str(folder), streaming=streaming))
+    assert [row["problem"] != "" for row in rows] == [False, False, False, True, False]
+    assert [row["messages"][1]["content"][0]["text"] for row in rows if not row["problem"]] == [
+        answer for answer in answers if answer != 4
+    ]
+    with pytest.raises(DataError, match="has no split 'other', only train"):
+        load_rows(str(folder), split="other", streaming=streaming)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_datasets_whose_rows_differ_in_kind(kind, tmp_path):
+    answers = ["Yes.\nIt is.", [text("Parts.")], [text(4)], [text(True)], [{"type": "text", "value": "x"}]]
+    source = datasets.Dataset.from_list([trl("Hi", answer) for answer in answers], on_mixed_types="use_json")
+    path = tmp_path / ("train.parquet" if kind == "parquet" else "saved")
+    source.to_parquet(path) if kind == "parquet" else source.save_to_disk(path)
+    rows = list(load_rows(str(path)))
+    assert [row["problem"] != "" for row in rows] == [False, False, True, True, True]
+    assert [contents(row)[1] for row in rows[:2]] == [[("text", "Yes.\nIt is.")], [("text", "Parts.")]]
+
+
+def test_columns_that_a_dataset_gives_to_all_rows(tmp_path):
+    """Arrow fills what a row does not have with null."""
+    turns = [says("user", "Hi", name=None), says("assistant", "Ho", weight=1)]
+    rows = [{"messages": turns, "system": None}, {"messages": turns, "system": "Be brief."}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "train.parquet")
+    plain, system = load_rows(str(tmp_path / "train.parquet"))
+    assert plain["problem"] == "" and "'system': 'Be brief.'" in system["problem"]
+
+
+@pytest.mark.parametrize(
+    "columns, hint",
+    [
+        (["prompt", "completion"], '"content": prompt.*"content": completion'),
+        (["question", "answer"], '"content": question.*"content": answer'),
+        (["prompt", "chosen", "rejected"], "examples/dpo.py"),
+    ],
+)
+def test_datasets_of_other_formats_name_the_columns_wanted(columns, hint, tmp_path):
+    datasets.Dataset.from_dict({column: ["a"] for column in columns}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=f"expected `messages` and `images` .*{hint}"):
+        load_rows(str(tmp_path / "train.parquet"))
+
+
+def test_damage_in_a_file_is_that_of_its_row(tmp_path):
+    good = json.dumps(llava(*HI))
+    lines = tmp_path / "data.jsonl"
+    twice = '{"conversations": [{"from": "human", "value": "Hi", "value": "Hm"}, {"from": "gpt", "value": "Ho"}]}'
+    latin = good.replace("Ho", "\xf6").encode("latin-1")
+    lines.write_bytes(b"\n".join([good.encode(), b"{broken", twice.encode(), latin, b'{"id": NaN}']))
+    problems = [row["problem"] for row in load_rows(str(lines))]
+    expected = ["^$", "line 2 is not valid JSON", "the keys from, value twice", r"has '\\udcf6'.*no UTF-8", "no turns"]
+    assert all(re.search(*pair) for pair in zip(expected, problems, strict=True)), problems
+    assert [row["id"] for row in load_rows(str(lines))] == list("01234")
+    whole = tmp_path / "object.json"
+    whole.write_text(json.dumps({"data": []}, indent=1))
+    with pytest.raises(DataError, match="object.json has no row, expected an object for each, in a list or one a line"):
+        load_rows(str(whole))
+
+
+FRONT, ONE_KEPT, DIVIDED, LEFT_OUT = "comes first", "one is kept", "divided by a line break", "leaves out a text"
+CHANGED = {
+    "two places": (llava(human("First <image> then <image>"), gpt("Ho"), **TWO), [FRONT]),
+    "the end": (llava(human("What is it?\n<image>"), gpt("Ho"), **ONE), [FRONT]),
+    "blanks": (llava(human("<image>\n What is it? "), gpt("Ho"), **ONE), [FRONT]),
+    "one picture twice": (llava(human("<image>\nSame as <image>?"), gpt("Ho"), **ONE), [ONE_KEPT, FRONT]),
+    "between parts": (trl([text("one "), PICTURE, text("two")], **ONE), [FRONT]),
+    "between words": (trl([text("one"), PICTURE, text("two"), PICTURE, text("cmp")], **TWO), [DIVIDED, FRONT]),
+    "two texts": (trl([text("one"), text("two")]), [DIVIDED]),
+    "an answer first": (llava(gpt("Welcome."), *HI), [LEFT_OUT]),
+    "words of the system text": (llava(gpt("a curious user"), *HI), [LEFT_OUT]),
+    "at the front": (llava(human("<image>\nWhat is it?"), gpt("Ho"), **ONE), []),
+    "two at the front": (llava(human("<image>\n<image>\nWhat is it?"), gpt("Ho"), **TWO), []),
+    "nothing but a picture": (llava(human("<image>"), gpt("Ho"), **ONE), []),
+    "parts at the front": (trl([PICTURE, text("What is it?")], **ONE), []),
+    "no place at all": (trl("What is it?", **ONE), []),
+    "texts with a blank": (trl([text("one "), text("two")]), []),
+}
+
+
+def test_changes_are_counted_and_named(processor, tmp_path):
+    rows = checked_rows({key: row for key, (row, _) in CHANGED.items()}, processor, tmp_path)
+    for row, (key, (_, notes)) in zip(rows, CHANGED.items(), strict=True):
+        assert row["problem"] == "" and len(row["notes"]) == len(notes), (key, row["notes"])
+        assert all(label in note for label, note in zip(notes, row["notes"], strict=True)), (key, row["notes"])
+    report = Report.of(datasets.Dataset.from_list(rows))
+    front = sum(FRONT in labels for _, labels in CHANGED.values())
+    (line,) = (line for line in report.lines(4096) if FRONT in line)
+    assert line.endswith(f"as in the original: {front} row(s), the first is two places")
+
+
+def test_the_question_that_stage_1_leaves_out_is_counted(processor):
+    checker = Checker(processor, processor.chat_template["plain"], 4096, decode=False)
+    notes = [row["notes"] for row in check_rows(load_rows(str(CAPTIONS), str(IMAGES)), checker)]
+    assert [any(LEFT_OUT in note for note in found) for found in notes] == [True, False, True]
+
+
+def test_a_key_that_nothing_reads_is_named_once(processor, tmp_path, caplog):
+    rows = {f"row {number}": llava(human("Hi", mood="good"), gpt("Ho"), source="web") for number in range(30)}
+    path = write_json(tmp_path, [{"id": name, **row} for name, row in rows.items()])
+    found = checked(path, processor)
+    report = Report.of(found)
+    fit_rows(found, report, "error", "error")
+    for key, where in (("source", "a row"), ("mood", "a turn")):
+        line = f"note: nothing reads the key '{key}' of {where}: 30 row(s), the first is row 0"
+        assert line in report.lines(256) and caplog.messages.count(line) == 1
+    caplog.clear()
+    checker = Checker(processor, processor.chat_template["default"], 256, decode=True)
+    assert len(list(fit_stream(load_rows(path).to_iterable_dataset(), checker, "error", "error"))) == 30
+    assert sum("'source'" in message for message in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("roles", [["system", "user", "assistant"], ["user", "assistant"] * 2, ["assistant", "user"]])
+def test_stage_1_has_one_question_and_one_caption(roles, processor, tmp_path):
+    turns = [says(role, "<image>" if role == "user" and place < 2 else "x") for place, role in enumerate(roles)]
+    path = write_json(tmp_path, [{"messages": turns, **ONE}])
+    rows = load_rows(path, str(IMAGES))
+    (row,) = check_rows(rows, Checker(processor, processor.chat_template["plain"], 4096, decode=False))
+    assert re.search("expected one message of 'user' with the image and one of 'assistant'", row["problem"])
+
+
+def test_a_video_in_stage_1_is_a_video(processor, tmp_path):
+    row = {"video": ["frame_0.png", "frame_1.png"], "conversations": conversation("<image>")}
+    checker = Checker(processor, processor.chat_template["plain"], 4096, decode=True)
+    (found,) = check_rows(load_rows(write_json(tmp_path, [row]), str(IMAGES)), checker)
+    batch = Collator(processor, assistant_only_loss=True, chat_template=processor.chat_template["plain"])([found])
+    assert found["problem"] == "" and batch["pixel_values"].shape[0] == 2
+    assert found["length"] == batch["input_ids"].shape[1]

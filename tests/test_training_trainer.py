@@ -12,7 +12,7 @@ from training_runs import CAPTIONS, CONVERSATIONS, IMAGES, eight_rows, trainer_o
 from trl import ModelConfig
 
 from conversion import to_original
-from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training import DataError, LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.__main__ import load_model
 from training.sampler import ModalityLengthSampler, modality_length_order
@@ -456,3 +456,12 @@ def test_processes_that_would_each_train_by_themselves_are_refused(trainer, monk
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were launched.*--use_cpu true"):
         LlavaSTFTrainer(run.model, run.args, train_dataset=run.train_dataset, processing_class=run.processing_class)
+
+
+def test_pictures_are_saved_as_they_are_trained(trainer, tmp_path):
+    run = trainer(do_exif_transpose=False, alpha_background="white")
+    run.save_model(str(tmp_path / "saved"))
+    for processor in (run.data_collator.processor, LlavaSTFProcessor.from_pretrained(tmp_path / "saved")):
+        assert processor.image_processor.do_exif_transpose is False
+        assert processor.image_processor.alpha_background == "white"
+    assert trainer().processing_class.image_processor.do_exif_transpose is True

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from conftest import GOLDENS
 from safetensors.torch import load_file
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
 from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.__main__ import DataArguments, make_trainer
+from training.settings import Parser
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "training" / "recipes"
@@ -42,7 +43,7 @@ def options(recipe: str, model: Path, data: Path, output: Path, **changes) -> li
 
 def trainer_of(recipe: str, model: Path, data: Path, output: Path, **changes) -> LlavaSTFTrainer:
     """The trainer that the command would use."""
-    parser = TrlParser((DataArguments, LlavaSTFTrainingArguments, ModelConfig))
+    parser = Parser((DataArguments, LlavaSTFTrainingArguments, ModelConfig))
     return make_trainer(*parser.parse_args_and_config(options(recipe, model, data, output, **changes)))[0]
 
 

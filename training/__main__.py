@@ -24,14 +24,15 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, TrlParser, get_peft_config
+from trl import ModelConfig, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 from .data import Checker, Report, check_rows, fit_rows, fit_stream, load_rows
-from .merge import merge
+from .merge import commit_of, merge
 from .report import draw_curves, draw_lengths, start_lines
-from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, SaveError, template_text
+from .settings import Parser, check_settings, read_recipe
+from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, SaveError, template_text, way_back
 
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
@@ -59,7 +60,7 @@ class DataArguments:
     on_bad_row: str = field(
         default="error",
         metadata={
-            "help": "The same for rows that are too long, have nothing to train or whose placeholders do not fit.",
+            "help": "The same for rows that are too long, or cannot be trained exactly as they are written.",
             "choices": ["error", "skip"],
         },
     )
@@ -72,20 +73,26 @@ def main() -> int:
         if command in commands:
             return commands[command](arguments)
         return train_command(sys.argv[1:] or ["--help"])
-    except (OSError, ValueError, FloatingPointError, SaveError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError, SaveError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"stopped. {interrupt}".rstrip(), file=sys.stderr)
+        return 130
 
 
 def train_command(arguments: list[str]) -> int:
     kinds: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
-    parser = TrlParser(kinds, prog="python -m training")
-    data, args, choice = parser.parse_args_and_config(arguments)
+    read_recipe(arguments)
+    data, args, choice = Parser(kinds, prog="python -m training").parse_args_and_config(arguments)
     resume = resume_from(args)
-    trainer, report = make_trainer(data, args, choice)
-    if args.should_save:
-        print("\n".join(start_lines(trainer, report)), flush=True)
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer, report = make_trainer(data, args, choice)
+        if args.should_save:
+            print("\n".join(start_lines(trainer, report)), flush=True)
+        trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(way_back(args.output_dir)) from None
     curves = Path(args.output_dir) / "curves.png"
     if args.should_save:  # first, to be pushed with the model
         curves.parent.mkdir(parents=True, exist_ok=True)
@@ -107,13 +114,18 @@ def save_recipe(arguments: list[str], used: dict[str, Any], folder: Path) -> Non
     """The settings that the recipe names, as they were used: for the model card."""
     if "--config" in arguments:
         names = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
-        settings = yaml.safe_dump({name: used[name] for name in names}, sort_keys=False)
+        settings = yaml.safe_dump({name: used[name] for name in names if name in used}, sort_keys=False)
         (folder / "recipe.yaml").write_text(settings, encoding="utf-8")
 
 
 def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
     """The checkpoint to go on from. A folder with a model or checkpoints is not written to unless that is asked for."""
     folder = Path(args.output_dir)
+    for path in (folder, *folder.absolute().parents):
+        if path.exists():
+            if not path.is_dir():
+                raise ValueError(f"`--output_dir` {folder} cannot be a folder: {path} is a file.")
+            break
     last = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
     wanted = args.resume_from_checkpoint
     if wanted is None:
@@ -141,7 +153,12 @@ def make_trainer(
     """The trainer of a run, and what is known of its rows."""
     if choice.model_name_or_path is None:
         raise ValueError("Name the checkpoint to begin with: `--model_name_or_path`.")
-    processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=choice.model_revision)
+    for settings in (data, choice):
+        check_settings(settings)
+    if data.eval_data_path and args.eval_strategy == "no" and not args.eval_on_start:
+        raise ValueError("`eval_data_path` does not act without `eval_strategy` or `eval_on_start`: set that, too.")
+    commit = commit_of(choice.model_name_or_path, choice.model_revision)
+    processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=commit)
     rows, report = prepare(data.data_path, data, args, processor)
     eval_rows = prepare(data.eval_data_path, data, args, processor)[0] if data.eval_data_path else None
     trainer = LlavaSTFTrainer(
@@ -163,6 +180,7 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
         raise ValueError(f"{name} is an adapter. Merge it first: python -m training merge {name} DESTINATION")
     # An adapter remembers where its base is: not relative to the folder that this was started in.
     name = str(Path(name).resolve()) if Path(name).is_dir() else name
+    commit = commit_of(name, choice.model_revision)
     dtype = getattr(torch, choice.dtype) if choice.dtype not in (None, "auto") else choice.dtype
     if choice.load_in_4bit or choice.load_in_8bit:
         quantisation = BitsAndBytesConfig(
@@ -173,13 +191,15 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
             bnb_4bit_quant_type=choice.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=choice.use_bnb_nested_quant,
         )
-    return LlavaSTFForConditionalGeneration.from_pretrained(
+    model = LlavaSTFForConditionalGeneration.from_pretrained(
         name,
-        revision=choice.model_revision,
+        revision=commit,
         dtype=dtype,
         attn_implementation=choice.attn_implementation,
         quantization_config=quantisation,
     )
+    model.config._commit_hash = commit  # transformers 5.24 does not keep it any more
+    return model
 
 
 def prepare(
@@ -204,19 +224,28 @@ def prepare(
         return fit_rows(checked, report, data.on_bad_image, data.on_bad_row), report
 
 
+def positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return number
+
+
 def check_command(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m training check", description="Find what is wrong with the data.")
     parser.add_argument("data_path", metavar="DATA", help="LLaVA's .json or .jsonl, a .parquet, a folder, or a Hub id")
     parser.add_argument("--model_name_or_path", "--model-name-or-path", "--model", required=True, metavar="MODEL")
+    parser.add_argument("--model_revision", "--model-revision", help="branch, tag or commit of a MODEL on the Hub")
     parser.add_argument("--image_folder", "--image-folder", help="where relative paths of images begin")
     parser.add_argument("--dataset_config", "--dataset-config", help="configuration of a Hub dataset")
     parser.add_argument("--split", default="train", help="of a folder or a Hub dataset (default: train)")
-    parser.add_argument("--max_length", "--max-length", type=int, default=2048, help="in tokens (default: 2048)")
+    parser.add_argument("--max_length", "--max-length", type=positive, default=2048, help="in tokens (default: 2048)")
     parser.add_argument("--chat_template_name", "--chat-template-name", default="default", help="default or plain")
-    parser.add_argument("--num_proc", "--num-proc", type=int, help="processes")
+    parser.add_argument("--num_proc", "--num-proc", type=positive, help="processes")
     parser.add_argument("--plot", metavar="FILE", help="draw the lengths as a PNG")
     chosen = parser.parse_args(arguments)
-    processor = LlavaSTFProcessor.from_pretrained(chosen.model_name_or_path)
+    commit = commit_of(chosen.model_name_or_path, chosen.model_revision)
+    processor = LlavaSTFProcessor.from_pretrained(chosen.model_name_or_path, revision=commit)
     rows = load_rows(chosen.data_path, chosen.image_folder, config=chosen.dataset_config, split=chosen.split)
     checker = Checker(processor, template_text(processor, chosen.chat_template_name), chosen.max_length, decode=True)
     report = Report.of(check_rows(rows, checker, chosen.num_proc))
@@ -232,6 +261,9 @@ def merge_command(arguments: list[str]) -> int:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a LoRA run")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to write; must not exist, or be empty")
     parser.add_argument("--base", help="folder or Hub id of its base (default: the one that the adapter names)")
+    parser.add_argument(
+        "--base_revision", "--base-revision", help="of a base on the Hub (default: the one that the adapter names)"
+    )
     print(f"wrote {merge(**vars(parser.parse_args(arguments)))}")
     return 0
 

@@ -8,6 +8,7 @@ A row has these columns, whatever it was read from:
     messages  [{"role", "content": [{"type": "image" | "video" | "text", "text"}]}]
     images    [{"path", "bytes"}], one for each image of the messages, decoded when its batch is made
     videos    [[path of a file] or [paths of the frames]], one for each video of the messages
+    notes     what differs from what was written, as it does in the original, and keys that nothing reads
     length    tokens of the row, those of its images included
     vision    images and frames
     targets   tokens that are trained
@@ -15,12 +16,11 @@ A row has these columns, whatever it was read from:
 """
 
 import hashlib
-import io
+import itertools
 import json
-import mimetypes
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,22 @@ from typing import Any
 import datasets
 import PIL.Image
 from datasets import Dataset, Features, IterableDataset, List, Value
+from datasets.packaged_modules.json.json import Json as JsonBuilder
 from jinja2 import TemplateError
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_llava_stf.processing_llava_stf import VIDEO_FPS, LlavaSTFProcessor
+from modeling_llava_stf.processing_llava_stf import (
+    UNREADABLE,
+    VIDEO_FPS,
+    LlavaSTFImageProcessor,
+    LlavaSTFProcessor,
+    is_animation,
+    is_picture,
+    load_picture,
+    shown_frames,
+    to_rgb,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +59,56 @@ BAD_IMAGE, PLACEHOLDER, TOO_LONG, NO_TARGET, CONVERSATION = (
     "bad conversation",
 )
 NAMED = 20  # rows of each kind that a report names
+# What becomes of a row beside what its author wrote.
+FRONT = "`<image>` comes first in its message, then the text without the blanks around it, as in the original"
+ONE_KEPT = "several `<image>` in a message stand for one picture and one is kept, as in the original"
+DIVIDED = "texts of one message that no blank divides are divided by a line break, as in the chat template"
+LEFT_OUT = (
+    "the chat template leaves out a text, as the original does with an answer before the first question and, in stage "
+    "1, with the question"
+)
+
+# Keys that are read, and keys with a meaning that would be lost: these are refused if they have a value. Any other key
+# is named once.
+READ = {
+    "a row": {"id", "conversations", "messages", "image", "images", "video", "videos"},
+    "a turn": {"from", "role", "value", "content"},
+    "a part": {"type", "text", "index"},
+}
+MEDIA = {"audio", "audios", "image", "images", "image_url", "video", "videos", "video_url"}
+REFUSED = {
+    "a row": {
+        "audio",
+        "audios",
+        "chat_template",
+        "chat_template_kwargs",
+        "functions",
+        "system",
+        "system_prompt",
+        "tools",
+    },
+    "a turn": {
+        *MEDIA,
+        *("chat_template", "function_call", "name", "reasoning", "reasoning_content", "system", "thinking"),
+        *("tool_call_id", "tool_calls", "tools"),
+    },
+    "a part": {*MEDIA, "base64", "bytes", "content", "path", "url", "value"},
+}
+# Keys with which other trainers choose what is trained: here, every answer is, and nothing else.
+TRAINS = {"loss", "loss_mask", "loss_scale", "loss_weight", "train", "trainable", "training", "weight"}
+MASKS = {"mask", "masked"}
+
+WANTED = "expected `messages` and `images` (or `conversations` and `image`)"
+# Columns of other formats, each of a question and its answer.
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("query", "response"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+    ("question", "answer"),
+    ("input", "output"),
+)
 
 CONTENT = List({"type": Value("string"), "text": Value("string")})
 FEATURES = Features(
@@ -56,12 +117,17 @@ FEATURES = Features(
         "messages": List({"role": Value("string"), "content": CONTENT}),
         "images": List(datasets.Image(decode=False)),
         "videos": List(List(Value("string"))),
+        "notes": List(Value("string")),
         "problem": Value("string"),
     }
 )
 CHECKED = Features(
     {**FEATURES, "length": Value("int32"), "vision": Value("int32"), "targets": Value("int32")},
 )
+
+
+# What `datasets` raises for data that it cannot read.
+UNREADABLE_DATA = (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
 
 
 class DataError(ValueError):
@@ -93,6 +159,10 @@ def load_rows(
         DataError: if there is no such data, or its columns are of no known kind.
     """
     path = Path(data_path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise DataError(f"{data_path} is neither a file nor a folder.")
+    if path.suffix in (".json", ".jsonl", ".parquet") and (config is not None or split != "train"):
+        raise DataError(f"{data_path} is a file, which has no configuration and no split: leave these out.")
     root = Path(image_folder) if image_folder is not None else path.parent if path.is_file() else path
     if path.suffix in (".json", ".jsonl"):
         if not path.is_file():
@@ -101,16 +171,17 @@ def load_rows(
             raise DataError(
                 f"{data_path} cannot be streamed: leave out `--streaming`, its images are opened late anyway."
             )
-        return _json_dataset(path, root)
+        return _json_dataset([(data_path, data_path)], root)
+    files = _json_files(path, data_path, config, split)
+    if files:
+        return _json_dataset(files, root, streaming)
     source = _load_source(path, data_path, config, split, streaming)
     columns = source.column_names
     if columns is None or not {"messages", "conversations"} & set(columns):
-        raise DataError(
-            f"{data_path} has the columns {columns}, expected `messages` and `images` (or `conversations` and `image`)."
-        )
+        raise DataError(f"{data_path} has the columns {columns}, {WANTED}. {_conversion_hint(columns or [])}")
     for name, feature in (source.features or {}).items():
-        if isinstance(feature, datasets.Image):
-            source = source.cast_column(name, datasets.Image(decode=False))
+        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+            source = source.cast_column(name, type(feature)(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
             source = source.cast_column(name, List(datasets.Image(decode=False)))
     settings: dict[str, Any] = {} if streaming else {"load_from_cache_file": False}
@@ -119,15 +190,46 @@ def load_rows(
     )
 
 
-def _json_dataset(path: Path, root: Path) -> Dataset:
-    stamp = path.stat()
+def _is_saved(path: Path) -> bool:
+    return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
+
+
+def _json_files(path: Path, data_path: str, config: str | None, split: str) -> list[tuple[str, str]]:
+    """Name and place of each JSON file of a folder or a Hub dataset that is made of them.
+
+    `datasets` would read them with types that it guesses: where they differ from row to row, it writes texts as JSON,
+    in which the text `4` and the number 4 are the same (seen in 5.2.0).
+    """
+    if path.suffix == ".parquet" or _is_saved(path):
+        return []
+    try:
+        builder = datasets.load_dataset_builder(data_path, config)
+        if not isinstance(builder, JsonBuilder):
+            return []
+        if split not in builder.config.data_files:
+            raise DataError(
+                f"{data_path} has no split {split!r}, only {', '.join(map(str, builder.config.data_files))}."
+            )
+        names = list(builder.config.data_files[split])
+        return list(zip(names, datasets.DownloadManager().download_and_extract(names), strict=True))
+    except UNREADABLE_DATA as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"Cannot read {data_path!r}: {error}") from error
+
+
+def _json_dataset(files: list[tuple[str, str]], root: Path, streaming: bool = False) -> Dataset | IterableDataset:
+    stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (Path(place) for _, place in files)]
     # Part of the cached copy's name: a changed file, or changed code, must not get the rows of an older one.
-    version = f"{stamp.st_size} {stamp.st_mtime_ns} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
-    settings = {"path": str(path), "root": str(root), "version": version}
+    version = f"{stamps} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
+    settings = {"files": files, "root": str(root), "version": version}
+    if streaming:
+        return IterableDataset.from_generator(_json_rows, features=FEATURES, gen_kwargs=settings)
     try:
         return Dataset.from_generator(_json_rows, features=FEATURES, gen_kwargs=settings)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        raise DataError(f"{path}: {error.__cause__ or error}") from error
+        cause = error.__cause__ or error
+        raise DataError(str(cause) if isinstance(cause, DataError) else f"{files[0][0]}: {cause}") from error
 
 
 def _load_source(
@@ -136,101 +238,292 @@ def _load_source(
     try:
         if path.suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=data_path, split="train", streaming=streaming)
-        if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        if _is_saved(path):
             saved = datasets.load_from_disk(data_path)
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(data_path, config, split=split, streaming=streaming)
-    except (OSError, ValueError, KeyError) as error:
+    except UNREADABLE_DATA as error:
         raise DataError(f"Cannot read {data_path!r}, split {split!r}: {error}") from error
 
 
-def _json_rows(path: str, root: str, version: str) -> Iterator[dict[str, Any]]:
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            rows: Any = (json.loads(line) for line in file if line.strip())
-            if not path.endswith(".jsonl"):
-                rows = json.load(file)
-                if not isinstance(rows, list) or not rows:
-                    raise DataError(f"{path} is not a list of rows, or an empty one.")
-            for index, row in enumerate(rows):
-                if not isinstance(row, dict):
-                    raise DataError(f"Row {index} of {path} is a {type(row).__name__}, expected an object.")
-                yield to_row(row, index, root)
-        except ValueError as error:
-            if isinstance(error, DataError):
-                raise
-            raise DataError(f"{path} is not valid JSON: {error}") from error
+def _json_rows(files: list[tuple[str, str]], root: str, version: str) -> Iterator[dict[str, Any]]:
+    index = 0
+    for name, place in files:
+        for row in _read_json(name, place):
+            yield to_row(row, index, root)
+            index += 1
 
 
-def to_row(example: dict[str, Any], index: int, root: str) -> dict[str, Any]:
-    """A row of LLaVA (`conversations`) or of TRL (`messages`) with its images and videos, which are not opened."""
-    name = index if example.get("id") is None else example["id"]
-    row: dict[str, Any] = {"id": str(name), "messages": [], "images": [], "videos": [], "problem": ""}
-    turns = example.get("conversations") or example.get("messages")
+class Repeated(dict):
+    """An object of a JSON file that has one of its keys twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    return found if len(found) == len(pairs) else Repeated(found)
+
+
+def _read_json(name: str, place: str) -> Iterator[Any]:
+    """The rows of a list, or of lines; a line that is no JSON is a [`DataError`] in place of its row."""
+    # Bytes that are no UTF-8 become surrogates, for which their row is refused.
+    with open(place, encoding="utf-8-sig", errors="surrogateescape") as file:
+        begin = file.read(1000).lstrip()[:1]
+        file.seek(0)
+        read = partial(json.loads, object_pairs_hook=_object)
+        if begin == "[" and ".jsonl" not in Path(name).suffixes:
+            try:
+                rows = read(file.read())
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{name} is not valid JSON: {error}") from error
+            if not rows:
+                raise DataError(f"{name} is not a list of rows, or an empty one.")
+        else:
+            rows = (_line(read, number, line) for number, line in enumerate(file, 1) if line.strip())
+        row, usable = None, False
+        for row in rows:
+            usable = usable or isinstance(row, dict)
+            yield row
+    if not usable:
+        raise DataError(f"{name} has no row, expected an object for each, in a list or one a line; found {row!s:.200}")
+
+
+def _line(read: Any, number: int, line: str) -> Any:
     try:
-        row["images"] = [_reference(image, root) for image in _listed(example, "image", "images")]
-        row["videos"] = [_frame_paths(video, root) for video in _videos(example)]
-        if not turns or not isinstance(turns, list):
-            raise DataError(f"{CONVERSATION}: it has the turns {turns!r:.100}, expected a list of them")
-        messages = [_turn(turn) for turn in turns]
-        row["messages"] = place_media(messages, len(row["images"]), len(row["videos"]), "messages" in example)
+        return read(line)
+    except (ValueError, RecursionError) as error:
+        return DataError(f"{CONVERSATION}: line {number} is not valid JSON: {error}")
+
+
+# One row
+
+
+def to_row(example: Any, index: int, root: str) -> dict[str, Any]:
+    """A row of LLaVA (`conversations`) or of TRL (`messages`) with its images and videos, which are not opened."""
+    row: dict[str, Any] = {"id": str(index), "messages": [], "images": [], "videos": [], "notes": [], "problem": ""}
+    try:
+        if isinstance(example, DataError):
+            raise example
+        if not isinstance(example, Mapping):
+            raise DataError(f"{CONVERSATION}: it is {example!r:.100}, expected an object with `messages`")
+        example = example if isinstance(example, dict) else dict(example)
+        row["id"] = _name(example.get("id"), index)
+        notes = _unread(example, "a row")
+        key, given = _turns(example)
+        _check_trained(example, "a row")
+        images = [_reference(image, root) for image in _listed(example, "image", "images")]
+        videos = [_frame_paths(video, root) for video in _videos(example, root)]
+        turns = [_turn(turn, notes) for turn in given]
+        _check_order(turns)
+        messages = place_media(turns, len(images), len(videos), at_front=key == "messages")
+        notes += _changes(turns, messages)
     except DataError as error:
-        row["problem"] = str(error)
-    return row
+        return {**row, "problem": _printable(str(error))}
+    return {**row, "messages": messages, "images": images, "videos": videos, "notes": list(dict.fromkeys(notes))}
+
+
+def _name(name: Any, index: int) -> str:
+    known = isinstance(name, str | int | float) and name == name and name != ""  # NaN is no name
+    return _printable(str(name)) if known else str(index)
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def _empty(value: Any) -> bool:
+    """Whether a key is as good as absent. A dataset gives each row all keys that any of its rows has."""
+    return value is None or (isinstance(value, str | list | tuple | dict) and not value)
+
+
+def _unread(found: dict[str, Any], where: str) -> list[str]:
+    """Notes of the keys that nothing reads; a [`DataError`] for one whose meaning would be lost."""
+    if isinstance(found, Repeated):
+        raise DataError(f"{CONVERSATION}: {where} has one of the keys {', '.join(found)} twice, expected it once")
+    notes = []
+    for key, value in found.items():
+        if value is None or key in READ[where] or (where != "a part" and key in TRAINS | MASKS):
+            continue
+        if key not in REFUSED[where]:
+            notes.append(_printable(f"nothing reads the key {key!r} of {where}"))
+        elif not _empty(value):
+            raise DataError(
+                f"{CONVERSATION}: {where} has {key!r}: {value!r:.100}, which has no place in a conversation of this "
+                "model. Write it into `messages` (a system text as a first turn of the role system, pictures into "
+                "`images`), or take it out"
+            )
+    return notes
+
+
+def _check_trained(found: dict[str, Any], where: str, answers: bool = True) -> None:
+    """Raises a [`DataError`] if a key wants an answer not to be trained, or something else to be."""
+    for key in sorted((TRAINS | MASKS) & found.keys()):
+        value = found[key]
+        if value is None:
+            continue
+        known = isinstance(value, int | float) and value in (0, 1)
+        # `weight` and `mask` of a question say nothing: other trainers read them of answers only.
+        if (
+            not known
+            or (answers and value != (key in TRAINS))
+            or (not answers and value and key in TRAINS - {"weight"})
+        ):
+            raise DataError(
+                f"{CONVERSATION}: {where} has {key!r}: {value!r:.100}, but all answers are trained, each as much as "
+                "another, and nothing else: take out the key, or what it is about"
+            )
+
+
+def _turns(example: dict[str, Any]) -> tuple[str, list]:
+    given = [key for key in ("conversations", "messages") if not _empty(example.get(key))]
+    if not given:
+        columns = [key for key, value in example.items() if value is not None]
+        raise DataError(
+            f"{CONVERSATION}: it has the columns {', '.join(columns)}, but no turns, {WANTED}. "
+            f"{_conversion_hint(columns)}"
+        )
+    if len(given) == 2:
+        raise DataError(f"{CONVERSATION}: it has both `conversations` and `messages`, expected one of them")
+    turns = example[given[0]]
+    if not isinstance(turns, list):
+        raise DataError(f"{CONVERSATION}: it has the turns {turns!r:.100}, expected a list of them")
+    return given[0], turns
+
+
+def _conversion_hint(columns: list[str]) -> str:
+    question, answer = next((pair for pair in PAIRS if {*pair} <= {*columns}), ("QUESTION", "ANSWER"))
+    turns = f'{{"role": "user", "content": {question}}}, {{"role": "assistant", "content": {answer}}}'
+    hint = f'Write each row as {{"messages": [{turns}]}}'
+    if {"chosen", "rejected"} <= {*columns}:
+        return f"Preferences are for `examples/dpo.py`. To train on the answers that were chosen: {hint}"
+    return hint
 
 
 def _listed(example: dict[str, Any], one: str, many: str) -> list:
-    value = example.get(many) or example.get(one) or []
+    given = [key for key in (one, many) if not _empty(example.get(key))]
+    if len(given) == 2:
+        raise DataError(f"{CONVERSATION}: it has both `{one}` and `{many}`, expected one of them")
+    value = example[given[0]] if given else []
     return value if isinstance(value, list) else [value]
 
 
-def _videos(example: dict[str, Any]) -> list:
+def _videos(example: dict[str, Any], root: str) -> list:
+    """Files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
     videos = _listed(example, "video", "videos")
-    return [videos] if videos and all(is_picture(item) for item in videos) else videos  # the frames of one video
+    frames = videos and all(is_picture(item) for item in videos)
+    return [videos] if frames and not all(is_animated(os.path.join(root, item)) for item in videos) else videos
 
 
-def is_picture(path: Any) -> bool:
-    """Whether this is the path of a picture, by its ending: a frame, and not a video."""
-    return isinstance(path, str) and (mimetypes.guess_type(path)[0] or "").startswith("image/")
+def is_animated(path: str) -> bool:
+    """Whether this is an animated picture, and so a video; only its header is read."""
+    try:
+        if not is_picture(path) or not os.path.isfile(path):
+            return False
+        with PIL.Image.open(path) as picture:
+            return is_animation(picture)
+    except UNREADABLE:
+        return False
 
 
 def _reference(image: Any, root: str) -> Any:
     if isinstance(image, PIL.Image.Image):  # a decoded dataset, used from Python
         return image
-    if isinstance(image, dict) and (image.get("bytes") or image.get("path")):
-        image = {"bytes": image.get("bytes"), "path": image.get("path")}
-    elif isinstance(image, str):
-        image = {"bytes": None, "path": image}
-    else:
+    path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
+    if data and isinstance(data, bytes):
+        return {"bytes": data, "path": path if isinstance(path, str) else None}
+    if data or not path or not isinstance(path, str):
         raise DataError(f"{BAD_IMAGE}: {image!r:.100}, expected a path, or a dictionary with `path` or `bytes`")
-    return image if image["bytes"] is not None else {**image, "path": os.path.join(root, image["path"])}
+    return {"bytes": None, "path": os.path.join(root, _written(path, "a path", BAD_IMAGE))}
 
 
 def _frame_paths(video: Any, root: str) -> list[str]:
     paths = video if isinstance(video, list) else [video]
     if not paths or not all(isinstance(path, str) for path in paths):
         raise DataError(f"{BAD_IMAGE}: the video {video!r:.100}, expected the path of a file or those of its frames")
-    return [os.path.join(root, path) for path in paths]
+    return [os.path.join(root, _written(path, "a path", BAD_IMAGE)) for path in paths]
 
 
-def _turn(turn: Any) -> tuple[str, Any]:
+def _written(text: Any, what: str, kind: str = CONVERSATION) -> str:
+    """The text as it is; a [`DataError`] if it is none. Nothing is made a text: `datasets` would change other rows.
+
+    A column of texts and numbers becomes JSON there, and all its texts get quotation marks (seen in 5.2.0).
+    """
+    if not isinstance(text, str):
+        raise DataError(f"{kind}: {what} is {text!r:.100}, expected a text (a string)")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{kind}: {what} has {text[error.start]!r} at character {error.start}, half of a pair of "
+            "surrogates or a byte that is no UTF-8, expected Unicode text"
+        ) from None
+    return text
+
+
+def _turn(turn: Any, notes: list[str]) -> tuple[str, Any]:
+    """Role and content of a turn, which is checked; `notes` get its keys that nothing reads."""
     if not isinstance(turn, dict):
         raise DataError(f"{CONVERSATION}: a turn is {turn!r:.100}, expected a role and what it says")
-    role, content = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
-    if role not in ROLES:
-        raise DataError(f"{CONVERSATION}: the role {role!r}, expected one of {', '.join(ROLES)}")
-    parts = content if isinstance(content, list) else []
-    if not isinstance(content, str | list) or not all(
-        isinstance(part, dict) and part.get("type") in ("text", *PLACEHOLDERS) for part in parts
-    ):
-        raise DataError(f"{CONVERSATION}: a turn of {role} has the content {content!r:.100}, expected text or parts")
-    return ROLES[role], content
+    notes += _unread(turn, "a turn")
+    role, content = _either(turn, "from", "role"), _either(turn, "value", "content")
+    if not isinstance(role, str) or role not in ROLES:
+        raise DataError(f"{CONVERSATION}: the role {role!r:.100}, expected one of {', '.join(ROLES)}")
+    role = ROLES[role]
+    _check_trained(turn, f"a turn of {role}", role == "assistant")
+    if isinstance(content, list):
+        content = [_part(part, role, notes) for part in content]
+        texts = [part["text"] or "" for part in content]
+    else:
+        texts = [_written(content, f"what a turn of {role} says")]
+    if role == "assistant" and not "".join(texts).strip():
+        raise DataError(
+            f"{CONVERSATION}: an answer is empty or blank, which would train to stop at once: write it or leave it out"
+        )
+    return role, content
+
+
+def _either(turn: dict[str, Any], one: str, other: str) -> Any:
+    given = [turn[key] for key in (one, other) if turn.get(key) is not None]
+    if len(given) == 2 and given[0] != given[1]:
+        raise DataError(
+            f"{CONVERSATION}: a turn has both {one!r} ({given[0]!r:.100}) and {other!r} ({given[1]!r:.100}), expected "
+            "one of them"
+        )
+    return given[0] if given else None
+
+
+def _part(part: Any, role: str, notes: list[str]) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind not in ("text", *PLACEHOLDERS):
+        raise DataError(
+            f"{CONVERSATION}: a turn of {role} has the part {part!r:.100}, expected an object of the type text, image "
+            "or video"
+        )
+    notes += _unread(part, "a part")
+    if kind == "text":
+        text = _written(part.get("text"), f"the text of a part of {role}")
+    elif _empty(part.get("text")):
+        text = None
+    else:
+        raise DataError(f"{CONVERSATION}: a part of the type {kind} has a text: {part['text']!r:.100}, expected none")
+    return {"type": kind, "text": text, "index": part.get("index")}
+
+
+def _check_order(turns: list[tuple[str, Any]]) -> None:
+    """Raises a [`DataError`] if a part names another image (`index`) than the one whose turn it is."""
+    for kind in PLACEHOLDERS:
+        parts = [part for _, content in turns if isinstance(content, list) for part in content if part["type"] == kind]
+        for place, part in enumerate(parts):
+            if part["index"] is not None and part["index"] != place:
+                raise DataError(
+                    f"{CONVERSATION}: part {place} of the type {kind} has the index {part['index']!r:.100}, expected "
+                    f"{place}: they come in the order of their parts"
+                )
 
 
 def place_media(turns: list[tuple[str, Any]], images: int, videos: int, at_front: bool = False) -> list[dict[str, Any]]:
     """Turns as structured messages; placeholders in a text go to its front, as in the original.
 
-    Several placeholders in one message stand for as many images if there are so many, else for one (the original
+    Several placeholders in one text stand for as many images if there are so many, else for one (the original
     keeps one). A video may be marked by `<image>`, as the original does. `at_front`: images that no text mentions
     belong to the first user turn (TRL's convention).
 
@@ -238,42 +531,81 @@ def place_media(turns: list[tuple[str, Any]], images: int, videos: int, at_front
         DataError: if the messages do not have a place for every image and every video.
     """
     given = {"image": images, "video": videos}
-    if videos and not images and not _count(turns, "video"):
-        turns = [
-            (role, content.replace("<image>", "<video>") if isinstance(content, str) else content)
-            for role, content in turns
-        ]
-    mentioned = {kind: _count(turns, kind) for kind in given}
-    messages = []
-    for role, content in turns:
-        if isinstance(content, str):
-            media = []
-            for kind, placeholder in PLACEHOLDERS.items():
-                found = content.count(placeholder)
-                media += [kind] * (found if mentioned[kind] == given[kind] else min(found, 1))
-                content = content.replace(placeholder, "")
-            text = content.strip() if media else content
-            content = [*({"type": kind, "text": None} for kind in media), {"type": "text", "text": text}]
-        messages.append(
-            {"role": role, "content": [{"type": part["type"], "text": part.get("text")} for part in content]}
-        )
-    if at_front and not any(mentioned.values()) and not any(_placed(messages, kind) for kind in given):
+    structured = [(role, _as_parts(content)) for role, content in turns]
+    if videos and not images and not _count(structured, "video"):
+        structured = [(role, [_marked_as_video(part) for part in parts]) for role, parts in structured]
+    whole = {kind for kind, number in given.items() if _count(structured, kind) == number}
+    messages: list[dict[str, Any]] = [
+        {"role": role, "content": [placed for part in parts for placed in _placed_parts(part, whole)]}
+        for role, parts in structured
+    ]
+    if at_front and not any(_placed(messages, kind) for kind in given):
         first = next((message for message in messages if message["role"] == "user"), None)
         if first is not None:
             media = [kind for kind, number in given.items() for _ in range(number)]
             first["content"] = [*({"type": kind, "text": None} for kind in media), *first["content"]]
     for kind, number in given.items():
         if _placed(messages, kind) != number:
-            raise DataError(f"{PLACEHOLDER}: {_placed(messages, kind)} {PLACEHOLDERS[kind]} for {number} {kind}s")
+            raise DataError(
+                f"{PLACEHOLDER}: {_placed(messages, kind)} {PLACEHOLDERS[kind]} for {number} {kind}s, expected one for "
+                "each"
+            )
+        if _placed([message for message in messages if message["role"] != "user"], kind):
+            raise DataError(
+                f"{PLACEHOLDER}: {PLACEHOLDERS[kind]} outside of the turns of the user, expected it in them"
+            )
     return messages
 
 
-def _count(turns: list[tuple[str, Any]], kind: str) -> int:
-    return sum(content.count(PLACEHOLDERS[kind]) for _, content in turns if isinstance(content, str))
+def _as_parts(content: Any) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _marked_as_video(part: dict[str, Any]) -> dict[str, Any]:
+    return {**part, "text": part["text"].replace("<image>", "<video>")} if part["type"] == "text" else part
+
+
+def _placed_parts(part: dict[str, Any], whole: set[str]) -> list[dict[str, Any]]:
+    """A part, with the placeholders of its text in front of it: all of those of `whole` kinds, else one."""
+    if part["type"] != "text":
+        return [{"type": part["type"], "text": None}]
+    text, media = part["text"], []
+    for kind, placeholder in PLACEHOLDERS.items():
+        found = text.count(placeholder)
+        media += [kind] * (found if kind in whole else min(found, 1))
+        text = text.replace(placeholder, "")
+    return [
+        *({"type": kind, "text": None} for kind in media),
+        {"type": "text", "text": text.strip() if media else text},
+    ]
+
+
+def _count(turns: list[tuple[str, list]], kind: str) -> int:
+    texts = (part["text"] for _, parts in turns for part in parts if part["type"] == "text")
+    return sum(text.count(PLACEHOLDERS[kind]) for text in texts)
 
 
 def _placed(messages: list[dict[str, Any]], kind: str) -> int:
     return sum(part["type"] == kind for message in messages for part in message["content"])
+
+
+def _changes(turns: list[tuple[str, Any]], messages: list[dict[str, Any]]) -> list[str]:
+    """Notes of what the messages have otherwise than it was written."""
+    notes = []
+    for (_, content), message in zip(turns, messages, strict=True):
+        parts = _as_parts(content)
+        texts = [part["text"] for part in message["content"] if part["text"]]
+        if any(len((one[-1] + other[0]).strip()) == 2 for one, other in itertools.pairwise(texts)):
+            notes.append(DIVIDED)
+        written = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in parts)
+        written = written.replace("<video>", "<image>")
+        images = sum(part["type"] != "text" for part in message["content"])
+        if written.count("<image>") > images:
+            notes.append(ONE_KEPT)
+        front, text = "<image>\n" * images, "".join(texts).strip()
+        if "<image>" in written and written not in (front + text, (front + text).rstrip("\n")):
+            notes.append(FRONT)
+    return notes
 
 
 # Checking
@@ -296,11 +628,11 @@ class Checker:
     decode: bool
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        frames, found = 0, {"length": 0, "vision": 0, "targets": 0, "problem": row["problem"]}
+        frames, found = 0, {"length": 0, "vision": 0, "targets": 0, "notes": row["notes"], "problem": row["problem"]}
         try:
             for image in row["images"]:
-                check_image(image, self.decode)
-            frames = sum(count_frames(video, self.decode) for video in row["videos"])
+                check_image(image, self.decode, self.processor.image_processor)
+            frames = sum(count_frames(video, self.decode, self.processor.image_processor) for video in row["videos"])
         except DataError as error:
             found["problem"] = found["problem"] or str(error)
         if found["problem"]:
@@ -315,16 +647,23 @@ class Checker:
             }
             for message in row["messages"]
         ]
+        tokenizer = self.processor.tokenizer
         try:
-            encoded = self.processor.tokenizer.apply_chat_template(
+            check_tokens(messages, tokenizer.all_special_tokens)
+            left_out = self._leaves_out(messages)
+            encoded = tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.template,
                 tokenize=True,
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
+        except DataError as error:
+            return {**found, "problem": str(error)}
         except TemplateError as error:
             return {**found, "problem": f"{CONVERSATION}: {error}"}
+        if left_out:
+            found["notes"] = [*found["notes"], LEFT_OUT]
         media = len(row["images"]) + len(row["videos"])
         rendered = sum(token == self.processor.image_token_id for token in encoded["input_ids"])
         crop = self.processor.image_processor.crop_size
@@ -340,35 +679,78 @@ class Checker:
             found["problem"] = f"{TOO_LONG}: {found['length']} tokens, {self.max_length} are allowed"
         return found
 
+    def _leaves_out(self, messages: list[dict[str, Any]]) -> bool:
+        """Whether one of the texts has no place in the template: they are marks, each of them another."""
+        marks = (f"\ue000{number}\ue001" for number in itertools.count())
+        marked = [
+            {**message, "content": [{**part, "text": part["text"] and next(marks)} for part in message["content"]]}
+            for message in messages
+        ]
+        rendered = self.processor.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
+        return any(text not in rendered for text in _texts(marked))
 
-def check_image(image: dict[str, Any], decode: bool) -> None:
-    """Raises a [`DataError`] that names the image, if it is missing or, with `decode`, cannot be read to its end."""
+
+def check_tokens(messages: list[dict[str, Any]], special: list[str]) -> None:
+    """Raises a [`DataError`] if a text has one of the `special` tokens, which the tokenizer would not read as text."""
+    for token in special:
+        if any(token in text for text in _texts(messages)):
+            raise DataError(
+                f"{CONVERSATION}: a text has {token!r}, which the tokenizer reads as a token of its own and not as "
+                "text, expected it in no text"
+            )
+
+
+def _texts(messages: list[dict[str, Any]]) -> list[str]:
+    return [part["text"] for message in messages for part in message["content"] if part["text"]]
+
+
+def check_image(image: dict[str, Any], decode: bool, image_processor: Any) -> None:
+    """Raises a [`DataError`] that names the image, if it is missing or, with `decode`, cannot be trained on."""
     if decode:
-        open_image(image)
+        open_image(image, image_processor)
     elif image["bytes"] is None and not os.path.isfile(image["path"]):
         raise DataError(f"{BAD_IMAGE}: {image['path']}: no such file")
 
 
-def open_image(image: dict[str, Any] | PIL.Image.Image) -> PIL.Image.Image:
-    """The picture in RGB, as PIL converts it (the original drops transparency and does not rotate)."""
-    if isinstance(image, PIL.Image.Image):
-        return image.convert("RGB")
-    name = image["path"] or "an image in the dataset"
+def open_image(image: Any, image_processor: Any = None) -> PIL.Image.Image:
+    """The picture in RGB as [`LlavaSTFImageProcessor`] makes it, for the stock image processor of LLaVA too.
+
+    Args:
+        image: `{"path", "bytes"}`, or a picture that is decoded already.
+        image_processor: has the options; by default those of the class.
+
+    Raises:
+        DataError: names the image that is missing, cannot be read, or is too long and thin.
+    """
+    options = {
+        name: getattr(image_processor, name, getattr(LlavaSTFImageProcessor, name))
+        for name in ("do_exif_transpose", "alpha_background")
+    }
     try:
-        with PIL.Image.open(io.BytesIO(image["bytes"]) if image["bytes"] is not None else image["path"]) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{BAD_IMAGE}: {name}: no such file") from None
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise DataError(f"{BAD_IMAGE}: {name}: {error}") from error
+        picture = to_rgb(image if isinstance(image, PIL.Image.Image) else load_picture(image), **options)
+        if isinstance(image_processor, LlavaSTFImageProcessor):
+            image_processor.check_size(picture)
+    except ValueError as error:
+        name = (isinstance(image, dict) and image["path"]) or "an image in the dataset"
+        raise DataError(f"{BAD_IMAGE}: {name}: {error.__cause__ or error}") from error
+    return picture
 
 
-def count_frames(video: list[str], decode: bool) -> int:
+def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
     """Frames that the processor will read: those that are listed, or one for each second of a file."""
+    if len(video) == 1 and is_animated(video[0]):
+        try:
+            return len(shown_frames(load_picture(video[0])))
+        except UNREADABLE as error:
+            raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
     if is_picture(video[0]):
         for frame in video:
-            check_image({"path": frame, "bytes": None}, decode)
+            if is_animated(frame):
+                raise DataError(f"{BAD_IMAGE}: {frame}: an animation among frames; it is a video of its own")
+            check_image({"path": frame, "bytes": None}, decode, image_processor)
         return len(video)
+    if not os.path.isfile(video[0]):
+        raise DataError(f"{BAD_IMAGE}: {video[0]}: no such file")
     import av
 
     try:
@@ -394,18 +776,21 @@ class Report:
     tokens: int = 0
     lengths: list[int] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)  # names of the rows that are kept, by what is noted
 
     @classmethod
     def of(cls, checked: Dataset) -> "Report":
         report = cls(rows=len(checked))
-        columns = checked.select_columns(["id", "length", "vision", "targets", "problem"])
+        columns = checked.select_columns(["id", "length", "vision", "targets", "notes", "problem"])
         for batch in columns.iter(1000):
-            for name, length, vision, targets, problem in zip(*batch.values(), strict=True):
+            for name, length, vision, targets, notes, problem in zip(*batch.values(), strict=True):
                 if length:
                     report.lengths.append(length)
                 if problem:
                     report.problems.setdefault(problem.split(":")[0], []).append(f"{name}: {problem}")
                     continue
+                for note in notes:
+                    report.notes.setdefault(note, []).append(name)
                 report.kept += 1
                 report.text_only += vision == 0
                 report.images += vision
@@ -420,12 +805,18 @@ class Report:
             f"with images: {self.kept - self.text_only} ({self.several_images} with several images or a video, "
             f"{self.images} images and frames in all); text only: {self.text_only}"
         )
+        yield from self.noted()
         for kind, rows in sorted(self.problems.items()):
             yield f"{kind}: {len(rows)} row(s)"
             yield from (f"  {row}" for row in rows[:NAMED])
             if len(rows) > NAMED:
                 yield f"  and {len(rows) - NAMED} more"
         yield from self.histogram(max_length)
+
+    def noted(self) -> Iterator[str]:
+        """What the rows that are kept have otherwise than it was written, and keys that nothing reads: each once."""
+        for note, rows in sorted(self.notes.items()):
+            yield f"note: {note}: {len(rows)} row(s), the first is {rows[0]}"
 
     def histogram(self, max_length: int, bins: int = 16, width: int = 50) -> Iterator[str]:
         """Lengths of all rows that could be measured; a bin is a share of `max_length`."""
@@ -452,11 +843,13 @@ def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: st
         checked: of [`check_rows`].
         report: of these rows.
         on_bad_image: `"error"` or `"skip"`: rows whose image or video is missing or broken.
-        on_bad_row: `"error"` or `"skip"`: rows that are too long, have no target, or whose placeholders do not fit.
+        on_bad_row: `"error"` or `"skip"`: rows that are too long, or cannot be trained exactly as they are written.
 
     Raises:
         DataError: if there are such rows and they are not to be skipped, or if no row is left.
     """
+    for note in report.noted():
+        logger.warning(note)
     for kind, rows in report.problems.items():
         option, choice = ("--on-bad-image", on_bad_image) if kind == BAD_IMAGE else ("--on-bad-row", on_bad_row)
         listing = "; ".join(rows[:NAMED]) + (f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
@@ -473,9 +866,13 @@ def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: st
 
 def fit_stream(rows: IterableDataset, checker: Checker, on_bad_image: str, on_bad_row: str) -> IterableDataset:
     """As [`fit_rows`], row by row while it trains."""
+    noted: set[str] = set()
 
     def fits(row: dict[str, Any]) -> bool:
         if not row["problem"]:
+            for note in set(row["notes"]) - noted:
+                logger.warning(f"note: {note}; the first row is {row['id']}")
+            noted.update(row["notes"])
             return True
         if "error" == (on_bad_image if row["problem"].startswith(BAD_IMAGE) else on_bad_row):
             raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
@@ -497,10 +894,12 @@ class Collator(DataCollatorForVisionLanguageModeling):
     """
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        return super().torch_call([self._with_media(example) for example in examples])
+        batch = super().torch_call([self._with_media(example) for example in examples])
+        batch["labels"][batch["input_ids"] == self.processor.image_token_id] = -100  # `<image>` is no answer
+        return batch
 
     def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:
-        row = example if "problem" in example else to_row(example, 0, "")  # or a row of TRL, as it is
+        row = example if "problem" in example else self._checked(example)  # or a row of TRL, as it is
         if row["problem"]:
             raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
         videos = iter(row["videos"])
@@ -508,16 +907,23 @@ class Collator(DataCollatorForVisionLanguageModeling):
             {
                 **message,
                 "content": [
-                    {**part, "video": _frames_or_file(next(videos))} if part["type"] == "video" else part
+                    {**part, "video": self._frames_or_file(next(videos))} if part["type"] == "video" else part
                     for part in message["content"]
                 ],
             }
             for message in row["messages"]
         ]
-        return {"messages": messages, "images": [open_image(image) for image in row["images"]]}
+        image_processor = self.processor.image_processor
+        return {"messages": messages, "images": [open_image(image, image_processor) for image in row["images"]]}
 
+    def _checked(self, example: dict[str, Any]) -> dict[str, Any]:
+        row = to_row(example, 0, "")
+        check_tokens(row["messages"], self.processor.tokenizer.all_special_tokens)
+        for note in row["notes"]:
+            logger.warning_once(f"note: {note}")
+        return row
 
-def _frames_or_file(video: list[str]) -> Any:
-    if not is_picture(video[0]):
-        return video[0]
-    return [open_image({"path": frame, "bytes": None}) for frame in video]
+    def _frames_or_file(self, video: list[str]) -> Any:
+        if not is_picture(video[0]) or (len(video) == 1 and is_animated(video[0])):
+            return video[0]
+        return [open_image({"path": frame, "bytes": None}, self.processor.image_processor) for frame in video]

@@ -4,36 +4,98 @@
 
 from pathlib import Path
 
-from peft import PeftConfig, PeftModel
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
 
 from conversion.convert import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
+from .checkpoint import readable
 
-def merge(adapter: str, destination: str, base: str | None = None) -> Path:
+
+def merge(adapter: str, destination: str, base: str | None = None, base_revision: str | None = None) -> Path:
     """Writes a folder that needs no adapter: weights, code, processor, templates and licence. Dtypes are the base's.
 
     Args:
         adapter: folder of a LoRA run; the fusion modules that it trained in full replace those of the base.
         destination: must not exist, or be empty.
         base: folder or Hub id of the base; by default the one that the adapter names.
+        base_revision: branch, tag or commit of a base on the Hub; by default the one that the adapter names.
 
     Raises:
-        ValueError: if the adapter is none, or its base cannot be found.
+        ValueError: if the adapter is none, changes nothing or is not of this base, or its base cannot be found.
     """
     target = require_empty(destination)
     if not (Path(adapter) / "adapter_config.json").is_file():
         raise ValueError(f"{adapter} is not an adapter: it has no adapter_config.json.")
-    settings = PeftConfig.from_pretrained(adapter)
-    revision = None if base else settings.revision
-    base = base or settings.base_model_name_or_path
+    with readable(Path(adapter) / "adapter_config.json"):
+        settings = PeftConfig.from_pretrained(adapter)
+    if base in (None, settings.base_model_name_or_path):
+        base_revision = base_revision or settings.revision
+    base = base or str(settings.base_model_name_or_path)
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
         raise ValueError(f"The adapter names the base {base}, which is not there. Give it with --base.")
-    model = LlavaSTFForConditionalGeneration.from_pretrained(base, revision=revision, dtype="auto")
+    commit = commit_of(base, base_revision)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(base, revision=commit, dtype="auto")
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
-    model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    model = with_adapter(model, settings, adapter).merge_and_unload()
     for name, weight in model.named_parameters():
         weight.data = weight.data.to(dtypes[name])
     with complete_or_absent(target) as folder:
         save_checkpoint(folder, model, adapter)
     return target
+
+
+def with_adapter(model: LlavaSTFForConditionalGeneration, settings: PeftConfig, adapter: str) -> PeftModel:
+    """The model with the adapter's weights, each of which found its place.
+
+    Raises:
+        ValueError: if the adapter is empty, changes nothing, or is not of this model.
+    """
+    files = [Path(adapter) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    if not next((file for file in files if file.exists()), files[0]).is_file():
+        raise ValueError(f"{adapter} is not an adapter: it has no {SAFETENSORS_WEIGHTS_NAME}.")
+    with readable(Path(adapter)):
+        weights = load_peft_weights(adapter, device="cpu")
+    adapted = get_peft_model(model, settings)
+    places = get_peft_model_state_dict(adapted)
+    missing, unknown = sorted(places.keys() - weights.keys()), sorted(weights.keys() - places.keys())
+    if missing or unknown:
+        raise ValueError(
+            f"{adapter} does not fit its base: "
+            + "; ".join(
+                f"{len(names)} weights {what}, such as {names[0]}"
+                for names, what in ((missing, "are missing"), (unknown, "have no place"))
+                if names
+            )
+            + ". Is it complete, and this the base that it was trained on (--base)?"
+        )
+    for name, weight in weights.items():
+        if weight.shape != places[name].shape:
+            raise ValueError(
+                f"{adapter} does not fit its base: {name} has the shape {tuple(weight.shape)}, expected "
+                f"{tuple(places[name].shape)}. Name the base that it was trained on with --base."
+            )
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{adapter} cannot be merged: {name} is not finite.")
+    if not any(weight.any() for name, weight in weights.items() if "lora_A" not in name):
+        raise ValueError(f"{adapter} changes nothing: all its weights are zero, or it was never trained.")
+    set_peft_model_state_dict(adapted, weights)
+    return adapted
+
+
+def commit_of(name: str, revision: str | None) -> str | None:
+    """The commit that a branch, tag or commit of the Hub stands for now; `None` for a folder.
+
+    Raises:
+        ValueError: if a revision of a folder is asked for.
+        OSError: if there is no such model or revision.
+    """
+    if Path(name).is_dir():
+        if revision not in (None, "main"):
+            raise ValueError(f"{name} is a folder, which has no revision {revision!r}: leave that out.")
+        return None
+    return extract_commit_hash(cached_file(name, "config.json", revision=revision or "main"), None)

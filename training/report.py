@@ -2,13 +2,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run prints before it starts, and draws at its end."""
 
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from torch import nn
 
 from .data import Report
 from .trainer import LlavaSTFTrainer
@@ -42,6 +44,7 @@ def start_lines(trainer: LlavaSTFTrainer, data: Report | None) -> Iterator[str]:
         if "multi_modal_projector" in part and args.projector_learning_rate is not None:
             rate = args.projector_learning_rate
         yield f"{part:26} {number:13,}  {dtype:9} " + (f"trained, learning rate {rate:g}" if trained else "frozen")
+    yield from adapted_lines(trainer.model)
     rows = args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps
     yield (
         f"global batch: {rows} rows = {args.per_device_train_batch_size} per device x {args.world_size} device(s) x "
@@ -53,6 +56,20 @@ def start_lines(trainer: LlavaSTFTrainer, data: Report | None) -> Iterator[str]:
             f"a step: about {rows * data.images / data.kept:.0f} images and {rows * per_row:,.0f} tokens "
             f"({rows * data.targets / data.kept:,.0f} of them trained); {data.kept:,} rows an epoch"
         )
+
+
+def adapted_lines(model: nn.Module) -> Iterator[str]:
+    """The modules that LoRA adapts, those of all layers in one line, and those that are trained in full beside it."""
+    names = [name.removeprefix("base_model.model.") for name, _ in model.named_parameters()]
+    adapted = list(dict.fromkeys(name.split(".lora_")[0] for name in names if ".lora_" in name))
+    if not adapted:
+        return
+    yield f"LoRA adapts {len(adapted)} modules, the first of them {adapted[0]}:"
+    for name, number in Counter(re.sub(r"\.\d+\.", ".*.", name) for name in adapted).items():
+        yield f"  {number:3} x {name}"
+    whole = dict.fromkeys(name.split(".modules_to_save.")[0] for name in names if ".modules_to_save." in name)
+    if whole:
+        yield f"trained in full beside it: {', '.join(whole)}"
 
 
 def draw_curves(history: list[dict[str, Any]], path: Path) -> None:

@@ -3,21 +3,25 @@
 """TRL's SFT with what LLaVA's recipe adds: what trains, at which rates, in which order, and saved whole."""
 
 import copy
+import json
 import math
 import os
 import re
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import IterableDataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
@@ -26,13 +30,18 @@ from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, Train
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
 from conversion.convert import copy_licences, name_auto_class
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
+from .checkpoint import LENGTHS, OPTIMIZER, RUN, check_checkpoint, check_optimizer, rows_of
 from .data import Collator, DataError
 from .sampler import ModalityLengthSampler
+from .settings import DECIDING, check_settings
+
+logger = logging.get_logger(__name__)
 
 CONNECTOR = "multi_modal_projector"
 TOWER = "vision_tower"
@@ -49,6 +58,8 @@ This is a note, not yet a model card: `python -m hub_card render` writes one, be
 """
 # In the output folder while something is being saved. The leading underscore keeps it from being pushed.
 UNFINISHED = "_unfinished"
+# What decides the numbers of a LoRA run, of its `adapter_config.json`.
+ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 
 
 class SaveError(RuntimeError):
@@ -59,8 +70,10 @@ class SaveError(RuntimeError):
 class LlavaSTFTrainingArguments(SFTConfig):
     """TRL's `SFTConfig` with the settings of LLaVA's recipe.
 
+    Options that would not act, or have no possible value, are refused (see `training.settings`).
+
     Raises:
-        ValueError: if the global batch is no multiple of what the devices take in one step.
+        ValueError: if an option is refused, or the global batch is no multiple of what the devices take in one step.
     """
 
     trainable: str | None = field(
@@ -81,6 +94,10 @@ class LlavaSTFTrainingArguments(SFTConfig):
             "help": "Rows of one optimizer step, on all devices together. `gradient_accumulation_steps` follows from "
             "it, so that a recipe is the same on any number of devices."
         },
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"help": "Micro-batches of one optimizer step; not beside `global_batch_size`, which says them."},
     )
     group_by_modality_length: bool = field(
         default=False,
@@ -113,6 +130,20 @@ class LlavaSTFTrainingArguments(SFTConfig):
             "choices": ["pad", "square"],
         },
     )
+    do_exif_transpose: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Turn photos upright, as their EXIF orientation says; the original does not. By default as the "
+            "model's processor does. What is trained with is saved with the model."
+        },
+    )
+    alpha_background: str | None = field(
+        default=None,
+        metadata={
+            "help": "Colour to paint behind transparent pixels, such as 'white'; the original drops transparency. By "
+            "default as the model's processor does. What is trained with is saved with the model."
+        },
+    )
     max_length: int | None = field(
         default=2048,
         metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
@@ -125,11 +156,26 @@ class LlavaSTFTrainingArguments(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.global_batch_size is not None:
-            self.gradient_accumulation_steps = accumulation_steps(
-                self.global_batch_size, self.per_device_train_batch_size, launched_processes()
-            )
+            steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, launched_processes())
+            if self.gradient_accumulation_steps not in (1, steps):
+                raise ValueError(
+                    f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but {steps} follows from "
+                    "`global_batch_size`: leave one of them out."
+                )
+            self.gradient_accumulation_steps = steps
         super().__post_init__()
+        if self.accelerator_config.split_batches:
+            raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
+        for name in ("fp16", "activation_offloading"):
+            if getattr(self, name) and self.device.type == "cpu":
+                raise ValueError(f"`{name}` does not act on a CPU: leave it out.")
+        if self.group_by_modality_length and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but `group_by_modality_length` orders "
+                "the rows: set that to false."
+            )
 
     @property
     def order_seed(self) -> int:
@@ -185,20 +231,31 @@ class LlavaSTFTrainer(SFTTrainer):
             )
         processor = processing_class
         template = template_text(processor, args.chat_template_name)
+        for name in ("do_exif_transpose", "alpha_background"):
+            if getattr(args, name) is not None:
+                setattr(processor.image_processor, name, getattr(args, name))
         if args.image_aspect_ratio == "square":  # in training only: the saved processor pads
             processor = copy.deepcopy(processor)
             processor.image_processor.do_pad = False
+        assert not isinstance(args.pad_to_multiple_of, str)  # TRL has made a number of it
         # Rows are checked against `max_length` before training; a collator that truncates could cut an image.
         collator = Collator(
             processor,
             assistant_only_loss=args.assistant_only_loss,
+            pad_to_multiple_of=args.pad_to_multiple_of,
             chat_template=template,
         )
         super().__init__(
             model, args, processing_class=processing_class, data_collator=data_collator or collator, **kwargs
         )
-        if args.group_by_modality_length and isinstance(self.train_dataset, IterableDataset):
-            raise ValueError("A streamed dataset cannot be grouped: set `group_by_modality_length` to false.")
+        if isinstance(self.train_dataset, IterableDataset):
+            if args.group_by_modality_length:
+                raise ValueError("A streamed dataset cannot be grouped: set `group_by_modality_length` to false.")
+            if args.train_sampling_strategy != "random":
+                raise ValueError("A streamed dataset has its own order: leave out `train_sampling_strategy`.")
+        if isinstance(self.model, PeftModel):  # an adapter remembers the commit, not a branch that moves
+            for adapter in self.model.peft_config.values():
+                adapter.revision = adapter.revision or base_commit(without_adapter(self.model))
         self.add_callback(NoEndlessEpochs())
         self._choose_trained()
         self._images = self._tokens = 0
@@ -305,8 +362,12 @@ class LlavaSTFTrainer(SFTTrainer):
 
     # Speed
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """As [`Trainer.train`]; a run that had done all its steps is loaded, and nothing is added to it."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """As [`Trainer.train`]; a run that had done all its steps is loaded, and nothing is added to it.
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete, damaged or of another run.
+        """
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
             if self.args.push_to_hub:
@@ -316,15 +377,20 @@ class LlavaSTFTrainer(SFTTrainer):
                 custom_object_save(network, self.args.output_dir, config=network.config)
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
-        if isinstance(resume_from_checkpoint, str) and self.args.max_steps > 0:
+        if resume_from_checkpoint is True:  # transformers' way to say "the last"
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            self._check_checkpoint(Path(resume_from_checkpoint))
             state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-            if state.global_step >= self.args.max_steps:
+            if 0 < self.args.max_steps <= state.global_step:
                 self.state = state
                 self._load_from_checkpoint(resume_from_checkpoint)
                 return TrainOutput(state.global_step, 0.0, {})
         self._clock = now()
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            with StopByHand(self):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except DataError as error:  # with the traceback of a worker in front
             message = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
             raise DataError(f"{message}. {self._way_back()}") from error
@@ -347,6 +413,42 @@ class LlavaSTFTrainer(SFTTrainer):
             self._clock = now()
         super().log(logs, start_time)
 
+    # Going on
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """What decides the numbers of this run, as it is written beside each checkpoint."""
+        settings = self.args.to_dict()
+        network = without_adapter(self.model)
+        adapter = self.model.peft_config["default"].to_dict() if isinstance(self.model, PeftModel) else {}
+        run = {
+            "processes": self.args.world_size,
+            **{name: settings[name] for name in (*DECIDING, *LENGTHS)},
+            "base": network.name_or_path,
+            "revision": base_commit(network),
+            "dtype": str(next(self.model.parameters()).dtype),
+            **{name: adapter.get(name) for name in ADAPTER if adapter},
+            **rows_of(self.train_dataset),
+        }
+        return json.loads(json.dumps(run, default=sorted))  # sets as lists, as they will be read
+
+    def _check_checkpoint(self, folder: Path) -> None:
+        shapes = None
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            adapter = isinstance(self.model, PeftModel)
+            weights = get_peft_model_state_dict(self.model) if adapter else self.model.state_dict()
+            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            if self.model.config.get_text_config().tie_word_embeddings:
+                shapes.pop("lm_head.weight", None)
+        for note in check_checkpoint(folder, self.run, shapes, self.accelerator.scaler is not None):
+            logger.warning(note)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            scaled = self.accelerator.scaler is not None
+            check_optimizer(Path(checkpoint) / OPTIMIZER, self.optimizer, self.state.global_step, scaled)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
     # Saving: complete or absent
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -362,6 +464,7 @@ class LlavaSTFTrainer(SFTTrainer):
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                (staging / name / RUN).write_text(json.dumps(self.run, indent=2) + "\n", encoding="utf-8")
                 self._name_best(staging, run, name)
                 _replace(staging / name, run / name)
         except Exception as error:
@@ -432,10 +535,15 @@ class LlavaSTFTrainer(SFTTrainer):
                 )
 
     def _way_back(self) -> str:
-        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
-        if last is None:
-            return "No checkpoint was saved yet."
-        return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
+        return way_back(self.args.output_dir)
+
+
+def way_back(output_dir: str | None) -> str:
+    """Names the last complete checkpoint in a folder."""
+    last = get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
+    if last is None:
+        return "No checkpoint was saved yet."
+    return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
 
 
 class NoEndlessEpochs(TrainerCallback):
@@ -447,6 +555,39 @@ class NoEndlessEpochs(TrainerCallback):
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
             raise DataError("The data has no row, or too few for one step: nothing was trained in a whole epoch.")
+
+
+class StopByHand(TrainerCallback):
+    """Within it Ctrl-C stops the training after the micro-batch; a second one at once.
+
+    Raised at once, it is lost where the workers of an epoch are taken down: torch (2.13 seen) does that in a
+    `__del__`, and Python drops what is raised there.
+    """
+
+    def __init__(self, trainer: LlavaSTFTrainer):
+        self.trainer, self.asked = trainer, False
+
+    def __enter__(self) -> None:
+        self.trainer.add_callback(self)
+        self.before = signal.getsignal(signal.SIGINT)
+        if threading.current_thread() is threading.main_thread():  # no other may set a handler
+            signal.signal(signal.SIGINT, self._note)
+
+    def __exit__(self, *exception: object) -> None:
+        self.trainer.remove_callback(self)
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, self.before)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.asked:
+            signal.default_int_handler(number, frame)
+        self.asked = True
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+
+    on_substep_end = on_step_begin
 
 
 class SamplerEpoch(TrainerCallback):
@@ -485,6 +626,11 @@ def template_text(processor: Any, name: str) -> str:
     if name not in templates:
         raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
     return templates[name]
+
+
+def base_commit(network: PreTrainedModel) -> str | None:
+    """The commit of the Hub that the weights are of; `None` for a folder."""
+    return getattr(network.config, "_commit_hash", None)
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> Any:

@@ -65,7 +65,7 @@ def train_tokenizer(data: str | Path, out: str | Path, vocabulary: int = 1024) -
     tokenizer.train_from_iterator(_texts(Path(data)), trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(pair) for pair in learned["merges"]]
-    llama = LlamaTokenizer(vocab=learned["vocab"], merges=merges, pad_token="<unk>", **SPECIAL_TOKENS)
+    llama = LlamaTokenizer(vocab=learned["vocab"], merges=merges, pad_token="<unk>", legacy=True, **SPECIAL_TOKENS)
     with complete_or_absent(out) as folder:
         llama.save_pretrained(folder)
     return out

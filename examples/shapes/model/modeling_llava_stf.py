@@ -39,6 +39,8 @@ IMAGES_PER_PASS = 32
 CPU_BYTES_PER_PASS = 10 * 2**20
 # Given a list, transformers 5.23 keeps just the hidden states that it names; 5.17 to 5.22 count them in another way.
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
+# The argument that holds the cache. The stock models take the old name until 5.40, and warn of it since 5.24.
+CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) else "past_key_values"
 # So far below any logit that its probability is zero, and still finite.
 NO_ANSWER_LOGIT = -1e4
 # What stays in 16 bit when the language model is quantised; the fields in which the configs of transformers name it.
@@ -191,7 +193,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 Normalised pixels. A batch of videos may be given as `(videos, frames, 3, image_size, image_size)`.
 
         Returns:
-            The tower's output; its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each.
+            The tower's output; its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each, and
+            its `last_hidden_state` is that of the last tap, whatever else is asked for.
 
         Raises:
             ValueError: if the pixels have another shape, or a call asks for other taps than those of the config.
@@ -227,7 +230,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
         tokens = self.multi_modal_projector(torch.cat(features, dim=-1))  # (B, T, D)
         return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state,
+            # Not the tower's own, which is that of a later block if all hidden states or the attentions are asked for.
+            last_hidden_state=outputs.hidden_states[max(taps)],
             pooler_output=list(tokens),
             hidden_states=outputs.hidden_states if all_hidden_states else None,
             attentions=outputs.attentions,
@@ -277,11 +281,13 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         pixel_values: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
+        cache: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """As [`LlavaModel.forward`]; a prompt with image tokens but no image draws a warning.
+
+        The cache is taken by either of its names, `cache` and the older `past_key_values`.
 
         In training a batch without images sends a blank image through tower and fusion and uses none of it, so that
         every rank of a distributed run touches the same parameters (original: the dummy image of its collator).
@@ -293,12 +299,13 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 if inputs_embeds is None:
                     inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
                 inputs_embeds = inputs_embeds + self._blank_image_features(inputs_embeds)[:0].sum()
+        if cache is not None:
+            kwargs[CACHE] = cache
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
@@ -347,24 +354,48 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
         return loss
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """As [`GenerationMixin.generate`]; `cache` is the name of its cache before transformers 5.24, too."""
+        if "cache" in kwargs:
+            kwargs[CACHE] = kwargs.pop("cache")
+        return super().generate(*args, **kwargs)
+
+    def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        # Where a call gives `max_length` and the checkpoint `max_new_tokens`, transformers keeps both, and the
+        # checkpoint's counts.
+        prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        for given in (kwargs, vars(generation_config) if generation_config else {}):
+            if given.get("max_new_tokens") is not None:
+                break
+            if given.get("max_length") is not None:
+                prepared.max_new_tokens = None
+                break
+        return prepared, model_kwargs
+
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
-        past_key_values: Any | None = None,
+        next_sequence_length: int | None = None,
+        cache: Any | None = None,
+        attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        older_name = kwargs.pop("past_key_values", None)
+        cache = older_name if cache is None else cache
         # transformers drops the images from all passes but the first, and takes an assistant's first one and (before
         # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image. Not asked in a
         # step of decoding, where it is never empty: the length of a static cache would have to wait for the device.
-        prompt = inputs_embeds is None and kwargs.get("next_sequence_length") != 1
-        unseen = prompt and past_key_values is not None and past_key_values.get_seq_length() == 0
+        prompt = inputs_embeds is None and next_sequence_length != 1
+        unseen = prompt and cache is not None and cache.get_seq_length() == 0
         return super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration or unseen,
+            **{CACHE: cache},
             **kwargs,
         )
 

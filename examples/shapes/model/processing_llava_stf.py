@@ -2,67 +2,212 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processor of LLaVA-STF: pictures, videos and text in, pixels and token ids out."""
 
-import mimetypes
+import asyncio
+import base64
+import copy
+import json
+import math
+import os
+import struct
+import sys
+import tempfile
+import threading
+import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
+import httpx
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
+import PIL.ImageColor
+import PIL.ImageOps
 import torch
 from transformers import BatchFeature, LlavaProcessor
-from transformers.image_utils import load_image
+from transformers.image_utils import ChannelDimension
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
+from transformers.utils import cached_file
 from transformers.video_utils import load_video
 
+from .configuration_llava_stf import LlavaSTFConfig
+
+# What the processor must know of the model.
+MODEL_SETTINGS = ("patch_size", "fusion_window", "vision_feature_select_strategy")
+# Where a file is sought, of the arguments of `from_pretrained`.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+ORIENTATION = PIL.ExifTags.Base.Orientation
 # Frames per second that are read from a video file, as the original's evaluation does.
 VIDEO_FPS = 1
+# Formats whose files may be a video of pictures; a frame without a duration is shown this long, as browsers do.
+ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
+FRAME_MILLISECONDS = 100
+# The most pixels that a step may go through on the way to what the vision tower sees.
+MAX_PIXELS = 2**28
+# What is behind a URL: all of it, in all this time.
+DOWNLOAD_BYTES = 2**28
+DOWNLOAD_SECONDS = 30
+# What PIL raises for files that are damaged, too large, or of a mode that it cannot convert.
+UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    OverflowError,
+    MemoryError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    PIL.Image.DecompressionBombError,
+)
+
+
+class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # transformers is not typed
+    """
+    do_exif_transpose (`bool`, *optional*, defaults to `True`):
+        Whether a photo is turned upright, as its EXIF orientation says. The original does not.
+    alpha_background (`str`, *optional*):
+        Colour that is painted behind transparent pixels, as PIL names it: `"white"`, `"#7a7468"`. By default
+        transparency is dropped, as the original does.
+    """
+
+    do_exif_transpose: bool | None
+    alpha_background: str | None
 
 
 class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     """The original's preprocessing, to the last bit: PIL's bicubic resize, whether or not torchvision is installed.
 
-    A picture becomes RGB as PIL converts it (transparency is dropped, not painted white), is pasted in the middle of a
-    square of CLIP's mean colour (`do_pad`), resized, cropped and normalised (original: `image_aspect_ratio: pad`).
+    A picture is turned upright (`do_exif_transpose`) and becomes RGB as PIL converts it: transparency is dropped,
+    unless `alpha_background` is painted behind it. It is pasted in the middle of a square of CLIP's mean colour
+    (`do_pad`), resized, cropped and normalised (original: `image_aspect_ratio: pad`).
+
+    A picture is a PIL image, a path, a URL, the bytes of a file, base64, `{"bytes", "path"}`, or an array or tensor of
+    numbers from 0 to 255: (height, width), or with 1, 3 or 4 channels in front or at the end. All of them give the same
+    pixels. An animated file or one of several pages is its first picture.
 
     Raises:
-        ValueError: for a picture that cannot be decoded, is not finite, or whose range does not fit `do_rescale`.
+        ValueError: for a picture that cannot be read or decoded, whose numbers are not finite or not from 0 to 255,
+            whose layout could be one or the other (say which: `input_data_format`), or that is so long and thin that
+            it would not fit into memory; and for settings that no pixel can be computed with.
     """
 
+    valid_kwargs = LlavaSTFImagesKwargs
     size = {"shortest_edge": 336}
     crop_size = {"height": 336, "width": 336}
     do_pad = True
+    do_exif_transpose = True
+    alpha_background = None
 
-    def process_image(self, image: Any, do_convert_rgb: bool | None = None, **kwargs: Any) -> np.ndarray:
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """Opens what is not yet a picture in memory, in any nesting; nothing is turned or converted yet."""
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, Path, bytes, dict)):
+            return load_picture(image_url_or_urls)
+        return image_url_or_urls
+
+    def _prepare_images_structure(self, images: Any, expected_ndims: int = 3) -> list:
+        return _flat_images(self.fetch_images(images))
+
+    def process_image(
+        self,
+        image: Any,
+        do_convert_rgb: bool | None = None,
+        do_exif_transpose: bool | None = None,
+        alpha_background: str | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
         """One picture, of any kind, as (channels, height, width)."""
-        if do_convert_rgb and isinstance(image, PIL.Image.Image):
-            image = _decoded(image)
-            edge, resample = getattr(kwargs.get("size"), "shortest_edge", None), kwargs.get("resample")
-            if edge and kwargs.get("do_pad") and kwargs.get("do_resize") and isinstance(resample, int):
-                # As the stock class will, but it does so with arrays: a large picture would be copied several times.
-                image = _squared(image, kwargs["image_mean"])
-                image = image.resize((edge, edge), resample)
-        elif do_convert_rgb and kwargs.get("input_data_format") is None:
-            image = _three_channels(np.asarray(image))
-        array = super().process_image(image, do_convert_rgb=do_convert_rgb, **kwargs)
-        if not np.isfinite(array).all():
-            raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
-        return array
+        if not isinstance(image, PIL.Image.Image):
+            array = _as_array(image)
+            layout = kwargs.pop("input_data_format", None)
+            if array.dtype.kind == "f" and not kwargs.get("do_rescale"):
+                return _scaled_floats(array, layout)
+            image = _as_pictures([array], layout)[0]
+        if not do_convert_rgb:
+            image = _upright(image) if do_exif_transpose else _decoded(image)
+        else:
+            image = to_rgb(image, do_exif_transpose, alpha_background)
+        self.check_size(image, **kwargs)
+        edge, resample = _squares_edge(**kwargs), kwargs.get("resample")
+        if image.mode == "RGB" and edge and isinstance(resample, int):
+            # As the stock class will, but that makes the whole square, several times.
+            image = _padded_and_resized(image, _padding(kwargs.get("image_mean")), edge, resample)
+        return super().process_image(image, do_convert_rgb=False, **kwargs)
+
+    def check_size(self, image: PIL.Image.Image, **kwargs: Any) -> None:
+        """Raises a `ValueError` if a picture is empty, or the steps to come would make too many pixels of it."""
+        settings = {name: kwargs.get(name, getattr(self, name)) for name in ("do_pad", "do_resize", "size")}
+        short, long = sorted(image.size)
+        if short == 0:
+            raise ValueError(f"A picture has {image.width} x {image.height} pixels: it is empty.")
+        pixels, edge = 0, _squares_edge(**settings)
+        if edge:
+            pixels = long * max(image.height, edge)
+        elif settings["do_pad"]:
+            pixels = long**2
+        elif settings["do_resize"] and settings["size"].shortest_edge:
+            pixels = settings["size"].shortest_edge ** 2 * long // short
+        if pixels > MAX_PIXELS:
+            raise ValueError(
+                f"A picture has {image.width} x {image.height} pixels: padded or resized, {pixels} would be computed, "
+                f"{MAX_PIXELS} are allowed. Crop it, or make it smaller."
+            )
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+        super()._validate_preprocess_kwargs(**kwargs)
+        if kwargs.get("do_rescale") and not 0 < kwargs["rescale_factor"] < math.inf:
+            raise ValueError(f"`rescale_factor` is {kwargs['rescale_factor']}, expected a positive number.")
+        for name, least in (("image_mean", -math.inf), ("image_std", 0)):
+            values = kwargs.get(name)
+            if values is not None and not (np.shape(values) == (3,) and all(least < x < math.inf for x in values)):
+                positive = " above 0" if name == "image_std" else ""
+                raise ValueError(f"`{name}` is {values}, expected three finite numbers{positive}.")
+        crop: Any = kwargs.get("crop_size")
+        if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
+            raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
+        if kwargs.get("alpha_background") is not None:
+            PIL.ImageColor.getrgb(kwargs["alpha_background"])
 
     def to_dict(self) -> dict[str, Any]:
         """As [`ImageProcessingMixin.to_dict`]; the reference to the code never names another repository."""
         reference = {"AutoImageProcessor": "processing_llava_stf.LlavaSTFImageProcessor"}
         return {**super().to_dict(), "auto_map": reference}
 
-    def _preprocess(self, images: list[np.ndarray], do_rescale: bool, **kwargs: Any) -> BatchFeature:
-        for image in images:
-            if do_rescale and np.issubdtype(image.dtype, np.floating) and 0 < image.max() <= 1:
-                raise ValueError(
-                    f"A picture has floating point pixels up to {image.max():.3g}, expected 0 to 255. If it is scaled "
-                    "to 0 to 1 already, multiply it by 255."
-                )
-        return super()._preprocess(images, do_rescale=do_rescale, **kwargs)
+
+class _OneAtATime:
+    """A tokenizer that serves one thread after the other.
+
+    The fast tokenizer holds padding and truncation as state, from setting them to encoding: two calls at once would pad
+    and cut as one of them asks (transformers 5.24). Can go when the settings are arguments of the encoding.
+    """
+
+    lock = threading.Lock()
+
+    def __init__(self, tokenizer: Any):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with _OneAtATime.lock:
+            return self.tokenizer(*args, **kwargs)
+
+
+def _new_lock() -> None:
+    _OneAtATime.lock = threading.Lock()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_new_lock)  # the thread that holds it is not in a forked worker
 
 
 class LlavaSTFProcessor(LlavaProcessor):
@@ -72,6 +217,9 @@ class LlavaSTFProcessor(LlavaProcessor):
     Every image, and every frame of a video, becomes (image size / patch size / fusion window)^2 image tokens (144 for
     the released model); the frames of a video stand one after the other in the place of its one placeholder.
     `pixel_values` holds images and frames in the order of their placeholders: (images + frames, 3, height, width).
+
+    Threads may share a processor, also through `apply_chat_template`. They may not share its `tokenizer` in calls of
+    their own that pad or truncate: give each thread a `copy.deepcopy` of it.
 
     Args:
         image_processor ([`LlavaSTFImageProcessor`]): gives the pixels. Videos are not padded to a square by default,
@@ -122,6 +270,18 @@ class LlavaSTFProcessor(LlavaProcessor):
             )
 
     @classmethod
+    def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
+        """As [`ProcessorMixin.get_processor_dict`]; what no processor_config.json says comes from the model's config.
+
+        A pipeline's `save_pretrained` writes tokenizer and image processor, but not that file.
+        """
+        settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        if not any(name in settings for name in MODEL_SETTINGS):
+            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+            settings |= _settings_of_model(pretrained_model_name_or_path, where)
+        return settings, unused
+
+    @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As [`ProcessorMixin.from_args_and_dict`], the last step of loading; incomplete settings are refused."""
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
@@ -134,13 +294,16 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     def check_settings(self) -> None:
         """Raises a `ValueError` if a setting is missing, without which tokens cannot be counted, or does not fit."""
-        settings = ("patch_size", "fusion_window", "vision_feature_select_strategy")
-        missing = [name for name in settings if getattr(self, name) is None]
+        missing = [name for name in MODEL_SETTINGS if getattr(self, name) is None]
         if missing:
             raise ValueError(
                 f"The processor lacks {', '.join(missing)}: without them it cannot count image tokens. A complete "
                 "processor_config.json has all three; these files may belong to a plain LLaVA."
             )
+        for name in ("patch_size", "fusion_window"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"`{name}` is {value!r}, expected a whole number of at least 1.")
         if self.vision_feature_select_strategy != "default":
             raise ValueError(
                 f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}, expected 'default': the "
@@ -166,10 +329,11 @@ class LlavaSTFProcessor(LlavaProcessor):
 
         Args:
             images: a picture, a list of pictures in the order of the placeholders, or one list per prompt. A picture
-                is a PIL image, an array, a tensor, a path or a URL.
+                is whatever [`LlavaSTFImageProcessor`] takes.
             text (`str` or `list[str]`): prompts, with one `<image>` per image and one `<video>` per video.
-            videos: a video or a list of videos; a video is a list of frames, a 4-D array or a file (read with PyAV,
-                one frame per second unless `fps` or `num_frames` say otherwise).
+            videos: a video or a list of videos; a video is a list of frames, a 4-D array, an animated GIF, WebP, PNG
+                or AVIF, or a file that PyAV reads. Of a file one frame per second is read, unless `fps` or
+                `num_frames` say otherwise; an animation is read by the durations of its frames, none of them twice.
             kwargs: of the tokenizer and the image processor, such as `padding`, `return_tensors`, `do_pad`.
 
         Returns:
@@ -180,7 +344,9 @@ class LlavaSTFProcessor(LlavaProcessor):
                 is longer than the model's context.
         """
         offsets_wanted = kwargs.pop("return_text_replacement_offsets", False)
-        outputs = super().__call__(
+        guarded = copy.copy(self)
+        guarded.tokenizer = _OneAtATime(self.tokenizer)
+        outputs = super(LlavaSTFProcessor, guarded).__call__(
             images=images, text=text, videos=videos, return_text_replacement_offsets=True, **kwargs
         )
         places = outputs["text_replacement_offsets"] if offsets_wanted else outputs.pop("text_replacement_offsets", [])
@@ -228,9 +394,9 @@ class LlavaSTFProcessor(LlavaProcessor):
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple:
         """Loads pictures, and brings videos to one list; pictures given per prompt stay so, to be counted."""
-        images = _loaded(images) if images is not None else None
+        images = self.image_processor.fetch_images([] if images is None else images)
         videos = list(_flat_videos(videos)) if videos is not None else None
-        has_images = images is not None and bool(len(_flat_images(images)))
+        has_images = bool(_flat_images(images))
         return super().prepare_inputs_layout(
             images=images if has_images else None, text=text, videos=videos or None, audio=audio, **kwargs
         )
@@ -245,6 +411,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             return
         if not all(isinstance(prompt, str) for prompt in text):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.100}.")
+        images = [] if images is None else images
         per_prompt = isinstance(images, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in images)
         n_images = [len(_flat_images(item)) for item in images] if per_prompt else [len(_flat_images(images))]
         self._check_count(self.image_token, text, n_images)
@@ -263,13 +430,23 @@ class LlavaSTFProcessor(LlavaProcessor):
         )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
-        return super()._process_images(_flat_images(images), **kwargs)
+        outputs = self.image_processor(images, **kwargs)
+        return outputs, [self.replace_image_token(outputs, index) for index in range(len(outputs["pixel_values"]))]
 
     def _process_videos(self, videos: list, **kwargs: Any) -> tuple[dict, list[str]]:
         sampling = {name: kwargs.get(name) for name in ("num_frames", "fps")}
-        image_kwargs = {name: value for name, value in kwargs.items() if name in ImagesKwargs.__annotations__}
+        known = LlavaSTFImagesKwargs.__annotations__
+        image_kwargs = {name: value for name, value in kwargs.items() if name in known}
         image_kwargs.setdefault("do_pad", False)
-        pixels = [self.image_processor(_frames(video, **sampling), **image_kwargs)["pixel_values"] for video in videos]
+        pixels = []
+        for video in videos:
+            frames = _frames(video, **sampling)
+            if image_kwargs.get("do_rescale", self.image_processor.do_rescale) and not any(
+                isinstance(frame, PIL.Image.Image) for frame in frames
+            ):
+                # All frames at once: one of them may be black, or nearly so.
+                frames = _as_pictures([_as_array(frame) for frame in frames], image_kwargs.get("input_data_format"))
+            pixels.append(self.image_processor(frames, **image_kwargs)["pixel_values"])
         outputs = {"pixel_values_videos": pixels}
         return outputs, [self.replace_video_token(outputs, index) for index in range(len(videos))]
 
@@ -300,69 +477,321 @@ class LlavaSTFProcessor(LlavaProcessor):
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
 
 
-def _decoded(image: PIL.Image.Image) -> PIL.Image.Image:
+def _settings_of_model(folder: Any, where: dict[str, Any]) -> dict[str, Any]:
+    """The three settings as the config.json beside the processor's files has them; none if that is not of our model."""
+    file = cached_file(folder, "config.json", _raise_exceptions_for_missing_entries=False, **where)
+    found = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    if found.get("model_type") != LlavaSTFConfig.model_type:
+        return {}
+    config = LlavaSTFConfig.from_dict(found)
+    return {
+        "patch_size": config.vision_config.patch_size,
+        "fusion_window": config.fusion_window,
+        "vision_feature_select_strategy": config.vision_feature_select_strategy,
+    }
+
+
+# Pictures: out of files, out of arrays, into RGB
+
+
+def load_picture(source: Any) -> PIL.Image.Image:
+    """A picture as PIL decodes it, neither turned nor converted; of several frames or pages the first.
+
+    Args:
+        source: a path, a URL, base64 with or without `data:image/...;base64,`, the bytes of a file, or a dictionary
+            with `bytes` or `path`, as an undecoded column of `datasets` has it.
+
+    Raises:
+        ValueError: names what cannot be read, and says why.
+    """
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else Path(source.get("path") or "")
+    name = f"of {len(source)} bytes" if isinstance(source, bytes) else repr(str(source))
+    name = name if len(name) <= 200 else f"{name[:200]}..."
     try:
-        return image.convert("RGB")
-    except (OSError, SyntaxError) as error:
-        name = getattr(image, "filename", "") or "a picture"
-        raise ValueError(f"Cannot decode {name}: {error}. The file is damaged or not complete.") from error
+        picture = PIL.Image.open(_readable(source))
+        picture.load()
+    except PIL.UnidentifiedImageError as error:  # whose own words name an object in memory, if these are bytes
+        raise ValueError(f"Cannot read the picture {name}: it is of no kind that PIL knows") from error
+    except UNREADABLE as error:
+        raise ValueError(f"Cannot read the picture {name}: {error or type(error).__name__}") from error
+    return picture
 
 
-def _squared(image: PIL.Image.Image, mean: Sequence[float] | None) -> PIL.Image.Image:
-    """In the middle of a square of the mean colour, or of a black one."""
+def _readable(source: str | Path | bytes) -> Any:
+    """What `PIL.Image.open` takes; only regular files are opened, as a pipe would block."""
+    if isinstance(source, bytes):
+        return BytesIO(source)
+    if os.path.isfile(source):
+        return source
+    if os.path.exists(source):
+        raise ValueError("it is not a regular file")
+    if isinstance(source, Path):
+        raise ValueError("no such file")
+    if source.startswith(("http://", "https://")):
+        return BytesIO(_downloaded(source))
+    try:
+        encoded = source.partition(",")[2] if source.startswith("data:image/") else source
+        return BytesIO(base64.b64decode("".join(encoded.split()), validate=True))
+    except ValueError as error:
+        raise ValueError(f"no such file, and neither a URL nor base64 ({error})") from error
+
+
+def _downloaded(url: str) -> bytes:
+    """What is behind a URL, in a thread with an event loop of its own: only there all of it has one time limit."""
+    with ThreadPoolExecutor(1) as thread:
+        try:
+            return thread.submit(asyncio.run, _download(url)).result()
+        except TimeoutError as error:
+            raise ValueError(f"it took more than {DOWNLOAD_SECONDS} seconds; download it yourself") from error
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"it cannot be downloaded: {reason}") from error
+
+
+async def _download(url: str) -> bytes:
+    content = bytearray()
+    async with (
+        asyncio.timeout(DOWNLOAD_SECONDS),
+        httpx.AsyncClient(follow_redirects=True, timeout=None) as client,
+        client.stream("GET", url) as response,
+    ):
+        response.raise_for_status()
+        async for piece in response.aiter_bytes():
+            content += piece
+            if len(content) > DOWNLOAD_BYTES:
+                raise ValueError(f"it has more than {DOWNLOAD_BYTES} bytes; download it yourself")
+    return bytes(content)
+
+
+def to_rgb(
+    picture: PIL.Image.Image, do_exif_transpose: bool | None = True, alpha_background: str | None = None
+) -> PIL.Image.Image:
+    """A picture with 8 bits for red, green and blue each, and without anything else that could change them.
+
+    16-bit grey keeps its upper 8 bits, as PIL does for 16-bit colours. For the options see [`LlavaSTFImagesKwargs`].
+
+    Raises:
+        ValueError: for a picture that cannot be decoded, or whose numbers have no known range (PIL's modes I and F,
+            unless they are from 0 to 255).
+    """
+    picture = _with_8_bits(_upright(picture) if do_exif_transpose else _decoded(picture))
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+    if alpha_background is not None and picture.mode == "RGBA":
+        painted = PIL.Image.new("RGB", picture.size, alpha_background)
+        painted.paste(picture, mask=picture.getchannel("A"))
+        return painted
+    try:
+        picture = picture.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"A picture of the mode {picture.mode} has no colours that PIL knows: {error}.") from error
+    picture.info = {}
+    return picture
+
+
+def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        picture.load()
+    except UNREADABLE as error:
+        name, reason = getattr(picture, "filename", "") or "a picture", error or type(error).__name__
+        raise ValueError(f"Cannot decode {name}: {reason}. The file is damaged or not complete.") from error
+    return picture
+
+
+def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
+    """Turned as the EXIF orientation says. No other tag is read: photos with damaged ones are common."""
+    picture = _decoded(picture)
+    try:
+        orientation = picture.getexif().get(ORIENTATION, 1)
+    except (*UNREADABLE, AttributeError):  # the last by Pillow 10.0, for a TIFF of several pages
+        return picture
+    if orientation == 1:
+        return picture
+    picture = picture.copy()
+    for tags in ("exif", "Raw profile type exif"):
+        picture.info.pop(tags, None)
+    picture.getexif()[ORIENTATION] = orientation
+    return PIL.ImageOps.exif_transpose(picture)
+
+
+def _with_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
+    # Pillow before 10.4 opens a PNG of 16 bits in the mode I; goes when Pillow 10.4 is the oldest supported one.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        array = np.asarray(picture)
+        grey = PIL.Image.fromarray((array >> 8).astype(np.uint8))
+        if "transparency" in picture.info:
+            opaque = array != picture.info["transparency"]
+            grey.putalpha(PIL.Image.fromarray(opaque.astype(np.uint8) * 255))
+        return grey
+    if picture.mode in ("I", "F"):
+        return PIL.Image.fromarray(_eight_bits([np.asarray(picture)])[0])
+    # Premultiplied by their alpha: PIL converts them to the plain modes only.
+    return picture.convert(picture.mode.upper()) if picture.mode in ("RGBa", "La") else picture
+
+
+def _as_array(image: Any) -> np.ndarray:
+    """A tensor of any dtype and device, or what numpy can read, as an array."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.is_floating_point() else image).numpy()
+    array = np.asarray(image)
+    if array.dtype.kind not in "buif" or 0 in array.shape:
+        raise ValueError(
+            f"A picture is an array of {array.dtype} of the shape {array.shape}, expected numbers, and at least one."
+        )
+    return array
+
+
+def _as_pictures(arrays: list[np.ndarray], layout: str | ChannelDimension | None) -> list[PIL.Image.Image]:
+    arrays = _eight_bits([_channels_last(array, layout) for array in arrays])
+    return [PIL.Image.fromarray(np.ascontiguousarray(array)) for array in arrays]
+
+
+def _channels_last(array: np.ndarray, layout: str | ChannelDimension | None) -> np.ndarray:
+    """(height, width) or (height, width, 3 or 4); channels are found by their number, if only one side can be they."""
+    if array.ndim == 2:
+        return array
+    sides = [array.shape[axis] in (1, 3, 4) for axis in (0, -1)]
+    if layout is None and all(sides):
+        raise ValueError(
+            f"A picture has the shape {array.shape}: its channels may be the first or the last number. Say which: "
+            '`input_data_format="channels_first"` or `"channels_last"`.'
+        )
+    first = sides[0] if layout is None else ChannelDimension(layout) is ChannelDimension.FIRST
+    if array.ndim != 3 or not sides[0 if first else 1]:
+        raise ValueError(
+            f"A picture has the shape {array.shape}, expected (height, width), or 1, 3 or 4 channels before or after "
+            "them."
+        )
+    array = np.moveaxis(array, 0, -1) if first else array
+    return array[..., 0] if array.shape[-1] == 1 else array
+
+
+def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
+    """Arrays of numbers from 0 to 255, rounded to whole ones; `True` is 255."""
+    arrays = [array.astype(np.uint8) * 255 if array.dtype.kind == "b" else array for array in arrays]
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
+    low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
+    if 0 < high <= 1:
+        raise ValueError(
+            f"A picture has pixels up to {high:.3g}, expected 0 to 255. If it is scaled to 0 to 1, or a mask of 0 and "
+            "1, multiply it by 255. If it is that dark, give it as a PIL image of 8 bits."
+        )
+    if np.rint(low) < 0 or np.rint(high) > 255:
+        raise ValueError(
+            f"A picture has pixels from {low:.6g} to {high:.6g}, expected 0 to 255. Scale it: 16-bit numbers are "
+            "divided by 256."
+        )
+    return [np.rint(array).astype(np.uint8) for array in arrays]
+
+
+def _scaled_floats(array: np.ndarray, layout: str | ChannelDimension | None) -> np.ndarray:
+    """Numbers that the caller has scaled (`do_rescale=False`), as (3, height, width)."""
+    if not np.isfinite(array).all():
+        raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
+    array = _channels_last(array, layout)
+    return np.stack([array] * 3) if array.ndim == 2 else np.moveaxis(array[..., :3], -1, 0)
+
+
+def _squares_edge(do_pad: bool | None, do_resize: bool | None, size: Any, **kwargs: Any) -> int | None:
+    """The side that a padded square is resized to, where it is."""
+    return size.shortest_edge if do_pad and do_resize and not size.longest_edge else None
+
+
+def _padding(mean: Sequence[float] | None) -> tuple[int, ...]:
+    """The mean colour, or black."""
+    return tuple(int(255 * channel) for channel in mean) if mean else (0, 0, 0)
+
+
+def _padded_and_resized(image: PIL.Image.Image, colour: tuple[int, ...], edge: int, resample: int) -> PIL.Image.Image:
+    """A picture in the middle of a square, which is resized to (edge, edge).
+
+    PIL resizes all rows, and then all columns. Here the rows of the picture are, some at a time, and those above and
+    below keep their one colour: the same bits, but the square is never made.
+    """
     side = max(image.size)
-    square = PIL.Image.new("RGB", (side, side), tuple(int(255 * channel) for channel in mean) if mean else 0)
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def _three_channels(array: np.ndarray) -> np.ndarray:
-    """Grey or transparent arrays, channels first or last, as RGB."""
-    axis = -1 if array.shape[-1] in (1, 3, 4) else 0
-    if array.shape[axis] == 1:
-        return np.repeat(array, 3, axis)
-    return np.take(array, range(3), axis) if array.shape[axis] == 4 else array
-
-
-def _loaded(images: Any) -> Any:
-    """Opens paths and URLs, in any nesting; leaves other pictures as they are."""
-    if isinstance(images, (list, tuple)):
-        return [_loaded(image) for image in images]
-    if not isinstance(images, (str, Path)):
-        return images
-    try:
-        return load_image(str(images))
-    except (OSError, ValueError, PIL.Image.DecompressionBombError) as error:
-        raise ValueError(f"Cannot read the picture {str(images)!r}: {error}") from error
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    rows = PIL.Image.new("RGB", (edge, side), colour)
+    for start in range(0, image.height, 512):
+        end = min(start + 512, image.height)
+        band = PIL.Image.new("RGB", (side, end - start), colour)
+        band.paste(image.crop((0, start, image.width, end)), (left, 0))
+        rows.paste(band.resize((edge, end - start), resample), (0, top + start))
+    return rows.resize((edge, edge), resample)
 
 
 def _flat_images(images: Any) -> list:
     """A picture, a list of pictures, lists of pictures, or a 4-D array, as one list."""
-    if images is None:
-        return []
     if isinstance(images, (list, tuple)):
         return [picture for item in images for picture in _flat_images(item)]
-    if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) == 3:
+    if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) in (2, 3):
         return [images]
-    if getattr(images, "ndim", None) == 2:
-        return [images[..., None]]
     if getattr(images, "ndim", None) == 4:
         return list(images)
-    raise ValueError(f"Expected a picture (PIL image, array, tensor, path or URL), got {type(images).__name__}.")
+    raise ValueError(
+        "Expected a picture (PIL image, array, tensor, path, URL, base64 or bytes), got "
+        f"{type(images).__name__}{getattr(images, 'shape', '')}."
+    )
 
 
-def _is_frame(item: Any) -> bool:
-    if isinstance(item, (str, Path)):
-        return (mimetypes.guess_type(str(item))[0] or "").startswith("image/")
-    return isinstance(item, PIL.Image.Image) or getattr(item, "ndim", None) == 3
+# Videos: out of files, out of animations, into frames
+
+
+def is_picture(path: Any) -> bool:
+    """Whether this is the path or the URL of a picture, by its ending: a frame or an animation, and not a video."""
+    if not isinstance(path, (str, Path)):
+        return False
+    if str(path).startswith("data:image/"):
+        return True
+    suffix = os.path.splitext(urlparse(str(path)).path if "://" in str(path) else path)[1].lower()
+    kind = PIL.Image.registered_extensions().get(suffix)
+    return kind in PIL.Image.OPEN and kind != "MPEG"
+
+
+def is_animation(picture: PIL.Image.Image) -> bool:
+    """Whether a picture is a video of its own: an animated GIF, WebP, PNG or AVIF, but no photo of several parts."""
+    try:
+        return picture.format in ANIMATED and getattr(picture, "is_animated", False)
+    except UNREADABLE:  # damaged behind its first frame
+        return True
+
+
+def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps: float | None = None) -> list[int]:
+    """Which frames of an animation are shown at the times that are read: `fps` a second, or `num_frames` in all."""
+    milliseconds = []
+    _seek_end(animation)
+    for index in range(animation.n_frames):  # type: ignore[attr-defined] # of the plugin's class
+        animation.seek(index)
+        animation.load()
+        milliseconds.append(animation.info.get("duration") or FRAME_MILLISECONDS)
+    ends = np.cumsum(milliseconds)
+    if num_frames is not None and num_frames >= len(ends):
+        return list(range(len(ends)))
+    # A millisecond is the shortest time that a frame is shown.
+    count = num_frames or max(1, int(min(ends[-1] / 1000 * (fps or VIDEO_FPS), ends[-1])))
+    times = np.arange(count) * ends[-1] / count
+    return np.unique(np.searchsorted(ends, times, side="right")).tolist()
+
+
+def _seek_end(animation: PIL.Image.Image) -> None:
+    """From here one can go back: Pillow 13.0 loses count in an animated PNG if that is done earlier."""
+    animation.seek(animation.n_frames - 1)  # type: ignore[attr-defined]
+    animation.load()
 
 
 def _flat_videos(videos: Any) -> Iterator[Any]:
-    """Single videos out of any nesting; a video is a file, a 4-D array, or a list of frames, which are loaded."""
-    if isinstance(videos, (str, Path)) or getattr(videos, "ndim", None) == 4:
+    """Single videos out of any nesting: a file, an animation, a 4-D array, or a list of frames, which are loaded."""
+    if is_picture(videos):
+        videos = load_picture(videos)
+    if isinstance(videos, PIL.Image.Image):
+        yield videos if is_animation(videos) else [videos]
+    elif isinstance(videos, (str, Path)) or getattr(videos, "ndim", None) == 4:
         yield videos
     elif isinstance(videos, (list, tuple)) and videos and _is_frame(videos[0]):
-        yield _loaded(videos)
+        frames = [load_picture(item) if isinstance(item, (str, Path)) else item for item in videos]
+        yield from _separated(frames)
     elif isinstance(videos, (list, tuple)) or getattr(videos, "ndim", None) == 5:
         for item in videos:
             yield from _flat_videos(item)
@@ -370,19 +799,64 @@ def _flat_videos(videos: Any) -> Iterator[Any]:
         raise ValueError(f"Expected a video (list of frames, 4-D array or file), got {type(videos).__name__}.")
 
 
+def _is_frame(item: Any) -> bool:
+    return is_picture(item) or isinstance(item, PIL.Image.Image) or getattr(item, "ndim", None) in (2, 3)
+
+
+def _separated(frames: list) -> list:
+    """One video of these frames, or, if they are animations, each of them."""
+    animations = [isinstance(frame, PIL.Image.Image) and is_animation(frame) for frame in frames]
+    if any(animations) and not all(animations):
+        raise ValueError(
+            f"{sum(animations)} of the {len(frames)} frames of a video are animations, which are videos themselves. "
+            "Give videos in one list, and the frames of one video in a list of their own."
+        )
+    return frames if any(animations) else [frames]
+
+
 def _frames(video: Any, num_frames: int | None, fps: float | None) -> list:
-    """The frames of one video: `fps` per second of a file, or `num_frames` evenly spread."""
+    """The frames of one video: `fps` per second of a file or an animation, or `num_frames` evenly spread."""
+    if fps is not None and num_frames is not None:
+        raise ValueError(f"`fps` is {fps} and `num_frames` is {num_frames}: give one of them.")
+    if not (fps is None or 0 < fps < math.inf) or not (num_frames is None or num_frames > 0):
+        raise ValueError(f"`fps` is {fps} and `num_frames` is {num_frames}, expected a positive number.")
+    clock = VIDEO_FPS if fps is None and num_frames is None else fps
+    if isinstance(video, PIL.Image.Image):
+        return _animation_frames(video, num_frames, clock)
     if isinstance(video, (str, Path)):
-        fps = VIDEO_FPS if fps is None and num_frames is None else fps
-        try:
-            return list(load_video(str(video), num_frames=num_frames, fps=fps, backend="pyav")[0])
-        except (OSError, TypeError, ValueError, IndexError) as error:
-            raise ValueError(f"Cannot read the video {str(video)!r}: {error}") from error
+        return _file_frames(str(video), num_frames, clock)
     if fps is not None:
         raise ValueError(f"`fps` is {fps}, but a list of frames has no clock. Use `num_frames`, or give a video file.")
     if num_frames is None or num_frames >= len(video):
         return list(video)
     return [video[index] for index in np.linspace(0, len(video) - 1, num_frames).round().astype(int)]
+
+
+def _animation_frames(animation: PIL.Image.Image, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
+    position, frames = animation.tell(), []
+    try:
+        for index in shown_frames(animation, num_frames, fps):
+            animation.seek(index)
+            frames.append(animation.copy())
+        _seek_end(animation)
+        animation.seek(position)
+    except UNREADABLE as error:
+        name = getattr(animation, "filename", "") or "an animation"
+        raise ValueError(f"Cannot decode {name}: {error}. The file is damaged or not complete.") from error
+    return frames
+
+
+def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
+    try:
+        if video.startswith(("http://", "https://")) and "youtube.com" not in urlparse(video).netloc:
+            with tempfile.NamedTemporaryFile() as file:
+                file.write(_downloaded(video))
+                file.flush()
+                return _file_frames(file.name, num_frames, fps)
+        frames = load_video(video, num_frames=num_frames, fps=fps, backend="pyav")[0]
+    except (OSError, TypeError, ValueError, IndexError) as error:
+        raise ValueError(f"Cannot read the video {video!r}: {error}") from error
+    return [PIL.Image.fromarray(frame) for frame in frames]
 
 
 def _in_reading_order(types: list[str], images: Any, videos: list) -> Any:

@@ -1,0 +1,123 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""What training needs, computed from a config and the recipes: memory of each GPU, and hours.
+
+Memory is that of weights, gradients and AdamW, of the inputs that gradient checkpointing keeps of each layer, and of
+the one layer that it computes again. Left out: CUDA's context (about 1 GB), fragmentation, communication buffers.
+Hours are the FLOPs of all rows divided by the share of the peak that the devices are assumed to reach.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.count import Config, decoder_weights, head_weights, image_tokens, training_flops, vision_parts
+
+RECIPES = Path(__file__).resolve().parents[1] / "training" / "recipes"
+# Dense bfloat16 TFLOP/s and GB of memory, as the vendor states them.
+GPUS = {"RTX 4090": (165, 24), "L40S": (362, 48), "A100": (312, 80), "H100": (989, 80), "H200": (989, 141)}
+# Rows of the paper's data, and the tokens of text that a row is assumed to have.
+STAGES = {"stage 1": (558_000, 30), "stage 2": (665_000, 200)}
+NF4 = 0.516  # bytes of a weight in 4 bits with nested quantisation
+
+
+@dataclass(frozen=True)
+class Way:
+    """A recipe, and how it is spread over the devices. Bytes are for each weight."""
+
+    name: str
+    recipe: str
+    trained: float  # weight, gradient and two moments of AdamW, on each device
+    trained_shared: float = 0.0  # the part of it that all devices share
+    frozen: float = 2.0
+    frozen_shared: float = 0.0
+    residual: int = 2  # of a number that is kept between layers
+    buckets: float = 0.0  # copies of the gradients that several devices exchange
+
+
+# Weights, gradients and moments in float32 are 16 bytes; DDP's buckets hold the gradients once more. DeepSpeed keeps
+# bfloat16 weights and gradients beside a float32 copy and the moments.
+WAYS = (
+    Way("stage 1, DDP", "pretrain", trained=16, buckets=4),
+    Way("LoRA, DDP", "finetune_lora", trained=16, buckets=4),
+    Way("QLoRA, DDP", "finetune_qlora", trained=16, buckets=4),
+    Way("full, DDP", "finetune", trained=16, buckets=4, frozen=4, residual=4),
+    Way("full, ZeRO-2", "finetune", trained=2, trained_shared=14),
+    Way("full, ZeRO-3", "finetune", trained=0, trained_shared=16, frozen=0, frozen_shared=2),
+    Way("full, FSDP2", "finetune", trained=0, trained_shared=16, frozen=0, frozen_shared=4, residual=4),
+)
+
+
+def recipe(name: str) -> dict[str, Any]:
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8"))
+
+
+def memory(config: Config, way: Way, devices: int, text: int) -> float:
+    """Bytes on each of `devices` devices for the recipe's rows per device, with `text` tokens of text each."""
+    settings = recipe(way.recipe)
+    trained, frozen, quantised = weights(config, settings)
+    state = trained * (way.trained + way.trained_shared / devices + way.buckets * (devices > 1))
+    state += frozen * (way.frozen + way.frozen_shared / devices) + quantised * NF4
+    return state + settings["per_device_train_batch_size"] * activations(config, text, way.residual)
+
+
+def weights(config: Config, settings: dict[str, Any]) -> tuple[float, float, float]:
+    """Weights that a recipe trains, that it keeps as they are, and that it keeps in 4 bits."""
+    tower, *connector = (part.weights for part in vision_parts(config))
+    decoder, tables = decoder_weights(config), 2 * head_weights(config)
+    if settings.get("use_peft"):
+        trained = sum(connector) + lora_weights(config, settings["lora_r"])
+        quantised = decoder if settings.get("load_in_4bit") else 0
+        return trained, tower + decoder + tables - quantised + sum(connector), quantised  # PEFT keeps the old connector
+    if "language_model" in settings["trainable"]:
+        return sum(connector) + decoder + tables, tower, 0
+    return sum(connector), tower + decoder + tables, 0
+
+
+def lora_weights(config: Config, rank: int) -> int:
+    """Adapters of all linear layers of the language model, as the recipes have them."""
+    text = config.text_config
+    wide, inner = text.hidden_size, text.intermediate_size
+    kept = text.num_key_value_heads * (wide // text.num_attention_heads)
+    sides = 2 * (wide + wide) + 2 * (wide + kept) + 3 * (wide + inner)  # q and o; k and v; gate, up and down
+    return text.num_hidden_layers * rank * sides
+
+
+def activations(config: Config, text: int, residual: int) -> float:
+    """Bytes of one row: the inputs of all layers, one layer computed again in bfloat16, connector and logits."""
+    settings = config.text_config
+    sequence, wide = image_tokens(config) + text, settings.hidden_size
+    inputs = settings.num_hidden_layers * sequence * wide * residual
+    layer = sequence * (8 * wide + 4 * settings.intermediate_size) * 2
+    logits = 2 * sequence * settings.vocab_size * 4  # and their gradient, in float32
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    connector = patches * 24 * config.vision_config.hidden_size * 4
+    return inputs + layer + logits + connector
+
+
+def hours(config: Config, stage: str, tflops: float, devices: int, mfu: float) -> float:
+    """One epoch of a stage's rows; the layers that checkpointing computes again count as work."""
+    rows, text = STAGES[stage]
+    return rows * training_flops(config, text, stage == "stage 2") / (devices * tflops * 1e12 * mfu) / 3600
+
+
+def lines(config: Config, mfu: float) -> Iterator[str]:
+    """Two tables in Markdown: GB on each GPU by way and number of GPUs, and hours by GPU."""
+    text, counts = STAGES["stage 2"][1], (1, 4, 8)
+    yield f"| GB on each GPU | rows on each GPU | {' | '.join(f'{n} GPU(s)' for n in counts)} |"
+    yield "| --- | --: |" + " --: |" * len(counts)
+    for way in WAYS:
+        tokens = STAGES["stage 1"][1] if way.recipe == "pretrain" else text
+        numbers = [memory(config, way, n, tokens) / 1e9 for n in counts]
+        rows = recipe(way.recipe)["per_device_train_batch_size"]
+        yield f"| {way.name} | {rows} | {' | '.join(f'{number:.0f}' for number in numbers)} |"
+    yield ""
+    columns = [(stage, n) for stage in STAGES for n in counts]
+    yield "| hours | memory, GB | " + " | ".join(f"{stage}, {n}" for stage, n in columns) + " |"
+    yield "| --- | --: |" + " --: |" * len(columns)
+    for name, (tflops, size) in GPUS.items():
+        numbers = [hours(config, stage, tflops, n, mfu) for stage, n in columns]
+        yield f"| {name} | {size} | {' | '.join(f'{number:.1f}' for number in numbers)} |"

@@ -1,0 +1,216 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""What `benchmarks run` times: the work of each row, how often it is done, and how much it computes and reads."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from benchmarks import count
+from benchmarks.systems import (
+    ANSWER,
+    OURS,
+    OURS_COMPILED,
+    QUESTION,
+    REFERENCE,
+    STOCK,
+    STOCK_COMPILED,
+    System,
+    cropped,
+    fill,
+)
+
+METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question", "second answer")
+SIZES = {"cpu": "slice", "cuda": "7b"}  # by device
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how often. Compiled systems have no part where compiling each shape would take too long."""
+
+    dtype: torch.dtype
+    product: int  # side of the matrix product that gives the peak
+    rounds: int
+    warm_up: int  # calls at the start of a turn that are not counted
+    repeats: int  # counted calls of a turn, at least
+    turn_seconds: float  # a turn goes on until it has lasted so long, or has as many calls as an answer has tokens
+    images: tuple[int, ...]
+    texts: tuple[int, ...]
+    batches: tuple[int, ...]
+    decode_batches: tuple[int, ...]
+    compiled_batches: tuple[int, ...]
+    compile_options: dict[str, str]
+
+    def compiled(self, batch: int, text: int = QUESTION) -> bool:
+        return batch in self.compiled_batches and text == QUESTION
+
+
+PLANS = {
+    "tiny": Plan(
+        dtype=torch.float32,
+        product=512,
+        rounds=2,
+        warm_up=0,
+        repeats=1,
+        turn_seconds=0,
+        images=(1, 2),
+        texts=(10, QUESTION),
+        batches=(1, 2),
+        decode_batches=(1, 2),
+        compiled_batches=(1,),
+        compile_options={"backend": "eager"},
+    ),
+    "slice": Plan(
+        dtype=torch.bfloat16,
+        product=4096,
+        rounds=4,
+        warm_up=0,
+        repeats=1,
+        turn_seconds=1,
+        images=(1, 8),
+        texts=(10, QUESTION, 200, 1000),
+        batches=(1, 4),
+        decode_batches=(1, 8, 32, 128),
+        compiled_batches=(1,),
+        compile_options={},
+    ),
+    "7b": Plan(
+        dtype=torch.bfloat16,
+        product=8192,
+        rounds=5,
+        warm_up=3,
+        repeats=10,
+        turn_seconds=0,
+        images=(1, 8, 32),
+        texts=(10, QUESTION, 200, 1000),
+        batches=(1, 8, 32),
+        decode_batches=(1, 8, 32, 128),
+        compiled_batches=(1, 8, 32, 128),
+        compile_options={"mode": "reduce-overhead"},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table. `prepare` gives the work to be timed; `flops` and `bytes` are what it computes and reads."""
+
+    metric: str
+    batch: int
+    text: int | None
+    systems: tuple[str, ...]
+    prepare: Callable[[System], Work]
+    flops: Callable[[System], float] | None = None
+    bytes: Callable[[System], float] | None = None
+
+    @property
+    def wanted_first(self) -> bool:
+        """The rows that most readers look for."""
+        return self.metric in ("first token", "prefill", "decode") and self.batch <= 8 and self.text == QUESTION
+
+
+def cases(plan: Plan) -> Iterator[Case]:
+    """All that is timed, in the order of the table."""
+    both, three, compiled = (STOCK, OURS), (STOCK, REFERENCE, OURS), (STOCK_COMPILED, OURS_COMPILED)
+
+    def systems(eager: tuple[str, ...], batch: int, text: int = QUESTION) -> tuple[str, ...]:
+        return eager + compiled if plan.compiled(batch, text) else eager
+
+    for batch in plan.images:
+        yield Case("encode", batch, None, systems(three, batch), partial(encode, batch=batch), vision_flops(batch))
+    for text in plan.texts:
+        case = partial(prefill, batch=1, text=text)
+        yield Case("prefill", 1, text, systems(both, 1, text), case, prefill_flops(1, text))
+    for batch, text in [(1, text) for text in plan.texts] + [(batch, QUESTION) for batch in plan.batches[1:]]:
+        case = partial(first_token, batch=batch, text=text)
+        yield Case("first token", batch, text, systems(three, batch, text), case, first_token_flops(batch, text))
+    for batch in plan.decode_batches:
+        case = partial(decode, batch=batch)
+        yield Case("decode", batch, QUESTION, systems(both, batch), case, bytes=step_bytes(batch))
+    for batch in plan.batches:
+        yield Case("answer", batch, QUESTION, systems(both, batch), partial(answer, batch=batch))
+    for batch in plan.batches:
+        yield Case("second question", batch, QUESTION, systems(both, batch), partial(second_question, batch=batch))
+    for batch in plan.batches:
+        yield Case("second answer", batch, QUESTION, systems(both, batch), partial(second_answer, batch=batch))
+
+
+# The work
+
+
+def encode(system: System, batch: int) -> Work:
+    """Vision tower and connector."""
+    return partial(system.vision, system.pictures(batch))
+
+
+def prefill(system: System, batch: int, text: int) -> Work:
+    """The language model over pictures that are encoded already."""
+    ids = system.prompt(batch, text)
+    embeddings = system.model.get_input_embeddings()(ids)
+    cache = system.new_cache(batch, text)
+    return lambda: system.forward(system.emptied(cache), inputs_embeds=embeddings)
+
+
+def first_token(system: System, batch: int, text: int) -> Work:
+    """Pixels and ids to the logits of the first token."""
+    ids, pixels = system.prompt(batch, text), system.pictures(batch)
+    cache = system.new_cache(batch, text)
+    return lambda: system.forward(system.emptied(cache), inputs_embeds=system.embed(ids, pixels))
+
+
+def decode(system: System, batch: int) -> Work:
+    """One more token for each sequence."""
+    length = system.image_tokens + QUESTION + ANSWER // 2
+    cache = fill(system.new_cache(batch, QUESTION), system, batch, length)
+    token = torch.full((batch, 1), 5, device=system.model.device)
+    return lambda: system.forward(cache, input_ids=token)
+
+
+def answer(system: System, batch: int) -> Work:
+    """`generate`, from pixels and ids to an answer of 16 tokens."""
+    ids, pixels = system.prompt(batch, QUESTION), system.pictures(batch)
+    cache = system.new_cache(batch, QUESTION)
+    return lambda: system.generate(system.emptied(cache), ids, ANSWER, pixel_values=pixels).sequences
+
+
+def second_question(system: System, batch: int) -> Work:
+    """Another question about a picture that a cache holds, to the logits of the first token."""
+    seen = 1 + system.image_tokens
+    ids = system.prompt(batch, QUESTION)[:, seen:]
+    cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
+    return lambda: system.forward(cropped(cache, seen), input_ids=ids)
+
+
+def second_answer(system: System, batch: int) -> Work:
+    """`generate`, from another question about a picture that a cache holds to an answer of 16 tokens."""
+    seen = 1 + system.image_tokens
+    ids = system.prompt(batch, QUESTION)
+    cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
+    return lambda: system.generate(cropped(cache, seen), ids, ANSWER).sequences
+
+
+# What the work comes to
+
+
+def vision_flops(batch: int) -> Callable[[System], float]:
+    return lambda system: batch * sum(part.flops for part in count.vision_parts(system.model.config))
+
+
+def prefill_flops(batch: int, text: int) -> Callable[[System], float]:
+    return lambda system: batch * count.prefill(system.model.config, text).flops
+
+
+def first_token_flops(batch: int, text: int) -> Callable[[System], float]:
+    return lambda system: batch * sum(part.flops for part in count.first_token(system.model.config, text))
+
+
+def step_bytes(batch: int) -> Callable[[System], float]:
+    def of(system: System) -> float:
+        config = system.model.config
+        weights = count.decoder_weights(config) + count.head_weights(config)
+        return weights * count.BYTES + batch * count.cache_bytes(config, QUESTION + ANSWER // 2)
+
+    return of

@@ -1,0 +1,133 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""A model folder, looked at before it is loaded: what is damaged, missing or of a wrong type is named.
+
+transformers trusts these files. It waits for ever at a pipe, builds 20000 layers for weights of four, and ends with a
+`KeyError` where a table is missing.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from tokenizers import Tokenizer
+from transformers.activations import ACT2FN
+
+from .configuration_llava_stf import LlavaSTFConfig
+
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # one is enough
+INDEX = "model.safetensors.index.json"
+SIZES = (
+    "hidden_size",
+    "image_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "num_attention_heads",
+    "num_channels",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "patch_size",
+    "vocab_size",
+)
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "max_new_tokens")
+
+
+def check_folder(folder: Path) -> None:
+    """Raises a `ValueError` that names the first file that cannot belong to a LLaVA-STF checkpoint, and why."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".jinja", ".json", ".safetensors") and not path.is_file():
+            raise ValueError(f"{path} is not a file, but a {'folder' if path.is_dir() else 'pipe or a device'}.")
+    _need(folder, "config.json")
+    config = _settings(folder, "config.json")
+    if config.get("model_type") != LlavaSTFConfig.model_type:
+        return  # the configuration class says best what it is instead
+    _check_config(folder / "config.json", config)
+    _need(folder, "tokenizer.json")
+    _need(folder, "tokenizer_config.json")
+    _need(folder, *PROCESSORS)
+    generation = _settings(folder, "generation_config.json")
+    for name in TOKENS:
+        _expect(folder / "generation_config.json", name, _are_integers(generation.get(name)), "whole numbers")
+    for name in PROCESSORS:
+        images = _settings(folder, name).get("image_processor", {})
+        _expect(folder / name, "image_processor", isinstance(images, dict), "a JSON object")
+    length = _settings(folder, "tokenizer_config.json").get("model_max_length", 0)
+    _expect(folder / "tokenizer_config.json", "model_max_length", isinstance(length, (int, float)), "a number")
+    try:
+        Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # its own for a wrong file, too
+        raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}.") from error
+
+
+def _need(folder: Path, *names: str) -> None:
+    if not any((folder / name).exists() for name in names):
+        raise ValueError(f"{folder} is not a complete checkpoint: it has no {names[0]}.")
+
+
+def _settings(folder: Path, name: str) -> dict[str, Any]:
+    """The JSON object in a file, empty if there is none."""
+    if not (folder / name).exists():
+        return {}
+    try:
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{folder / name} is not valid JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{folder / name} holds a {type(settings).__name__}, expected a JSON object.")
+    return settings
+
+
+def _expect(path: Path, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        raise ValueError(f"`{name}` in {path} is wrong: expected {expected}.")
+
+
+def _are_integers(value: Any) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(value is None or type(value) is int for value in values)
+
+
+def _check_config(path: Path, config: dict[str, Any]) -> None:
+    _expect(path, "auto_map", isinstance(config.get("auto_map", {}), dict), "a JSON object")
+    for part in ("text_config", "vision_config"):
+        _expect(path, part, isinstance(config.get(part), dict), "a JSON object")
+        for name in SIZES:
+            size = config[part].get(name, 1)
+            _expect(path, f"{part}.{name}", size is None or (type(size) is int and size > 0), "a number above 0")
+        _expect(path, f"{part}.hidden_act", config[part].get("hidden_act", "gelu") in ACT2FN, f"one of {[*ACT2FN]}")
+    dtype = config.get("dtype") or "float32"
+    _expect(path, "dtype", isinstance(getattr(torch, str(dtype), None), torch.dtype), "a type of torch")
+
+
+def check_weights(folder: Path, config: LlavaSTFConfig) -> None:
+    """Raises a `ValueError` if files of weights are missing or unreadable, or have fewer layers than the config."""
+    names = set(_stored(folder))
+    for part, settings in (("language_model", config.text_config), ("vision_tower", config.vision_config)):
+        found = [re.search(rf"\b{part}\b.*\blayers\.(\d+)\.", name) for name in names]
+        layers = 1 + max((int(match[1]) for match in found if match), default=-1)
+        if layers < settings.num_hidden_layers:
+            raise ValueError(
+                f"The configuration in {folder} has {settings.num_hidden_layers} layers in the {part}, but there are "
+                f"weights of {layers} only: the two do not belong together, or a file is missing."
+            )
+
+
+def _stored(folder: Path) -> Iterator[str]:
+    """The names of the stored weights."""
+    files = {"model.safetensors"}
+    if (folder / INDEX).exists():
+        table = _settings(folder, INDEX).get("weight_map")
+        holds = isinstance(table, dict) and all(isinstance(file, str) for file in table.values())
+        _expect(folder / INDEX, "weight_map", holds, "the name of a file for each weight")
+        files = set(table.values()) if table else files
+    for file in sorted(files):
+        _need(folder, file)
+        try:
+            with safe_open(folder / file, framework="pt") as weights:
+                yield from weights.keys()
+        except SafetensorError as error:
+            raise ValueError(f"Cannot read the weights in {folder / file}: {error}. Are they complete?") from error

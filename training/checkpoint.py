@@ -1,0 +1,231 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a run can go on from a checkpoint: complete, readable, and of this run."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from datasets import Dataset
+from safetensors import safe_open
+from transformers import PreTrainedConfig, TrainerState
+from transformers.trainer_pt_utils import safe_globals
+
+# Beside the state of transformers: what decides the numbers of the run.
+RUN = "training_run.json"
+STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
+WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
+INDEX = "model.safetensors.index.json"
+# A run may be made longer or shorter; that is said, because the learning rates follow from it.
+LENGTHS = ("max_steps", "num_train_epochs")
+AGAIN = "Go on from another checkpoint, or begin a new run from its weights with another `--output_dir`."
+
+
+class CheckpointError(ValueError):
+    """A run cannot go on from this checkpoint as it was; the message says why."""
+
+
+def check_checkpoint(
+    folder: Path, run: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None, scaled: bool
+) -> list[str]:
+    """Sees that a run goes on from `folder` as if it had not been stopped.
+
+    Args:
+        folder: the checkpoint.
+        run: what decides the numbers of this run, as it would be written to `training_run.json`.
+        shapes: of the weights that this run saves, by name; `None` for FSDP and DeepSpeed, whose own files are theirs.
+        scaled: whether losses are scaled (float16), so that the optimizer may have skipped steps.
+
+    Returns:
+        What differs, but may: the number of steps or epochs.
+
+    Raises:
+        CheckpointError: if files are missing or cannot be read, or are of another run.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a checkpoint of a run: there is no such folder.")
+    require(folder, STATE)
+    step = read_state(folder / STATE)
+    require(folder, RUN)
+    notes = differences(read_json(folder / RUN), run, folder)
+    ranks = run["processes"]
+    random_states = ["rng_state.pth"] if ranks == 1 else [f"rng_state_{rank}.pth" for rank in range(ranks)]
+    if shapes is None:
+        require(folder, *random_states)
+        of_fsdp = all(any(folder.glob(pattern)) for pattern in ("pytorch_model_fsdp*", "optimizer*"))
+        if not of_fsdp:
+            require(folder, "latest")  # DeepSpeed's
+        return notes
+    require(folder, OPTIMIZER, SCHEDULER, *random_states, *(["scaler.pt"] if scaled else []))
+    if (folder / "config.json").exists():
+        with readable(folder / "config.json"):
+            PreTrainedConfig.from_json_file(folder / "config.json")
+    check_weights(folder, shapes)
+    for name in random_states:
+        check_random_state(folder / name)
+    check_scheduler(folder / SCHEDULER, step, scaled)
+    return notes
+
+
+def require(folder: Path, *names: str) -> None:
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is not a checkpoint of a run that can go on: it has no {', '.join(missing)} (with "
+            f"`--save_only_model` there is none). {AGAIN}"
+        )
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Within it `path` is read, and nothing else is done: whatever the reader raises, the file is damaged."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {reason}. {AGAIN}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    with readable(path):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def read_state(path: Path) -> int:
+    """The step of a `trainer_state.json`."""
+    content = read_json(path)
+    with readable(path):
+        TrainerState(**content)
+        for name, kinds in (("global_step", int), ("epoch", int | float), ("log_history", list), ("max_steps", int)):
+            value = content.get(name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"`{name}` is {value!r:.50}")
+        if content["global_step"] < 1:
+            raise ValueError(f"`global_step` is {content['global_step']}")
+    return content["global_step"]
+
+
+def read_tensors(path: Path) -> Any:
+    """What `torch.save` wrote, without running code, and mapped: only what is looked at is read."""
+    with readable(path), safe_globals():
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
+    """Lines for what may differ.
+
+    Raises:
+        CheckpointError: names what decides the numbers of a run, and is not as it was.
+    """
+    changed = {
+        name: f"`{name}` was {before.get(name)}, is {now[name]}" for name in now if before.get(name) != now[name]
+    }
+    refused = [text for name, text in changed.items() if name not in LENGTHS]
+    if refused:
+        raise CheckpointError(
+            f"{folder} is of another run: {'; '.join(refused)}. Set these as they were, or begin a new run from its "
+            "weights with another `--output_dir`."
+        )
+    return [f"{text}: the learning rates from here on are those of the new length." for text in changed.values()]
+
+
+def check_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    found = weight_shapes(folder)
+    missing, unknown = sorted(shapes.keys() - found.keys()), sorted(found.keys() - shapes.keys())
+    if missing or unknown:
+        raise CheckpointError(
+            f"{folder} has the weights of another model: {len(missing)} are missing"
+            + (f" (such as {missing[0]})" if missing else "")
+            + f", {len(unknown)} unknown"
+            + (f" (such as {unknown[0]})" if unknown else "")
+            + f". {AGAIN}"
+        )
+    for name, shape in shapes.items():
+        if found[name] != shape:
+            raise CheckpointError(f"{folder}: {name} has the shape {found[name]}, expected {shape}. {AGAIN}")
+
+
+def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, from the heads of the files."""
+    files = [name for name in WEIGHTS if (folder / name).exists()]
+    if (folder / INDEX).exists():
+        index = read_json(folder / INDEX)
+        with readable(folder / INDEX):
+            files = sorted(set(index["weight_map"].values()))
+    require(folder, *(files or WEIGHTS[:1]))
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in files:
+        with readable(folder / name), safe_open(folder / name, "pt") as file:
+            shapes |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    return shapes
+
+
+def check_random_state(path: Path) -> None:
+    state = read_tensors(path)
+    with readable(path):
+        random.Random().setstate(state["python"])
+        numpy.random.RandomState().set_state(state["numpy"])
+        torch.Generator().set_state(state["cpu"])
+
+
+def check_scheduler(path: Path, step: int, scaled: bool) -> None:
+    state = read_tensors(path)
+    with readable(path):
+        reached = state["last_epoch"]
+        if not isinstance(reached, int):
+            raise ValueError(f"`last_epoch` is {reached!r:.50}")
+    if "base_lrs" in state and reached != step and not (scaled and reached < step):
+        raise CheckpointError(f"{path} is of another checkpoint: of step {reached}, expected {step}. {AGAIN}")
+
+
+def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, step: int, scaled: bool) -> None:
+    """Compares the state in `path` with the weights that `optimizer` trains.
+
+    Raises:
+        CheckpointError: if it cannot be read, or is of other weights or of another step.
+    """
+    saved = read_tensors(path)
+    with readable(path):
+        states = saved["state"]
+        indices = [[int(index) for index in group["params"]] for group in saved["param_groups"]]
+        reached = max((int(state["step"]) for state in states.values() if "step" in state), default=step)
+    weights = [group["params"] for group in optimizer.param_groups]
+    if [len(group) for group in indices] != [len(group) for group in weights]:
+        raise CheckpointError(
+            f"{path} is of another run: groups of {[len(group) for group in indices]} weights, expected "
+            f"{[len(group) for group in weights]}. {AGAIN}"
+        )
+    if not states and "betas" in optimizer.param_groups[0]:
+        raise CheckpointError(f"{path} is damaged: it has no state of any weight. {AGAIN}")
+    if reached != step and not (scaled and reached < step):
+        raise CheckpointError(f"{path} is of another checkpoint: of step {reached}, expected {step}. {AGAIN}")
+    for index, weight in zip(sum(indices, []), sum(weights, []), strict=True):
+        for name in ("exp_avg", "exp_avg_sq", "momentum_buffer"):
+            value = states.get(index, {}).get(name)
+            if isinstance(value, torch.Tensor) and value.shape != weight.shape:
+                raise CheckpointError(
+                    f"{path} is of another run: {name} of weight {index} has the shape {tuple(value.shape)}, expected "
+                    f"{tuple(weight.shape)}. {AGAIN}"
+                )
+
+
+def rows_of(dataset: Any) -> dict[str, Any]:
+    """Number and digest of the rows of a run: of their names and messages.
+
+    Nothing is known of a stream, or of rows that are not those of `training.data`. Pictures are not read.
+    """
+    if not isinstance(dataset, Dataset) or "problem" not in dataset.column_names:
+        return {}
+    digest = hashlib.sha256()
+    for batch in dataset.select_columns(["id", "messages"]).iter(1000):
+        digest.update(json.dumps([batch["id"], batch["messages"]]).encode())
+    return {"number of rows": len(dataset), "digest of the rows": digest.hexdigest()[:16]}

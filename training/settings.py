@@ -1,0 +1,288 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every option of TRL's `SFTConfig` and `ModelConfig`: who acts on it, or why it is refused.
+
+An option stands in exactly one of `UNCHANGED`, `BY_US` and `REFUSED`; a test holds that against the installed TRL, so
+that an option which comes with a new version has to be looked at.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers.integrations import get_available_reporting_integrations
+from trl import TrlParser
+
+# TRL, transformers, accelerate or PEFT act on these, as they say.
+UNCHANGED = frozenset(
+    """
+    output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
+    average_tokens_across_devices max_grad_norm bf16 fp16 tf32 activation_checkpointing activation_checkpointing_kwargs
+    gradient_checkpointing gradient_checkpointing_kwargs activation_offloading torch_compile torch_compile_backend
+    torch_compile_mode neftune_noise_alpha torch_empty_cache_steps loss_type
+    logging_strategy logging_steps logging_first_step log_on_each_node logging_nan_inf_filter
+    include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
+    trackio_bucket_id trackio_static_space_id debug skip_memory_metrics
+    eval_strategy eval_steps eval_delay per_device_eval_batch_size eval_on_start eval_use_gather_object
+    eval_accumulation_steps do_eval
+    save_only_model save_strategy save_steps save_on_each_node save_total_limit load_best_model_at_end
+    metric_for_best_model greater_is_better ignore_data_skip restore_callback_states_from_checkpoint
+    push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision
+    full_determinism seed use_cpu accelerator_config
+    dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order train_sampling_strategy
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout fsdp
+    fsdp_config deepspeed
+    use_peft lora_r lora_alpha lora_dropout lora_target_modules lora_modules_to_save use_rslora use_dora
+    """.split()
+)
+# `training` itself acts on these.
+BY_US = frozenset(
+    """
+    model_name_or_path model_revision dtype attn_implementation load_in_8bit load_in_4bit bnb_4bit_quant_type
+    use_bnb_nested_quant bnb_4bit_quant_storage gradient_accumulation_steps assistant_only_loss max_length
+    pad_to_multiple_of dataset_num_proc data_seed resume_from_checkpoint
+    """.split()
+)
+NO_PACKING = "rows with images are padded, not packed; `group_by_modality_length` makes batches of similar lengths"
+OF_THE_TOKENIZER = "it belongs to the checkpoint's tokenizer, which the chat templates use: change it there"
+LOSS_ONLY = "evaluation computes the loss, and nothing else that this could change"
+NO_LIGER = "Liger has no kernels for this model; `attn_implementation` chooses those of attention"
+IN_TRAINING = "evaluation runs between the steps of a training, in its precision (`bf16`)"
+# These would do nothing here, or something else than they say: refused, with what to use instead.
+REFUSED = {
+    "auto_find_batch_size": "it would change the global batch: lower `per_device_train_batch_size`, the accumulation "
+    "steps follow from `global_batch_size`",
+    "batch_eval_metrics": LOSS_ONLY,
+    "bf16_full_eval": IN_TRAINING,
+    "chat_template_path": "rows are written with a template of the checkpoint's processor, which is saved with it: "
+    "name it with `chat_template_name`",
+    "completion_only_loss": "`assistant_only_loss` trains on the answers",
+    "dataset_kwargs": "rows are prepared when their batch is made",
+    "dataset_text_field": "rows have `messages` or `conversations`",
+    "do_predict": "this command trains; `eval_data_path` with `eval_strategy` evaluates",
+    "do_train": "this command always trains",
+    "enable_jit_checkpoint": "its checkpoint can be seen before it is complete: lower `save_steps`",
+    "eos_token": OF_THE_TOKENIZER,
+    "eval_do_concat_batches": LOSS_ONLY,
+    "eval_packing": NO_PACKING,
+    "fp16_full_eval": IN_TRAINING,
+    "include_for_metrics": LOSS_ONLY,
+    "label_names": "the labels are `labels`, which the collator makes",
+    "label_smoothing_factor": "TRL would smooth over `<image>`, which is no answer; leave it out",
+    "length_column_name": "the rows' lengths are in the column `length`",
+    "liger_kernel_config": NO_LIGER,
+    "local_rank": "launch with `accelerate launch` or `torchrun`, which say it in the environment",
+    "lora_target_parameters": "name modules with `lora_target_modules`",
+    "lora_task_type": "the model answers in text, which is `CAUSAL_LM`",
+    "model_init_kwargs": "the model is loaded by `dtype`, `attn_implementation`, `model_revision` and `load_in_4bit`",
+    "optim_target_modules": "GaLore and APOLLO are not supported; `trainable` says what is trained",
+    "packing": NO_PACKING,
+    "packing_strategy": NO_PACKING,
+    "pad_token": OF_THE_TOKENIZER,
+    "padding_free": NO_PACKING,
+    "parallelism_config": "use DDP, FSDP or DeepSpeed by a file of training/accelerate",
+    "prediction_loss_only": LOSS_ONLY,
+    "remove_unused_columns": "the collator needs all columns",
+    "router_aux_loss_coef": "the model has no experts",
+    "shuffle_dataset": "rows are shuffled in each epoch, by `data_seed`; `train_sampling_strategy` is the order",
+    "truncation_mode": "rows are never cut; those longer than `max_length` are found before the training",
+    "trust_remote_code": "the checkpoint's code is not run: the model and the processor are this package's",
+    "use_cache": "a training keeps no cache",
+    "use_liger_kernel": NO_LIGER,
+}
+# Options that act only beside another one, any of these.
+LORA = ("use_peft",)
+EVALUATION = ("eval_strategy", "eval_on_start")
+NEEDS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"), LORA),
+    **dict.fromkeys(("use_rslora", "use_dora", "load_in_8bit", "load_in_4bit"), LORA),
+    **dict.fromkeys(("bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"), ("load_in_4bit",)),
+    **dict.fromkeys(("eval_steps", "eval_delay", "do_eval"), ("eval_strategy",)),
+    **dict.fromkeys(("per_device_eval_batch_size", "eval_use_gather_object", "eval_accumulation_steps"), EVALUATION),
+    **dict.fromkeys(
+        ("metric_for_best_model", "greater_is_better"), ("load_best_model_at_end", "save_strategy", "lr_scheduler_type")
+    ),
+    **dict.fromkeys(("hub_token", "hub_private_repo", "hub_model_id", "hub_strategy"), ("push_to_hub",)),
+    **dict.fromkeys(("hub_always_push", "hub_revision"), ("push_to_hub",)),
+    **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), ("report_to",)),
+    **dict.fromkeys(("run_name", "project"), ("report_to",)),
+    "fsdp_config": ("fsdp",),
+    "optim_args": ("optim",),
+}
+# What a number must be, and the options that it holds for.
+RANGES: list[tuple[str, Callable[[float], bool], str]] = [
+    (
+        "1 or more",
+        lambda number: number >= 1,
+        "per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps global_batch_size "
+        "save_total_limit dataloader_prefetch_factor dataset_num_proc max_length pad_to_multiple_of "
+        "torch_empty_cache_steps eval_accumulation_steps ddp_bucket_cap_mb ddp_timeout lora_r",
+    ),
+    (
+        "above 0",
+        lambda number: number > 0,
+        "num_train_epochs logging_steps save_steps eval_steps adam_epsilon lora_alpha peak_tflops",
+    ),
+    (
+        "0 or more",
+        lambda number: number >= 0,
+        "learning_rate projector_learning_rate weight_decay max_grad_norm warmup_steps eval_delay neftune_noise_alpha "
+        "dataloader_num_workers seed data_seed",
+    ),
+    ("from 0 to below 1", lambda number: 0 <= number < 1, "adam_beta1 adam_beta2 lora_dropout"),
+    ("-1 (not set), or 1 or more", lambda number: number == -1 or number >= 1, "max_steps"),
+]
+PATTERNS = ("trainable", "lora_target_modules")
+# What decides the numbers of a run: a resumed run has these as they were.
+DECIDING = sorted(
+    """
+    per_device_train_batch_size gradient_accumulation_steps learning_rate projector_learning_rate lr_scheduler_type
+    lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
+    average_tokens_across_devices bf16 fp16 neftune_noise_alpha loss_type loss_reduction trainable
+    assistant_only_loss chat_template_name image_aspect_ratio seed data_seed full_determinism
+    dataloader_drop_last train_sampling_strategy group_by_modality_length
+    """.split()
+)
+
+
+def check_settings(settings: Any) -> None:
+    """Looks through the options of a dataclass as they were given, before anything is derived from them.
+
+    Raises:
+        ValueError: if one would not act, or cannot be meant: names it, its value, and what is expected.
+    """
+    for option in dataclasses.fields(settings):
+        if not option.init:
+            continue
+        value = getattr(settings, option.name)
+        given = value != _default(option)
+        if given and option.name in REFUSED:
+            raise ValueError(f"`{option.name}` does not act here: {REFUSED[option.name]}.")
+        choices = option.metadata.get("choices")
+        if choices and value is not None and value not in choices:
+            raise ValueError(f"`{option.name}` is {value!r}, expected one of {', '.join(map(str, choices))}.")
+        if given and option.name in NEEDS:
+            _check_company(settings, option.name)
+    _check_numbers(settings)
+    _check_texts(settings)
+
+
+def _default(option: dataclasses.Field) -> Any:
+    return option.default if option.default_factory is dataclasses.MISSING else option.default_factory()
+
+
+def _check_company(settings: Any, name: str) -> None:
+    defaults = {option.name: _default(option) for option in dataclasses.fields(settings)}
+    if all(getattr(settings, other) == defaults[other] for other in NEEDS[name]):
+        others = " or ".join(f"`{other}`" for other in NEEDS[name])
+        raise ValueError(f"`{name}` does not act without {others}: set that, or leave it out.")
+
+
+def _check_numbers(settings: Any) -> None:
+    options = {option.name: option for option in dataclasses.fields(settings)}
+    for expected, fits, names in RANGES:
+        for name in names.split():
+            if name not in options:
+                continue
+            value = getattr(settings, name)
+            if value == _default(options[name]) or value is None and "None" in str(options[name].type):
+                continue
+            if isinstance(value, str) and name == "pad_to_multiple_of":  # TRL's comes as text from the command line
+                value = _number(value)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or not fits(value):
+                raise ValueError(f"`{name}` is {value!r}, expected a number: {expected}.")
+
+
+def _number(text: str) -> Any:
+    try:
+        return int(text)
+    except ValueError:
+        return text
+
+
+def _check_texts(settings: Any) -> None:
+    for name in PATTERNS:
+        pattern = getattr(settings, name, None)
+        if isinstance(pattern, str):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"`{name}` {pattern!r} is no regular expression: {error}.") from error
+    storage = getattr(settings, "bnb_4bit_quant_storage", None)
+    if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
+        raise ValueError(f"`bnb_4bit_quant_storage` is {storage!r}, expected a dtype of torch, such as 'uint8'.")
+    wanted = getattr(settings, "report_to", None) or []
+    missing = {*([wanted] if isinstance(wanted, str) else wanted)} - {"all", "none"}
+    missing -= set(get_available_reporting_integrations())
+    if missing:
+        raise ValueError(f"`report_to` {', '.join(sorted(missing))} is not known or not installed.")
+
+
+class Parser(TrlParser):
+    """TRL's parser without the options that are refused; a recipe's values are checked as those of a command line.
+
+    Raises:
+        ValueError: for arguments that cannot be used, in one line.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest in REFUSED:
+                action.help = argparse.SUPPRESS
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} (`{self.prog} --help` lists the options)")
+
+    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
+        """As TRL's, which would take a value of any type, and none of the choices."""
+        actions = {action.dest: action for action in reversed(self._actions)}
+        for name in recipe:
+            if name not in actions:
+                near = difflib.get_close_matches(str(name), actions, n=1)
+                raise ValueError(f"The recipe has the unknown option {name!r}." + f" Is {near[0]!r} meant?" * len(near))
+        return super().set_defaults_with_config(**{n: self._checked(actions[n], value) for n, value in recipe.items()})
+
+    def _checked(self, action: argparse.Action, value: Any) -> Any:
+        if isinstance(value, dict):
+            return json.dumps(value)
+        if value is None or isinstance(value, list) and action.nargs != "+":
+            return value  # no text stands for it on a command line
+        values = []
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                values.append(self._get_value(action, str(item)))
+                self._check_value(action, values[-1])
+            except argparse.ArgumentError as error:
+                raise ValueError(f"The recipe's {error}.") from error
+        return values if action.nargs == "+" else values[0]
+
+
+def read_recipe(arguments: list[str]) -> None:
+    """Sees that what `--config` names can be read; the parser does read it.
+
+    Raises:
+        ValueError: if it is no file with options in YAML.
+    """
+    if "--config" not in arguments:
+        return
+    name = (arguments[arguments.index("--config") + 1 :] or [""])[0]
+    if not Path(name).is_file():
+        raise ValueError(f"`--config` {name!r} is no file: name a recipe, such as training/recipes/finetune.yaml.")
+    try:
+        recipe = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {name} is not YAML: {error}") from error
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise ValueError(f"The recipe {name} has no options: expected lines such as `learning_rate: 2.0e-5`.")
