@@ -335,8 +335,8 @@ class RefusedError(Exception):
 
 def _data_url(picture: bytes | str | Path) -> str:
     """The file as it is, if all decode it alike; else the pixels that the processor here would see, as PNG."""
-    content = picture.read_bytes() if isinstance(picture, Path) and picture.is_file() else picture
-    opened = load_picture(content)
+    opened = load_picture(picture)
+    content = picture.read_bytes() if isinstance(picture, Path) else picture
     kind = SENT_AS_THEY_ARE.get(opened.format or "")
     upright = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
     opaque = opened.mode in ("L", "RGB") and "transparency" not in opened.info

@@ -335,7 +335,7 @@ def test_a_server_is_asked_until_it_answers(server, photos, tmp_path, caption, t
     assert (found["10.png"]["prompt_tokens"], found["10.png"]["answer_tokens"]) == (5, 7)
     assert found["turned.jpg"]["answer"].startswith("(4, 30)")
     assert found["glass.png"]["answer"] == "(31, 4) (9, 8, 7)"  # the colour below, as the processor sees it
-    assert found["broken.png"]["answer"] is None and "picture of 2 bytes" in found["broken.png"]["error"]
+    assert found["broken.png"]["answer"] is None and "broken.png" in found["broken.png"]["error"]
     assert 1 < server.most <= 3
     assert {seen[1:] for seen in server.seen} == {("stand-in", QUESTION, 0)}
     assert sorted(kind for kind, *_ in server.seen).count("data:image/jpeg") == (1 if trouble is None else 2)
