@@ -107,11 +107,7 @@ def caption(arguments: argparse.Namespace, load: Load) -> str:
             refuses or is gone. Parts that are complete stay.
     """
     shard, shards = _shard(arguments.shard)
-    for name in ("max_new_tokens", "batch_size", "part_size", "workers", "concurrency"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1.")
-    if not arguments.prompt.strip():
-        raise ValueError("--prompt is empty.")
+    _check(arguments)
     rows = read_input(Path(arguments.input), arguments.prompt, arguments.images)
     server = Server(arguments.server, arguments.model, arguments.max_new_tokens) if arguments.server else None
     model_name = server.model if server else str(arguments.model)
@@ -120,34 +116,31 @@ def caption(arguments: argparse.Namespace, load: Load) -> str:
     parts = range(shard, output.parts, shards)
     todo = [part for part in parts if not output.file(part).exists()]
     total, left = (sum(len(output.range(part)) for part in chosen) for chosen in (parts, todo))
-    if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    errors = 0
-    if todo:
-        slices = [output.range(part) for part in todo]
-        source = chain.from_iterable(rows[places.start : places.stop] for places in slices)
-        threads = arguments.concurrency if server else arguments.workers
-        with ThreadPoolExecutor(threads) as pool, tqdm(total=total, initial=total - left, unit=" pictures") as bar:
-            try:
-                if server:
-                    answers = _ahead(pool, server.answer, source, PREPARED_BATCHES * threads)
-                else:
-                    answers = _local(
-                        pool, Captioner(*load(), arguments.max_new_tokens), source, arguments.batch_size, slices
-                    )
-                for part, places in zip(todo, slices, strict=True):
-                    answered = []
-                    for answer in islice(answers, len(places)):
-                        answered.append(answer)
-                        bar.update()
-                    output.write(part, answered)
-                    errors += sum(answer.error is not None for answer in answered)
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+    errors, threads = 0, arguments.concurrency if server else arguments.workers
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=total, initial=total - left, unit=" pictures") as bar:
+        try:
+            answers = _answers(pool, server, load, arguments, rows, [output.range(part) for part in todo])
+            for part in todo:
+                answered = []
+                for answer in islice(answers, len(output.range(part))):
+                    answered.append(answer)
+                    bar.update()
+                output.write(part, answered)
+                errors += sum(answer.error is not None for answer in answered)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
     return (
         f"{left} of {total} pictures asked about, {errors} of them with an error; {total - left} were there. "
         f"{len(parts)} of {output.parts} parts are in {arguments.output}"
     )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "batch_size", "part_size", "workers", "concurrency"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1.")
+    if not arguments.prompt.strip():
+        raise ValueError("--prompt is empty.")
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -238,14 +231,27 @@ class Captioner:
         return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
 
 
-def _local(
-    pool: ThreadPoolExecutor, captioner: Captioner, rows: Iterable[Row], batch_size: int, parts: list[range]
+def _answers(
+    pool: ThreadPoolExecutor,
+    server: "Server | None",
+    load: Load,
+    arguments: argparse.Namespace,
+    rows: Sequence[Row],
+    parts: list[range],
 ) -> Iterator[Answer]:
-    """Batches end where parts do, so that a part is the same in every run."""
-    prepared = _ahead(pool, captioner.prepare, rows, PREPARED_BATCHES * batch_size)
-    for part in parts:
-        for start in range(0, len(part), batch_size):
-            yield from captioner.answer(list(islice(prepared, min(batch_size, len(part) - start))))
+    """The answers of all rows of some parts, in their order."""
+    source = chain.from_iterable(rows[part.start : part.stop] for part in parts)
+    if server:
+        yield from _ahead(pool, server.answer, source, PREPARED_BATCHES * arguments.concurrency)
+    elif parts:
+        if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        captioner, size = Captioner(*load(), arguments.max_new_tokens), arguments.batch_size
+        prepared = _ahead(pool, captioner.prepare, source, PREPARED_BATCHES * size)
+        for part in parts:
+            # Batches end where parts do, so that a part is the same in every run.
+            for start in range(0, len(part), size):
+                yield from captioner.answer(list(islice(prepared, min(size, len(part) - start))))
 
 
 def _answer(row: Row, **outcome: Any) -> Answer:
