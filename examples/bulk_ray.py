@@ -18,7 +18,7 @@ import ray
 import torch
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from modeling_llava_stf.bulk import PROMPT, Captioner, Row, picture_endings
+from modeling_llava_stf._bulk import PROMPT, Captioner, Row, picture_endings
 
 COLUMNS = ("path", "prompt", "answer", "error", "prompt_tokens", "answer_tokens")
 

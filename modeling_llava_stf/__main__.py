@@ -20,7 +20,7 @@ from huggingface_hub.utils import logging as hub_logging
 from jinja2 import TemplateError
 from transformers.utils import logging
 
-from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, bulk
+from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, _bulk
 from ._folder import check_folder, check_weights
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COLOUR",
         help="paint this colour, such as white, behind transparent pixels (default: as the model's processor does)",
     )
-    bulk.add_parser(commands)
+    _bulk.add_parser(commands)
     commands.add_parser("demo", help="ask the small model about a picture that it has never seen")
     return parser
 
@@ -134,7 +134,7 @@ def caption(arguments: argparse.Namespace) -> int:
     """Prints how many pictures were asked about; their answers are in the parts."""
     if not arguments.server:
         arguments.model = arguments.model or _default_model()
-    print(bulk.caption(arguments, lambda: _load(arguments.model, arguments.revision)))
+    print(_bulk.caption(arguments, lambda: _load(arguments.model, arguments.revision)))
     return 0
 
 

@@ -22,7 +22,8 @@ import torch
 from PIL import Image
 
 from examples.shapes.scenes import draw_picture, draw_scene
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor, bulk
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf import _bulk as bulk
 from modeling_llava_stf.__main__ import DEFAULT_MODEL
 from modeling_llava_stf.__main__ import main as ask_main
 

@@ -26,7 +26,7 @@ import PIL.Image
 import torch
 from tqdm.auto import tqdm
 
-from .ask_many import prompt_ids
+from ._ask_many import prompt_ids
 from .modeling_llava_stf import LlavaSTFForConditionalGeneration
 from .processing_llava_stf import LlavaSTFProcessor, load_picture, to_rgb
 
