@@ -14,6 +14,7 @@ from transformers import (
 # Before transformers 5.18 the top-level name asks for torchvision, which the PIL processors do not need.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from ._ask_many import PictureCache, ask_many, generate_many
 from .configuration_llava_stf import LlavaSTFConfig
 from .modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFModel, LlavaSTFPreTrainedModel
 from .processing_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
@@ -41,4 +42,7 @@ __all__ = [
     "LlavaSTFModel",
     "LlavaSTFPreTrainedModel",
     "LlavaSTFProcessor",
+    "PictureCache",
+    "ask_many",
+    "generate_many",
 ]

@@ -3,6 +3,7 @@
 """Ask a LLaVA-STF model about a picture.
 
 python -m modeling_llava_stf ask IMAGE "question" [--model DIR_OR_HUB_ID] [--revision COMMIT]
+python -m modeling_llava_stf caption INPUT OUTPUT [--model DIR_OR_HUB_ID] [--prompt "question"] [--shard I/N]
 python -m modeling_llava_stf demo
 """
 
@@ -19,7 +20,7 @@ from huggingface_hub.utils import logging as hub_logging
 from jinja2 import TemplateError
 from transformers.utils import logging
 
-from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, _bulk
 from ._folder import check_folder, check_weights
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
@@ -37,6 +38,8 @@ def main() -> int:
     try:
         if arguments.command == "demo":
             return demo()
+        if arguments.command == "caption":
+            return caption(arguments)
         return ask(
             arguments.image,
             arguments.question,
@@ -78,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COLOUR",
         help="paint this colour, such as white, behind transparent pixels (default: as the model's processor does)",
     )
+    _bulk.add_parser(commands)
     commands.add_parser("demo", help="ask the small model about a picture that it has never seen")
     return parser
 
@@ -123,6 +127,14 @@ def demo() -> int:
         print(f"answer    {answer}")
         print(f"          {'right' if correct else 'wrong: ' + turn['answer']}, {seconds:.2f} s")
     print(f"\n{right} of {len(truth['questions'])} right. How the model was made: examples/shapes/README.md")
+    return 0
+
+
+def caption(arguments: argparse.Namespace) -> int:
+    """Prints how many pictures were asked about; their answers are in the parts."""
+    if not arguments.server:
+        arguments.model = arguments.model or _default_model()
+    print(_bulk.caption(arguments, lambda: _load(arguments.model, arguments.revision)))
     return 0
 
 

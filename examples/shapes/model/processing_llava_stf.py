@@ -511,6 +511,8 @@ def load_picture(source: Any) -> PIL.Image.Image:
     try:
         picture = PIL.Image.open(_readable(source))
         picture.load()
+    except PIL.UnidentifiedImageError as error:  # whose own words name an object in memory, if these are bytes
+        raise ValueError(f"Cannot read the picture {name}: it is of no kind that PIL knows") from error
     except UNREADABLE as error:
         raise ValueError(f"Cannot read the picture {name}: {error or type(error).__name__}") from error
     return picture

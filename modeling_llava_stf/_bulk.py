@@ -1,0 +1,559 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Answers about very many pictures, in parts that are complete or absent: `python -m modeling_llava_stf caption`."""
+
+import argparse
+import base64
+import hashlib
+import http.client
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from io import BytesIO
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import PIL.ExifTags
+import PIL.Image
+import torch
+from tqdm.auto import tqdm
+
+from ._ask_many import prompt_ids
+from .modeling_llava_stf import LlavaSTFForConditionalGeneration
+from .processing_llava_stf import LlavaSTFProcessor, load_picture, to_rgb
+
+PROMPT = "Describe the picture."
+PREPARED_BATCHES = 4  # that the workers may be ahead of the model
+RETRIES = 5
+REPLY_SECONDS = 600
+# What says that the server is busy or gone, whatever the picture is; what it would say to any picture.
+BUSY, REFUSING = (408, 425, 429, 502, 503, 504), (401, 403, 404, 405)
+# Sent as they are if they are upright and have no transparency: all servers decode them alike.
+SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A question about a picture, which is a path, a URL, or the bytes of a file (none, if it is missing)."""
+
+    path: str
+    prompt: str
+    picture: Any
+    question_id: Any = None
+
+
+@dataclass
+class Answer:
+    """A row of the output: the answer, or else why there is none."""
+
+    path: str
+    prompt: str
+    answer: str | None = None
+    error: str | None = None
+    prompt_tokens: int | None = None
+    answer_tokens: int | None = None
+    question_id: Any = None
+
+    def llava(self, model: str) -> dict[str, Any]:
+        """A line of LLaVA's answer files."""
+        name = f"{model}/{self.question_id}/{self.prompt}"
+        return {
+            "question_id": self.question_id,
+            "prompt": self.prompt,
+            "text": self.answer or "",
+            "answer_id": hashlib.sha256(name.encode()).hexdigest()[:22],
+            "model_id": model,
+            "metadata": {} if self.error is None else {"error": self.error},
+        }
+
+
+def add_parser(commands: Any) -> None:
+    parser = commands.add_parser(
+        "caption",
+        help="answer a question about each of very many pictures",
+        description="Asks about every picture of INPUT and writes parts to OUTPUT. Run it again to go on.",
+    )
+    parser.add_argument("input", help="folder of pictures, parquet file, folder of parquet files, or JSONL file")
+    parser.add_argument("output", help="folder for the parts")
+    parser.add_argument("--model", help="folder or Hub id of a checkpoint; with --server the name of its model")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--prompt", default=PROMPT, help=f"for rows without one of their own (default: {PROMPT!r})")
+    parser.add_argument("--images", help="folder that paths in a file are relative to (default: that of the file)")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures that the model sees at once (default: 8)")
+    parser.add_argument("--part-size", type=int, default=512, help="rows of a part (default: 512)")
+    parser.add_argument("--shard", help="I/N: every N-th part from part I on (default: RANK/WORLD_SIZE, else 0/1)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode (default: one a core)")
+    parser.add_argument("--server", help="address of an OpenAI-compatible server that answers instead of --model")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at once (default: 16)")
+
+
+Load = Callable[[], tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]]
+
+
+def caption(arguments: argparse.Namespace, load: Load) -> str:
+    """Writes the parts of a shard that are not there yet; returns what was done, in a sentence.
+
+    Raises:
+        ValueError: if an argument is wrong, the input cannot be read, the output holds something else, or the server
+            refuses or is gone. Parts that are complete stay.
+    """
+    shard, shards = _shard(arguments.shard)
+    _check(arguments)
+    rows = read_input(Path(arguments.input), arguments.prompt, arguments.images)
+    server = Server(arguments.server, arguments.model, arguments.max_new_tokens) if arguments.server else None
+    model_name = server.model if server else str(arguments.model)
+    settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": arguments.max_new_tokens}
+    output = Output(Path(arguments.output), rows, arguments.part_size, settings)
+    parts = range(shard, output.parts, shards)
+    todo = [part for part in parts if not output.file(part).exists()]
+    total, left = (sum(len(output.range(part)) for part in chosen) for chosen in (parts, todo))
+    errors, threads = 0, arguments.concurrency if server else arguments.workers
+    with ThreadPoolExecutor(threads) as pool, tqdm(total=total, initial=total - left, unit=" pictures") as bar:
+        try:
+            answers = _answers(pool, server, load, arguments, rows, [output.range(part) for part in todo])
+            for part in todo:
+                answered = []
+                for answer in islice(answers, len(output.range(part))):
+                    answered.append(answer)
+                    bar.update()
+                output.write(part, answered)
+                errors += sum(answer.error is not None for answer in answered)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return (
+        f"{left} of {total} pictures asked about, {errors} of them with an error; {total - left} were there. "
+        f"{len(parts)} of {output.parts} parts are in {arguments.output}"
+    )
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "batch_size", "part_size", "workers", "concurrency"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1.")
+    if not arguments.prompt.strip():
+        raise ValueError("--prompt is empty.")
+
+
+def _shard(text: str | None) -> tuple[int, int]:
+    text = text or f"{os.environ.get('RANK', 0)}/{os.environ.get('WORLD_SIZE', 1)}"
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or int(found[1]) >= int(found[2]):
+        raise ValueError(f"--shard is {text!r}, expected I/N with I from 0 to N-1, such as 0/2 and 1/2.")
+    return int(found[1]), int(found[2])
+
+
+def _ahead(pool: ThreadPoolExecutor, function: Callable, rows: Iterable[Row], window: int) -> Iterator[Any]:
+    """`function` of all rows, in their order; at most `window` of them are begun and not yet taken."""
+    waiting: deque = deque()
+    for row in rows:
+        waiting.append(pool.submit(function, row))
+        if len(waiting) == window:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
+
+
+# The model here
+
+
+@dataclass
+class Prepared:
+    """A row with the model's inputs, or the reason why it has none."""
+
+    row: Row
+    ids: list[int]
+    pixels: torch.Tensor | None
+    error: str | None = None
+
+
+class Captioner:
+    """Answers rows with a model in this process, greedily: what [`LlavaSTFForConditionalGeneration.generate`] gives."""
+
+    def __init__(
+        self, processor: LlavaSTFProcessor, network: LlavaSTFForConditionalGeneration, max_new_tokens: int = 128
+    ):
+        self.processor, self.network, self.max_new_tokens = processor, network.eval(), max_new_tokens
+
+    def prepare(self, row: Row) -> Prepared:
+        """Decodes a picture, in a thread; whatever is wrong with it is the row's error."""
+        content = [{"type": "image"}, {"type": "text", "text": row.prompt}]
+        try:
+            pixels = self.processor(images=load_picture(row.picture), return_tensors="pt")[
+                "pixel_values"
+            ]  # (1, 3, height, width)
+            ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]])[0]
+        except Exception as error:  # damaged files make PIL raise errors of every kind
+            return Prepared(row, [], None, _reason(error))
+        return Prepared(row, ids, pixels)
+
+    def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
+        """The answers of one batch."""
+        good = [one for one in prepared if one.pixels is not None]
+        answers = iter(self._generate(good) if good else [])
+        return [
+            _answer(one.row, error=one.error) if one.pixels is None else _answer(one.row, **next(answers))
+            for one in prepared
+        ]
+
+    def _generate(self, prepared: list[Prepared]) -> list[dict[str, Any]]:
+        device, width = self.network.device, max(len(one.ids) for one in prepared)
+        padding = self.processor.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[padding] * (width - len(one.ids)) + one.ids for one in prepared])
+        mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in prepared])
+        pixels = torch.cat([one.pixels for one in prepared if one.pixels is not None])
+        output = self.network.generate(
+            input_ids=ids.to(device),
+            attention_mask=mask.to(device),
+            pixel_values=pixels.to(device, self.network.dtype),
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+        )
+        tokens = [self._to_the_end(row) for row in output[:, width:].tolist()]
+        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        return [
+            {"answer": text.strip(), "prompt_tokens": len(one.ids), "answer_tokens": len(row)}
+            for one, row, text in zip(prepared, tokens, texts, strict=True)
+        ]
+
+    def _to_the_end(self, tokens: list[int]) -> list[int]:
+        """The tokens up to the one that ends the answer, which counts."""
+        ends = self.network.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        return tokens[: next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))]
+
+
+def _answers(
+    pool: ThreadPoolExecutor,
+    server: "Server | None",
+    load: Load,
+    arguments: argparse.Namespace,
+    rows: Sequence[Row],
+    parts: list[range],
+) -> Iterator[Answer]:
+    """The answers of all rows of some parts, in their order."""
+    source = chain.from_iterable(rows[part.start : part.stop] for part in parts)
+    if server:
+        yield from _ahead(pool, server.answer, source, PREPARED_BATCHES * arguments.concurrency)
+    elif parts:
+        if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        captioner, size = Captioner(*load(), arguments.max_new_tokens), arguments.batch_size
+        prepared = _ahead(pool, captioner.prepare, source, PREPARED_BATCHES * size)
+        for part in parts:
+            # Batches end where parts do, so that a part is the same in every run.
+            for start in range(0, len(part), size):
+                yield from captioner.answer(list(islice(prepared, min(size, len(part) - start))))
+
+
+def _answer(row: Row, **outcome: Any) -> Answer:
+    return Answer(row.path, row.prompt, question_id=row.question_id, **outcome)
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# A model elsewhere
+
+
+class Server:
+    """Answers rows through an OpenAI-compatible server, greedily. `OPENAI_API_KEY` is sent if it is set.
+
+    Raises:
+        ValueError: if there is no server, or it refuses.
+    """
+
+    def __init__(self, url: str, model: str | None = None, max_new_tokens: int = 128):
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"--server is {url!r}, expected an address such as http://127.0.0.1:8000.")
+        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.max_new_tokens = max_new_tokens
+        self.model: str = model or self._first_model()
+
+    def _first_model(self) -> str:
+        try:
+            return str(self._request("/models")["data"][0]["id"])
+        except (RefusedError, KeyError, IndexError, TypeError) as error:
+            raise ValueError(
+                f"The server {self.url} does not say what models it has: name one with --model."
+            ) from error
+
+    def answer(self, row: Row) -> Answer:
+        """The answer; a picture that cannot be read, or that the server refuses, is an error of the row."""
+        try:
+            picture = _data_url(row.picture)
+        except Exception as error:  # as in `Captioner.prepare`
+            return _answer(row, error=_reason(error))
+        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row.prompt}]
+        request = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
+        try:
+            reply = self._request("/chat/completions", request | {"max_tokens": self.max_new_tokens})
+        except RefusedError as error:
+            return _answer(row, error=str(error))
+        try:
+            text, usage = reply["choices"][0]["message"]["content"], reply.get("usage") or {}
+        except (KeyError, IndexError, TypeError):
+            return _answer(row, error=f"The server's reply has no answer: {json.dumps(reply):.200}")
+        counts = {"prompt_tokens": usage.get("prompt_tokens"), "answer_tokens": usage.get("completion_tokens")}
+        return _answer(row, answer=(text or "").strip(), **counts)
+
+    def _request(self, path: str, content: dict[str, Any] | None = None) -> Any:
+        """The server's reply, asked for again while it is busy or away."""
+        headers = {"Content-Type": "application/json"}
+        if os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['OPENAI_API_KEY']}"
+        body = None if content is None else json.dumps(content).encode()
+        for attempt in range(RETRIES + 1):
+            if attempt:
+                time.sleep(2.0 ** (attempt - 2))
+            try:
+                request = urllib.request.Request(self.url + path, body, headers)
+                with urllib.request.urlopen(request, timeout=REPLY_SECONDS) as reply:
+                    return json.load(reply)
+            except urllib.error.HTTPError as error:
+                status, reason = error.code, f"{error.code} {error.read(1000).decode(errors='replace')}".strip()
+                if status in REFUSING:
+                    raise ValueError(f"The server {self.url} refuses: {reason}") from error
+                if status < 500 and status not in BUSY:
+                    raise RefusedError(f"The server refuses: {reason}") from error
+            except (OSError, http.client.HTTPException, ValueError) as error:
+                status, reason = None, str(error) or type(error).__name__
+        if status is None or status in BUSY:
+            raise ValueError(
+                f"The server {self.url} is away or busy after {RETRIES + 1} attempts: {reason}. Complete parts stay: "
+                "run the command again to go on."
+            )
+        raise RefusedError(f"The server fails: {reason}")
+
+
+class RefusedError(Exception):
+    """The server takes other requests, but not this one."""
+
+
+def _data_url(picture: bytes | str | Path) -> str:
+    """The file as it is, if all decode it alike; else the pixels that the processor here would see, as PNG."""
+    opened = load_picture(picture)
+    content = picture.read_bytes() if isinstance(picture, Path) else picture
+    kind = SENT_AS_THEY_ARE.get(opened.format or "")
+    upright = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
+    opaque = opened.mode in ("L", "RGB") and "transparency" not in opened.info
+    if not (isinstance(content, bytes) and kind and upright and opaque):
+        kind, stream = "image/png", BytesIO()
+        to_rgb(opened).save(stream, "png")
+        content = stream.getvalue()
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+# Input
+
+
+def read_input(source: Path, prompt: str, images: str | None = None) -> Sequence[Row]:
+    """The rows of a folder of pictures, of parquet files or of a JSONL file.
+
+    Raises:
+        ValueError: if there is nothing to read, or a line of a JSONL file is none of ours.
+    """
+    if not source.exists():
+        raise ValueError(f"There is no {source}: expected a folder of pictures, a parquet file or a JSONL file.")
+    if source.is_dir() and not any(source.glob("*.parquet")):
+        rows: Sequence[Row] = _folder_rows(source, prompt)
+    elif source.is_dir() or source.suffix == ".parquet":
+        files = sorted(source.glob("*.parquet")) if source.is_dir() else [source]
+        rows = ParquetRows(files, prompt, Path(images or files[0].parent))
+    elif source.suffix in (".jsonl", ".json"):
+        rows = _json_rows(source, prompt, Path(images or source.parent))
+    else:
+        raise ValueError(f"{source} is neither a folder, nor a .parquet file, nor a .jsonl file.")
+    if not len(rows):
+        raise ValueError(f"There are no pictures in {source}.")
+    return rows
+
+
+def picture_endings() -> set[str]:
+    """The ends of the names of files that Pillow reads, such as `.jpg`."""
+    PIL.Image.init()
+    return {ending for ending, name in PIL.Image.EXTENSION.items() if name in PIL.Image.OPEN}
+
+
+def _folder_rows(folder: Path, prompt: str) -> list[Row]:
+    endings = picture_endings()
+    names = sorted(
+        os.path.relpath(os.path.join(parent, name), folder)
+        for parent, _, files in os.walk(folder)
+        for name in files
+        if os.path.splitext(name)[1].lower() in endings and not name.startswith(".")
+    )
+    return [Row(os.fsencode(name).decode(errors="replace"), prompt, folder / name) for name in names]
+
+
+def _json_rows(file: Path, prompt: str, root: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {file} is not JSON: {error}") from error
+        name = found.get("image", found.get("path")) if isinstance(found, dict) else None
+        if not isinstance(name, str):
+            raise ValueError(f"Line {number} of {file} has no `image` (or `path`) that names a picture.")
+        rows.append(_row(found, name, name, prompt, root))
+    if len({row.question_id is None for row in rows}) > 1:
+        raise ValueError(f"Some lines of {file} have a `question_id` and some have none: expected all or none.")
+    return rows
+
+
+class ParquetRows(Sequence):
+    """Rows of parquet files; pictures are read when a slice is taken.
+
+    The picture is the column `image` (bytes, a path, or a struct with `bytes` and `path`, as `datasets` writes it), or
+    else the path in the column `path`.
+    """
+
+    def __init__(self, files: list[Path], prompt: str, root: Path):
+        self.prompt, self.root = prompt, root
+        pyarrow = _pyarrow()
+        try:
+            self.files = [(file, pyarrow.parquet.ParquetFile(file)) for file in files]
+        except pyarrow.ArrowInvalid as error:
+            raise ValueError(f"Cannot read the parquet files of {files[0].parent}: {error}") from error
+        for file, table in self.files:
+            if not {"image", "path"} & {*table.schema_arrow.names}:
+                raise ValueError(f"{file} has no column `image` or `path`, but {table.schema_arrow.names}.")
+
+    def __len__(self) -> int:
+        return sum(table.metadata.num_rows for _, table in self.files)
+
+    def __getitem__(self, places: Any) -> list[Row]:
+        """The rows from `places.start` to `places.stop`, with their pictures."""
+        return list(self._rows(places.start, places.stop))
+
+    def __iter__(self) -> Iterator[Row]:
+        """All rows, without bytes of pictures."""
+        return self._rows(0, len(self), with_bytes=False)
+
+    def _rows(self, start: int, stop: int, with_bytes: bool = True) -> Iterator[Row]:
+        first = 0
+        for file, table in self.files:
+            number = 0
+            image = [name for name, kind in _leaves(table.schema_arrow) if with_bytes or kind != "bytes"]
+            for group in range(table.num_row_groups):
+                length = table.metadata.row_group(group).num_rows
+                low, high = max(start - first, 0), min(stop - first, length)
+                if low < high:
+                    found = table.read_row_group(group, ["path", "prompt", "text", "question_id", *image])
+                    for index, values in enumerate(found.slice(low, high - low).to_pylist(), start=number + low):
+                        yield self._row(values, f"{file.name}:{index}")
+                first, number = first + length, number + length
+
+    def _row(self, found: dict[str, Any], place: str) -> Row:
+        picture = found.get("image", found.get("path"))
+        inside = picture.get("path") if isinstance(picture, dict) else picture if isinstance(picture, str) else None
+        if isinstance(picture, dict):
+            picture = picture.get("bytes") or picture.get("path")
+        return _row(found, str(found.get("path") or inside or place), picture or b"", self.prompt, self.root)
+
+
+def _leaves(schema: Any) -> list[tuple[str, str]]:
+    """The columns of the picture in a parquet file, and whether they hold bytes or text."""
+    if "image" not in schema.names:
+        return []
+    kind = schema.field("image").type
+    fields = [(f"image.{name}", kind.field(name).type) for name in ("bytes", "path")] if hasattr(kind, "fields") else []
+    return [(name, "bytes" if "binary" in str(field) else "text") for name, field in fields or [("image", kind)]]
+
+
+def _row(found: dict[str, Any], path: str, picture: Any, prompt: str, root: Path) -> Row:
+    question_id = found.get("question_id")
+    own = found.get("prompt") or (found.get("text") if question_id is not None else None)
+    if isinstance(picture, str) and not picture.startswith(("http://", "https://", "data:image/")):
+        picture = root / picture
+    return Row(path, own if isinstance(own, str) else prompt, picture, question_id)
+
+
+# Output
+
+
+class Output:
+    """A folder of parts, each complete or absent, and `run.json`, which says what they are parts of.
+
+    Which rows a part has does not depend on the shards: a run may go on with another number of them.
+
+    Raises:
+        ValueError: if the folder holds something else, or parts of another run.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[Row], part_size: int, settings: dict[str, Any]):
+        self.folder, self.size, self.rows, self.model = folder, part_size, len(rows), settings["model"]
+        self.parts = -(-self.rows // part_size)
+        listing = hashlib.sha256()
+        self.llava = False
+        for row in rows:
+            listing.update(json.dumps([row.path, row.prompt, row.question_id]).encode())
+            self.llava = self.llava or row.question_id is not None
+        if not self.llava:
+            _pyarrow()
+        settings = settings | {"rows": self.rows, "part_size": part_size, "listing": listing.hexdigest()}
+        self._claim(folder / "run.json", settings)
+
+    def _claim(self, file: Path, settings: dict[str, Any]) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if any(self.folder.glob("[!.]*")):
+                raise ValueError(f"{self.folder} is not empty, and no run began there: name a new folder.")
+            _write(file, json.dumps(settings, indent=2).encode())
+        found = json.loads(file.read_text(encoding="utf-8"))
+        other = [
+            f"{name} was {found.get(name)!r}, is {new!r}" for name, new in settings.items() if found.get(name) != new
+        ]
+        if other:
+            raise ValueError(
+                f"{self.folder} holds another run: {'; '.join(other)}. Name a new folder, or run as before."
+            )
+
+    def range(self, part: int) -> range:
+        return range(part * self.size, min((part + 1) * self.size, self.rows))
+
+    def file(self, part: int) -> Path:
+        return self.folder / f"part-{part:05}.{'jsonl' if self.llava else 'parquet'}"
+
+    def write(self, part: int, answers: list[Answer]) -> None:
+        """Writes a part, complete or not at all."""
+        content = BytesIO()
+        if self.llava:
+            for answer in answers:
+                content.write((json.dumps(answer.llava(self.model)) + "\n").encode())
+        else:
+            pyarrow = _pyarrow()
+            text, count = pyarrow.string(), pyarrow.int32()
+            columns = {"path": text, "prompt": text, "answer": text, "error": text}
+            schema = pyarrow.schema(columns | {"prompt_tokens": count, "answer_tokens": count})
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([asdict(a) for a in answers], schema), content)
+        _write(self.file(part), content.getvalue())
+
+
+def _write(file: Path, content: bytes) -> None:
+    unfinished = file.with_name(f".{file.name}.tmp")
+    with unfinished.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    unfinished.replace(file)
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("Parquet files need pyarrow: pip install 'llava-stf[bulk]'") from error
+    return pyarrow
