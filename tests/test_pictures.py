@@ -371,6 +371,12 @@ def test_scaled_numbers_stay_as_they_are(photo, processor):
     assert torch.equal(found, stock)
 
 
+def test_numbers_a_little_beyond_1_are_not_a_black_picture(pixels):
+    """A cubic resize of a tensor from 0 to 1 overshoots."""
+    with pytest.raises(ValueError, match="pixels up to 1.03, expected 0 to 255"):
+        pixels(np.linspace(-0.03, 1.03, 100 * 60 * 3).reshape(100, 60, 3))
+
+
 @pytest.mark.parametrize("do_pad", [True, False])
 @pytest.mark.parametrize("kind", ["photo", "black and white", "nearly black"])
 def test_scaled_numbers_are_padded_and_resized_as_their_picture_is(kind, do_pad, photo, pixels):

@@ -682,7 +682,7 @@ def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
     if not all(np.isfinite(array).all() for array in arrays):
         raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
     low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
-    if 0 < high <= 1:
+    if 0 < high < 2:  # resizing by a cubic goes a little beyond 1
         raise ValueError(
             f"A picture has pixels up to {high:.3g}, expected 0 to 255. If it is scaled to 0 to 1, or a mask of 0 and "
             "1, multiply it by 255. If it is that dark, give it as a PIL image of 8 bits."
