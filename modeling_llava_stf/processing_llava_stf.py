@@ -679,7 +679,7 @@ def _channels_last(array: np.ndarray, layout: str | ChannelDimension | None) -> 
 def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Arrays of numbers from 0 to 255, rounded to whole ones; `True` is 255."""
     arrays = [array.astype(np.uint8) * 255 if array.dtype.kind == "b" else array for array in arrays]
-    if not all(np.isfinite(array).all() for array in arrays):
+    if not all(array.dtype.kind != "f" or np.isfinite(array).all() for array in arrays):
         raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
     low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
     if 0 < high < 2:  # resizing by a cubic goes a little beyond 1
@@ -692,7 +692,7 @@ def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
             f"A picture has pixels from {low:.6g} to {high:.6g}, expected 0 to 255. Scale it: 16-bit numbers are "
             "divided by 256."
         )
-    return [np.rint(array).astype(np.uint8) for array in arrays]
+    return [array if array.dtype == np.uint8 else np.rint(array).astype(np.uint8) for array in arrays]
 
 
 def _scaled_floats(array: np.ndarray, layout: str | ChannelDimension | None, unchanged: bool) -> np.ndarray:
