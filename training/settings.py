@@ -247,7 +247,7 @@ class Parser(TrlParser):
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (`{self.prog} --help` lists the options)")
 
-    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple:
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple:  # type: ignore[override]
         """As [`HfArgumentParser.parse_args_into_dataclasses`]; what is not known is named."""
         *made, unknown = super().parse_args_into_dataclasses(args=args, **{**kwargs, "return_remaining_strings": True})
         if unknown:
