@@ -56,8 +56,9 @@ LEFT_OUT = (
     (r"events\.out\.tfevents.*|.*\.log|log_[\w-]+\.json|((all|train|eval)_results|evaluation)\.json", "logs of a run"),
     (r".*(~|\.(bak|orig|rej|swp|swo|tmp|old))|#.*#", "left by an editor"),
     (
-        r"trainer_state\.json|training_args\.(bin|json)|(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|"
-        rf"{re.escape(RECIPE_FILE)}|(checkpoint-\d+|global_step\d+)/",
+        r"(trainer_state|training_run)\.json|training_args\.(bin|json)|curves\.png|"
+        r"(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|zero_to_fp32\.py|latest|"
+        rf"{re.escape(RECIPE_FILE)}|(checkpoint-\d+|global_step\d+|(pytorch_model_fsdp|optimizer)_\d+)/",
         "state of a training run",
     ),
 )

@@ -371,6 +371,35 @@ def test_scaled_numbers_stay_as_they_are(photo, processor):
     assert torch.equal(found, stock)
 
 
+def test_numbers_a_little_beyond_1_are_not_a_black_picture(pixels):
+    """A cubic resize of a tensor from 0 to 1 overshoots."""
+    with pytest.raises(ValueError, match="pixels up to 1.03, expected 0 to 255"):
+        pixels(np.linspace(-0.03, 1.03, 100 * 60 * 3).reshape(100, 60, 3))
+
+
+@pytest.mark.parametrize("do_pad", [True, False])
+@pytest.mark.parametrize("kind", ["photo", "black and white", "nearly black"])
+def test_scaled_numbers_are_padded_and_resized_as_their_picture_is(kind, do_pad, photo, pixels):
+    """Tensors from 0 to 1, as torchvision's `ToTensor` gives them."""
+    array = {"photo": 1.0, "black and white": 0.5, "nearly black": 0.004}[kind] * np.asarray(photo)
+    array = np.where(array > 60, 255, 0).astype("u1") if kind == "black and white" else array.round().astype("u1")
+    scaled = torch.tensor(array).permute(2, 0, 1) / 255
+    found = pixels(scaled, do_rescale=False, do_pad=do_pad)
+    assert torch.equal(found, pixels(Image.fromarray(array), do_pad=do_pad))
+
+
+@pytest.mark.parametrize("least, most", [(-0.2, 1.0), (0.0, 1.02), (-2.0, 2.0)])
+def test_scaled_numbers_beyond_0_to_1_are_not_resized(least, most, photo, pixels):
+    array = np.linspace(least, most, 100 * 60 * 3).reshape(100, 60, 3)
+    with pytest.raises(ValueError, match="expected from 0 to 1"):
+        pixels(array, do_rescale=False)
+
+
+def test_a_strip_of_scaled_numbers_is_not_padded_to_its_square(pixels):
+    with pytest.raises(ValueError, match="60000 x 1 pixels: padded or resized, 3600000000 would be computed"):
+        pixels(np.full((1, 60000), 0.5), do_rescale=False)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -18,6 +18,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from examples.dpo import PreferenceCollator
+from hub_card import freeze
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training.data import DataError
 from training.merge import merge
@@ -86,6 +87,12 @@ def test_the_recipe_is_kept_as_it_was_used(stages):
     root, _ = stages
     recipe = yaml.safe_load((root / "stage2" / "recipe.yaml").read_text(encoding="utf-8"))
     assert (recipe["learning_rate"], recipe["global_batch_size"], recipe["lr_scheduler_type"]) == (2e-5, 4, "cosine")
+
+
+@pytest.mark.parametrize("name", ["start", "stage2", "stage2/checkpoint-4", "lora", "lora/checkpoint-4", "merged"])
+def test_what_a_run_leaves_can_be_published_as_it_is(name, stages):
+    root, _ = stages
+    assert freeze(root / name).refused == []
 
 
 def inputs_of(processor):

@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import re
+import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,12 +191,13 @@ def _check_company(settings: Any, name: str) -> None:
 
 def _check_numbers(settings: Any) -> None:
     options = {option.name: option for option in dataclasses.fields(settings)}
+    types = typing.get_type_hints(type(settings))  # the parser takes None out of those of the options
     for expected, fits, names in RANGES:
         for name in names.split():
             if name not in options:
                 continue
             value = getattr(settings, name)
-            if value == _default(options[name]) or value is None and "None" in str(options[name].type):
+            if value == _default(options[name]) or value is None and "None" in str(types[name]):
                 continue
             if isinstance(value, str) and name == "pad_to_multiple_of":  # TRL's comes as text from the command line
                 value = _number(value)
@@ -244,6 +246,15 @@ class Parser(TrlParser):
 
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (`{self.prog} --help` lists the options)")
+
+    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple:  # type: ignore[override]
+        """As [`HfArgumentParser.parse_args_into_dataclasses`]; what is not known is named."""
+        *made, unknown = super().parse_args_into_dataclasses(args=args, **{**kwargs, "return_remaining_strings": True})
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            meant = f" Is {near[0]} meant?" * len(near)
+            raise ValueError(f"The unknown option {unknown[0]!r}.{meant} `{self.prog} --help` lists the options.")
+        return tuple(made)
 
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
         """As TRL's, which would take a value of any type, and none of the choices."""

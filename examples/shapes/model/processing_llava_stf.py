@@ -129,7 +129,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             array = _as_array(image)
             layout = kwargs.pop("input_data_format", None)
             if array.dtype.kind == "f" and not kwargs.get("do_rescale"):
-                return _scaled_floats(array, layout)
+                return _scaled_floats(array, layout, unchanged=not (kwargs.get("do_pad") or kwargs.get("do_resize")))
             image = _as_pictures([array], layout)[0]
         if not do_convert_rgb:
             image = _upright(image) if do_exif_transpose else _decoded(image)
@@ -141,6 +141,20 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             # As the stock class will, but that makes the whole square, several times.
             image = _padded_and_resized(image, _padding(kwargs.get("image_mean")), edge, resample)
         return super().process_image(image, do_convert_rgb=False, **kwargs)
+
+    def pad_to_square(self, image: np.ndarray, background_color: Any = 0) -> np.ndarray:
+        """As [`LlavaImageProcessorPil.pad_to_square`]; numbers from 0 to 1 get a colour of that range."""
+        if image.dtype.kind != "f":
+            return super().pad_to_square(image, background_color)
+        height, width = image.shape[1:]
+        _check_pixels(width, height, max(height, width) ** 2)
+        return super().pad_to_square(image, tuple(channel / 255 for channel in background_color or (0, 0, 0)))
+
+    def resize(self, image: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
+        """As [`LlavaImageProcessorPil.resize`]; numbers from 0 to 1 are resized as their picture of 8 bits is."""
+        if image.dtype.kind != "f":
+            return super().resize(image, *args, **kwargs)
+        return self.rescale(super().resize(np.rint(image * 255).astype(np.uint8), *args, **kwargs), 1 / 255)
 
     def check_size(self, image: PIL.Image.Image, **kwargs: Any) -> None:
         """Raises a `ValueError` if a picture is empty, or the steps to come would make too many pixels of it."""
@@ -155,11 +169,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             pixels = long**2
         elif settings["do_resize"] and settings["size"].shortest_edge:
             pixels = settings["size"].shortest_edge ** 2 * long // short
-        if pixels > MAX_PIXELS:
-            raise ValueError(
-                f"A picture has {image.width} x {image.height} pixels: padded or resized, {pixels} would be computed, "
-                f"{MAX_PIXELS} are allowed. Crop it, or make it smaller."
-            )
+        _check_pixels(image.width, image.height, pixels)
 
     def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
         super()._validate_preprocess_kwargs(**kwargs)
@@ -671,10 +681,10 @@ def _channels_last(array: np.ndarray, layout: str | ChannelDimension | None) -> 
 def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
     """Arrays of numbers from 0 to 255, rounded to whole ones; `True` is 255."""
     arrays = [array.astype(np.uint8) * 255 if array.dtype.kind == "b" else array for array in arrays]
-    if not all(np.isfinite(array).all() for array in arrays):
+    if not all(array.dtype.kind != "f" or np.isfinite(array).all() for array in arrays):
         raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
     low, high = min(array.min() for array in arrays), max(array.max() for array in arrays)
-    if 0 < high <= 1:
+    if 0 < high < 2:  # resizing by a cubic goes a little beyond 1
         raise ValueError(
             f"A picture has pixels up to {high:.3g}, expected 0 to 255. If it is scaled to 0 to 1, or a mask of 0 and "
             "1, multiply it by 255. If it is that dark, give it as a PIL image of 8 bits."
@@ -684,15 +694,28 @@ def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
             f"A picture has pixels from {low:.6g} to {high:.6g}, expected 0 to 255. Scale it: 16-bit numbers are "
             "divided by 256."
         )
-    return [np.rint(array).astype(np.uint8) for array in arrays]
+    return [array if array.dtype == np.uint8 else np.rint(array).astype(np.uint8) for array in arrays]
 
 
-def _scaled_floats(array: np.ndarray, layout: str | ChannelDimension | None) -> np.ndarray:
-    """Numbers that the caller has scaled (`do_rescale=False`), as (3, height, width)."""
+def _scaled_floats(array: np.ndarray, layout: str | ChannelDimension | None, unchanged: bool) -> np.ndarray:
+    """Numbers that the caller has scaled (`do_rescale=False`), as (3, height, width); 0 to 1 if not `unchanged`."""
     if not np.isfinite(array).all():
         raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
+    if not (unchanged or (array.min() >= 0 and array.max() <= 1)):
+        raise ValueError(
+            f"A picture has pixels from {array.min():.6g} to {array.max():.6g}. Floats that are padded or resized with "
+            "`do_rescale=False` are expected from 0 to 1: clip them, or give 0 to 255 without `do_rescale=False`."
+        )
     array = _channels_last(array, layout)
     return np.stack([array] * 3) if array.ndim == 2 else np.moveaxis(array[..., :3], -1, 0)
+
+
+def _check_pixels(width: int, height: int, pixels: int) -> None:
+    if pixels > MAX_PIXELS:
+        raise ValueError(
+            f"A picture has {width} x {height} pixels: padded or resized, {pixels} would be computed, {MAX_PIXELS} are "
+            "allowed. Crop it, or make it smaller."
+        )
 
 
 def _squares_edge(do_pad: bool | None, do_resize: bool | None, size: Any, **kwargs: Any) -> int | None:
