@@ -32,13 +32,14 @@ from .card import (
     gather,
     is_adapter,
     name_base,
-    snippet_of,
     write_card,
 )
-from .check import check, use
+from .check import check
 from .files import Frozen, freeze
+from .fresh_process import use
 from .publish import HubError, plan, publish
 from .results import read_object
+from .snippet import snippet_of
 
 # What was said on the command line, so that rendering again needs to be told what is new only. Never published.
 MEMORY_FILE = ".hub_card.json"

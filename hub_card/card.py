@@ -4,7 +4,6 @@
 
 import json
 import math
-import re
 import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
@@ -24,7 +22,8 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration,
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .picture import draw_example, draw_method
-from .results import HUB_ID, TASK, Evaluation, Speed, is_number, model_index, read_evaluation, read_object, read_speed
+from .results import HUB_ID, TASK, Evaluation, Speed, model_index, read_evaluation, read_object, read_speed
+from .training_table import read_training
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).parent / "template.md.jinja"
@@ -32,7 +31,6 @@ CARD_FILE = "README.md"
 METHOD_PICTURE, EXAMPLE_PICTURE = "method.png", "example.png"
 LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-RECIPE_FILE = "recipe.yaml"
 FIRST_TAG = "v1"
 
 
@@ -223,65 +221,6 @@ def is_adapter(folder: Path) -> bool:
 def weights_of(folder: Path) -> Weights:
     """The weights of a model or of an adapter, still on disk."""
     return read_file(folder / ADAPTER_WEIGHTS_FILE) if is_adapter(folder) else read_folder(folder)
-
-
-def snippet_of(readme: str) -> tuple[str, str]:
-    """The first Python block of a card, and the text block right behind it: what it prints, or nothing."""
-    found = re.search(r"```python\n(.*?)```(?:\n\n[^\n]+\n\n```text\n(.*?)\n?```)?", readme, re.DOTALL)
-    if found is None:
-        raise ValueError(f"The card has no snippet: {CARD_FILE} has no Python block.")
-    return found[1], found[2] or ""
-
-
-def named_in(snippet: str) -> tuple[str, str]:
-    """The repository and the revision that a card's snippet asks for."""
-    found = re.search(r'^repository, revision = "([^"]+)", "([^"]+)"$', snippet, re.MULTILINE)
-    if found is None:
-        raise ValueError('The snippet of the card has no line `repository, revision = "USER/NAME", "TAG"`.')
-    return found[1], found[2]
-
-
-def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, str]:
-    """The recipe and the state that a run left in its folder, as lines of a table; paths are left out."""
-    path = Path(recipe or folder / RECIPE_FILE)
-    lines = _settings(path) if path.exists() else {}
-    if (folder / "trainer_state.json").exists():
-        lines |= _state(read_object(folder / "trainer_state.json"))
-    return lines
-
-
-def _settings(path: Path) -> dict[str, str]:
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds a {type(recipe).__name__}, expected settings with names.")
-    return {
-        f"`{name}`": f"`{_in_words(value)}`"
-        for name, value in recipe.items()
-        if value not in (None, "", [], {}) and not isinstance(value, dict) and "/" not in str(value)
-    }
-
-
-def _state(state: dict[str, Any]) -> dict[str, str]:
-    history = [entry for entry in state.get("log_history", []) if is_number(entry.get("loss"))]
-    rates = [entry["learning_rate"] for entry in history if is_number(entry.get("learning_rate"))]
-    steps = state.get("global_step")
-    known = {
-        "steps": f"{steps} of {state['max_steps']}" if steps and state.get("max_steps") else "",
-        "epochs": _in_words(round(state["epoch"], 3)) if is_number(state.get("epoch")) else "",
-        "batch size of a device": _in_words(state.get("train_batch_size") or ""),
-        "highest learning rate": _in_words(max(rates)) if rates else "",
-        "loss": f"{history[0]['loss']:.4g} at step {history[0]['step']}, "
-        f"{history[-1]['loss']:.4g} at step {history[-1]['step']}"
-        if history
-        else "",
-    }
-    return {name: value for name, value in known.items() if value}
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def pinned_versions() -> dict[str, str]:

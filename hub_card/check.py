@@ -3,25 +3,18 @@
 """What has to hold of a folder before it is published; each check gives a line for each thing that is wrong."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import transformers
 import yaml
-from huggingface_hub import ModelCardData, snapshot_download
-from packaging import version
+from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from conversion import ConversionError
 from conversion.weights import check_finite
-from modeling_llava_stf import LlavaSTFProcessor
 from modeling_llava_stf.configuration_llava_stf import AUTO_MAP
 
 from .card import (
@@ -32,23 +25,16 @@ from .card import (
     HUB_ID,
     LICENCES,
     METHOD_PICTURE,
-    Card,
-    Facts,
     is_adapter,
-    named_in,
-    snippet_of,
     weights_of,
 )
 from .files import Frozen, freeze, own_code
+from .fresh_process import use
 from .kinds import check_kind, is_pickle, levels_of, picture_texts, refuse_archive
 from .results import TASK, read_object
 from .secrets import secrets_in, unescape
+from .snippet import _is_our_snippet, named_in, snippet_of
 
-# Older ones ask the Hub again for the config.json that an adapter's repository does not have.
-ADAPTERS_OFFLINE = version.parse("5.23")
-PROBE = Path(__file__).with_name("probe.py")
-# What the probe gets of our environment: no tokens, and no address with a password.
-PROBE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 PROCESSOR_FILES = (
     "processing_llava_stf.py",
     "processor_config.json",
@@ -61,7 +47,6 @@ MODEL_FILES = ("config.json", "generation_config.json", METHOD_PICTURE) + tuple(
 )
 WEIGHTS_INDEX = "model.safetensors.index.json"
 OBJECTS = ("config.json", ".index.json")
-REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 # Vocabularies have words that look like paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 BINARY = "\ufffd"  # what a file that is no text has, decoded
@@ -359,35 +344,6 @@ def check_use(frozen: Frozen) -> Iterator[str]:
     yield from compare_use(card, found)
 
 
-def _is_our_snippet(frozen: Frozen, card: str) -> bool:
-    """Whether the snippet is that of a card about the same repository; nothing else of a card shows in it."""
-    snippet = snippet_of(card)[0]
-    repository, tag = named_in(snippet)
-    base, base_revision = _base_of(frozen)
-    ours = Card(
-        repo_id=repository,
-        tag=tag,
-        facts=Facts(license=""),
-        processor=LlavaSTFProcessor.from_pretrained(frozen.folder),
-        tokens_per_image=0,
-        parameters=0,
-        dtypes="",
-        size="",
-        training={},
-        base=base,
-        base_revision=base_revision,
-    )
-    return snippet == snippet_of(ours.render())[0]
-
-
-def _base_of(frozen: Frozen) -> tuple[str, str]:
-    """The base of an adapter and its revision; nothing for a model."""
-    if not is_adapter(frozen.folder):
-        return "", ""
-    settings = read_object(frozen.folder / ADAPTER_CONFIG_FILE)
-    return settings["base_model_name_or_path"], settings.get("revision") or "main"
-
-
 def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
     """What the card says, against what [`use`] found."""
     yield from (f"use: {problem}" for problem in found["wrong"])
@@ -398,138 +354,3 @@ def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
     printed = snippet_of(card)[1]
     if printed and printed != found["printed"]:
         yield f"snippet: it prints {found['printed']!r}, the card shows {printed!r} (render again with --run)"
-
-
-def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
-    """Loads a folder and runs the card's snippet in a fresh process: offline, with nothing of this package.
-
-    The process finds the files that would be published under the repository's name, in a cache of its own. The base
-    of an adapter has to be on the Hub, or in the usual cache.
-
-    Returns:
-        `wrong` (weights that are missing or have no place), `tokens_per_image`, `printed`, and `on` (device, dtype).
-
-    Raises:
-        ValueError: with the last line of its error, if that process fails, or if it takes longer than the time limit.
-    """
-    repository, revision = named_in(snippet)
-    base, base_revision = _base_of(frozen)
-    if base and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
-        raise ValueError(
-            f"transformers {transformers.__version__} cannot load an adapter offline: use {ADAPTERS_OFFLINE}"
-        )
-    print("- loading it in a fresh process, and running the card's snippet", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as home:
-        _put_in_cache(Path(home), repository, revision, frozen.folder, [Path(name) for name in frozen.files])
-        if base:
-            base_folder = _fetch(base, base_revision)
-            files = [path.relative_to(base_folder) for path in base_folder.rglob("*") if path.is_file()]
-            _refuse_foreign(base, base_folder, files, frozen.run_code)
-            _put_in_cache(Path(home), base, base_revision, base_folder, files)
-        asked = {"repository": repository, "revision": revision, "base": base, "base_revision": base_revision}
-        return _probe(Path(home), json.dumps({"load": asked, "snippet": snippet}), frozen.time_limit)
-
-
-def _refuse_foreign(base: str, folder: Path, files: list[Path], run_code: bool) -> None:
-    for path in files:
-        if path.suffix not in (".py", ".pyc", ".so", ".pyd") or run_code:
-            continue
-        if (folder / path).read_bytes() not in own_code(path.name):
-            raise ValueError(f"{path} of the base {base} is not this package's code, and was not run: see --run-code")
-
-
-def _probe(home: Path, request: str, time_limit: float) -> dict[str, Any]:
-    """Runs the probe; its standard input stays open while this process lives, and it ends when that closes."""
-    environment = {name: os.environ[name] for name in PROBE_ENVIRONMENT if name in os.environ}
-    places = {
-        "HOME": home,
-        "TMPDIR": home,
-        "HF_HOME": home,
-        "HF_HUB_CACHE": home / "hub",
-        "HF_MODULES_CACHE": home / "code",
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", **{name: str(place) for name, place in places.items()}}
-    answer, errors = home / "answer", home / "errors"
-    with answer.open("wb") as output, errors.open("wb") as complaints:
-        process = subprocess.Popen(
-            [sys.executable, "-I", str(PROBE)],
-            cwd=home,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=complaints,
-            start_new_session=True,
-        )
-        try:
-            _send(process, request)
-            process.wait(time_limit)
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(
-                f"it took longer than {time_limit:.0f} seconds in a fresh process (--time-limit)"
-            ) from error
-        finally:
-            _end(process)
-    if process.returncode:
-        said = _last_line(errors) or f"exit code {process.returncode}"
-        raise ValueError(f"it does not load in a fresh process: {said}")
-    try:
-        return json.loads(_last_line(answer))
-    except ValueError as error:
-        raise ValueError("it does not load in a fresh process: that ended without an answer") from error
-
-
-def _send(process: subprocess.Popen, request: str) -> None:
-    assert process.stdin is not None
-    try:
-        process.stdin.write(request.encode() + b"\n")
-        process.stdin.flush()
-    except BrokenPipeError:  # it has ended, and its errors say why
-        pass
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a process with all that it has started, whether or not it is done."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
-
-
-def _last_line(path: Path) -> str:
-    """The last line of what a process wrote, which may be long."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**20))
-        lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1] if lines else ""
-
-
-def _put_in_cache(home: Path, repository: str, revision: str, folder: Path, files: list[Path]) -> None:
-    """Lays files out as huggingface_hub's cache does after a download, by links.
-
-    Raises:
-        ValueError: for names that would lie outside of the cache.
-    """
-    if not (HUB_ID.fullmatch(repository) and REVISION.fullmatch(str(revision))):
-        raise ValueError(f"{repository!r} with the revision {revision!r} is no place on the Hub")
-    commit = "0" * 40
-    cache = home / "hub" / f"models--{repository.replace('/', '--')}"
-    (cache / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
-    (cache / "refs" / revision).write_text(commit)
-    if Path("config.json") not in files:  # an adapter: the cache remembers, too, which files there are not
-        (cache / ".no_exist" / commit).mkdir(parents=True)
-        (cache / ".no_exist" / commit / "config.json").touch()
-    for path in files:
-        link = cache / "snapshots" / commit / path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((folder / path).resolve())
-
-
-def _fetch(base: str, revision: str) -> Path:
-    try:
-        return Path(snapshot_download(base, revision=revision))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the adapter's base {base} (revision {revision}) is not on the Hub: {reason}") from error

@@ -20,9 +20,10 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .card import ADAPTER_CONFIG_FILE, RECIPE_FILE, ROOT
+from .card import ADAPTER_CONFIG_FILE, ROOT
 from .kinds import MOST_BYTES, is_pickle
 from .secrets import secrets_in
+from .training_table import RECIPE_FILE
 
 TEMPLATES = "additional_chat_templates/"
 # What the folder of a model or of an adapter has on the Hub, and the kind of each.

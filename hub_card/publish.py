@@ -14,8 +14,9 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from .card import CARD_FILE, named_in, snippet_of
+from .card import CARD_FILE
 from .files import Frozen, freeze, shown
+from .snippet import named_in, snippet_of
 
 # Old weights beside new ones might be loaded instead of them.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")

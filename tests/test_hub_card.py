@@ -17,10 +17,12 @@ from transformers import LlamaConfig
 from conversion import to_hub
 from hub_card import Facts, check, freeze, gather
 from hub_card.__main__ import main
-from hub_card.card import ROOT, name_base, pinned_versions, snippet_of
-from hub_card.check import check_paths, compare_use, use
+from hub_card.card import ROOT, name_base, pinned_versions
+from hub_card.check import check_paths, compare_use
+from hub_card.fresh_process import use
 from hub_card.picture import draw_method
 from hub_card.results import read_evaluation, read_speed
+from hub_card.snippet import snippet_of
 from modeling_llava_stf import LlavaSTFConfig
 
 LMMS_EVAL = ROOT / "tests" / "lmms_eval_results.json"
