@@ -144,26 +144,14 @@ def gather(
         raise ValueError(f"There is no recipe {recipe}.")
     processor = LlavaSTFProcessor.from_pretrained(folder)
     crop = processor.image_processor.crop_size
-    about: dict[str, Any] = {"tokens_per_image": processor.num_image_tokens(crop["height"], crop["width"])}
-    if is_adapter(folder):
-        settings = read_object(folder / ADAPTER_CONFIG_FILE)
-        base = settings.get("base_model_name_or_path") or ""
-        if not HUB_ID.fullmatch(base):
-            raise ValueError(
-                f"The adapter's base is {base!r}, which others do not have: give its Hub id (--base USER/NAME)."
-            )
-        weights = read_file(folder / ADAPTER_WEIGHTS_FILE)
-        about |= {"base": base, "base_revision": settings.get("revision") or "main"}
-    else:
-        config = LlavaSTFConfig.from_pretrained(folder)
-        weights = read_folder(folder)
-        quantisation = getattr(config, "quantization_config", None) or {}
-        about |= {"config": config, "quantisation": quantisation.get("quant_method", "")}
+    about = _about_adapter(folder) if is_adapter(folder) else _about_model(folder)
+    weights = weights_of(folder)
     return Card(
         repo_id=repo_id,
         tag=tag,
         facts=facts,
         processor=processor,
+        tokens_per_image=processor.num_image_tokens(crop["height"], crop["width"]),
         parameters=count_parameters(weights, about),
         dtypes=" and ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         size=tqdm.format_sizeof(sum(weight.nbytes for weight in weights.values()), "B"),
@@ -175,6 +163,21 @@ def gather(
         speeds=tuple(read_speed(Path(path)) for path in speeds),
         **about,
     )
+
+
+def _about_adapter(folder: Path) -> dict[str, Any]:
+    base, base_revision = base_of(folder)
+    if not HUB_ID.fullmatch(base):
+        raise ValueError(
+            f"The adapter's base is {base!r}, which others do not have: give its Hub id (--base USER/NAME)."
+        )
+    return {"base": base, "base_revision": base_revision}
+
+
+def _about_model(folder: Path) -> dict[str, Any]:
+    config = LlavaSTFConfig.from_pretrained(folder)
+    quantisation = getattr(config, "quantization_config", None) or {}
+    return {"config": config, "quantisation": quantisation.get("quant_method", "")}
 
 
 def count_parameters(weights: Weights, about: dict[str, Any]) -> int:
@@ -205,6 +208,14 @@ def name_base(folder: Path, base: str, revision: str) -> None:
     settings |= {"base_model_name_or_path": base, "revision": revision}
     (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     name_auto_class(folder)
+
+
+def base_of(folder: Path) -> tuple[str, str]:
+    """Returns the base of an adapter and its revision; both are empty for a whole model."""
+    if not is_adapter(folder):
+        return "", ""
+    settings = read_object(folder / ADAPTER_CONFIG_FILE)
+    return settings.get("base_model_name_or_path") or "", settings.get("revision") or "main"
 
 
 def is_adapter(folder: Path) -> bool:

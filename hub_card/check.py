@@ -33,7 +33,7 @@ from .fresh_process import use
 from .kinds import check_kind, is_pickle, levels_of, picture_texts, refuse_archive
 from .results import TASK, read_object
 from .secrets import secrets_in, unescape
-from .snippet import _is_our_snippet, named_in, snippet_of
+from .snippet import is_our_snippet, named_in, snippet_of
 
 PROCESSOR_FILES = (
     "processing_llava_stf.py",
@@ -334,7 +334,7 @@ def check_use(frozen: Frozen) -> Iterator[str]:
         print(f"- not loaded: {names} is not this package's code (--run-code loads it)", file=sys.stderr, flush=True)
         return
     try:
-        if not frozen.run_code and not _is_our_snippet(frozen, card):
+        if not frozen.run_code and not is_our_snippet(frozen, card):
             yield "snippet: it is not what this package writes, and was not run; render again, or say --run-code"
             return
         found = use(frozen, snippet_of(card)[0])

@@ -16,9 +16,9 @@ import transformers
 from huggingface_hub import snapshot_download
 from packaging import version
 
+from .card import HUB_ID, base_of
 from .files import Frozen, own_code
-from .results import HUB_ID
-from .snippet import _base_of, named_in
+from .snippet import named_in
 
 # Older ones ask the Hub again for the config.json that an adapter's repository does not have.
 ADAPTERS_OFFLINE = version.parse("5.23")
@@ -41,7 +41,7 @@ def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
         ValueError: with the last line of its error, if that process fails, or if it takes longer than the time limit.
     """
     repository, revision = named_in(snippet)
-    base, base_revision = _base_of(frozen)
+    base, base_revision = base_of(frozen.folder)
     if base and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
         raise ValueError(
             f"transformers {transformers.__version__} cannot load an adapter offline: use {ADAPTERS_OFFLINE}"
@@ -68,21 +68,12 @@ def _refuse_foreign(base: str, folder: Path, files: list[Path], run_code: bool) 
 
 def _probe(home: Path, request: str, time_limit: float) -> dict[str, Any]:
     """Runs the probe; its standard input stays open while this process lives, and it ends when that closes."""
-    environment = {name: os.environ[name] for name in PROBE_ENVIRONMENT if name in os.environ}
-    places = {
-        "HOME": home,
-        "TMPDIR": home,
-        "HF_HOME": home,
-        "HF_HUB_CACHE": home / "hub",
-        "HF_MODULES_CACHE": home / "code",
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", **{name: str(place) for name, place in places.items()}}
     answer, errors = home / "answer", home / "errors"
     with answer.open("wb") as output, errors.open("wb") as complaints:
         process = subprocess.Popen(
             [sys.executable, "-I", str(PROBE)],
             cwd=home,
-            env=environment,
+            env=_environment(home),
             stdin=subprocess.PIPE,
             stdout=output,
             stderr=complaints,
@@ -104,6 +95,19 @@ def _probe(home: Path, request: str, time_limit: float) -> dict[str, Any]:
         return json.loads(_last_line(answer))
     except ValueError as error:
         raise ValueError("it does not load in a fresh process: that ended without an answer") from error
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """The environment of the probe: offline, with every cache in `home`."""
+    places = {
+        "HOME": home,
+        "TMPDIR": home,
+        "HF_HOME": home,
+        "HF_HUB_CACHE": home / "hub",
+        "HF_MODULES_CACHE": home / "code",
+    }
+    kept = {name: os.environ[name] for name in PROBE_ENVIRONMENT if name in os.environ}
+    return kept | {"HF_HUB_OFFLINE": "1"} | {name: str(place) for name, place in places.items()}
 
 
 def _send(process: subprocess.Popen, request: str) -> None:

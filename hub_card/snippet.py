@@ -6,9 +6,8 @@ import re
 
 from modeling_llava_stf import LlavaSTFProcessor
 
-from .card import ADAPTER_CONFIG_FILE, CARD_FILE, Card, Facts, is_adapter
+from .card import CARD_FILE, Card, Facts, base_of
 from .files import Frozen
-from .results import read_object
 
 
 def snippet_of(readme: str) -> tuple[str, str]:
@@ -27,11 +26,11 @@ def named_in(snippet: str) -> tuple[str, str]:
     return found[1], found[2]
 
 
-def _is_our_snippet(frozen: Frozen, card: str) -> bool:
+def is_our_snippet(frozen: Frozen, card: str) -> bool:
     """Whether the snippet is that of a card about the same repository; nothing else of a card shows in it."""
     snippet = snippet_of(card)[0]
     repository, tag = named_in(snippet)
-    base, base_revision = _base_of(frozen)
+    base, base_revision = base_of(frozen.folder)
     ours = Card(
         repo_id=repository,
         tag=tag,
@@ -46,11 +45,3 @@ def _is_our_snippet(frozen: Frozen, card: str) -> bool:
         base_revision=base_revision,
     )
     return snippet == snippet_of(ours.render())[0]
-
-
-def _base_of(frozen: Frozen) -> tuple[str, str]:
-    """The base of an adapter and its revision; nothing for a model."""
-    if not is_adapter(frozen.folder):
-        return "", ""
-    settings = read_object(frozen.folder / ADAPTER_CONFIG_FILE)
-    return settings["base_model_name_or_path"], settings.get("revision") or "main"
