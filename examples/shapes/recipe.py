@@ -106,10 +106,15 @@ def make(
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
         shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
     evaluate(out, data, out / "evaluation.json", name=REPO_ID)
-    card = start_module("hub_card", "render", out, *CARD, "--results", out / "evaluation.json")
+    render_card(out)
+    return out
+
+
+def render_card(model: str | Path) -> None:
+    """Writes the card of the finished model into its folder."""
+    card = start_module("hub_card", "render", model, *CARD, "--results", Path(model) / "evaluation.json")
     if card.wait():
         raise ValueError("The card could not be written, see above.")
-    return out
 
 
 def train(stages: tuple[Stage, ...], start: Path, data: Path, seed: int, timer: "Timer") -> Path:
