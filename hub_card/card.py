@@ -143,7 +143,6 @@ def gather(
     if recipe is not None and not Path(recipe).is_file():
         raise ValueError(f"There is no recipe {recipe}.")
     processor = LlavaSTFProcessor.from_pretrained(folder)
-    crop = processor.image_processor.crop_size
     about = _about_adapter(folder) if is_adapter(folder) else _about_model(folder)
     weights = weights_of(folder)
     return Card(
@@ -151,7 +150,7 @@ def gather(
         tag=tag,
         facts=facts,
         processor=processor,
-        tokens_per_image=processor.num_image_tokens(crop["height"], crop["width"]),
+        tokens_per_image=processor.tokens_per_image,
         parameters=count_parameters(weights, about),
         dtypes=" and ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         size=tqdm.format_sizeof(sum(weight.nbytes for weight in weights.values()), "B"),

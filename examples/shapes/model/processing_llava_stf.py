@@ -177,7 +177,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings (see [`ImageProcessingMixin.to_dict`]); the code reference never names another repository."""
+        """Returns the settings (see [`ImageProcessingMixin.to_dict`]); the code is that of the same repository."""
         reference = {"AutoImageProcessor": "processing_llava_stf.LlavaSTFImageProcessor"}
         return {**super().to_dict(), "auto_map": reference}
 
@@ -372,6 +372,12 @@ class LlavaSTFProcessor(LlavaProcessor):
         patch_and_window = self.patch_size * self.fusion_window
         return (height // patch_and_window) * (width // patch_and_window)
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Returns the tokens of one image or video frame, from the settings of processor and image processor."""
+        crop = self.image_processor.crop_size
+        return self.num_image_tokens(crop["height"], crop["width"])
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """Returns the image tokens that replace the placeholder of image `image_idx`."""
         return self.image_token * self.num_image_tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
@@ -388,7 +394,9 @@ class LlavaSTFProcessor(LlavaProcessor):
         tokens = self.num_image_tokens(crop["height"], crop["width"])
         return MultiModalData(num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
-    # The steps of `ProcessorMixin.__call__`
+    # `ProcessorMixin.__call__` calls these hooks in this order: `prepare_inputs_layout`, `validate_inputs`,
+    # `_process_images`, `_process_videos` (both also return the replacements of the placeholders), and after the
+    # tokenizer `_check_special_mm_tokens`.
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -421,11 +429,10 @@ class LlavaSTFProcessor(LlavaProcessor):
         expected = [prompt.count(token) for prompt in text]
         if expected == given or (len(given) != len(expected) and sum(expected) == sum(given)):
             return
-        crop = self.image_processor.crop_size
         raise ValueError(
             f"The number of {token} tokens in the prompts should be the same as the number of images or videos given: "
             f"found {sum(expected)} ({expected} by prompt) and {sum(given)} ({given} by prompt or in all). Each image "
-            f"or frame takes {self.num_image_tokens(crop['height'], crop['width'])} tokens; write one {token} for it. "
+            f"or frame takes {self.tokens_per_image} tokens; write one {token} for it. "
             "Usual causes: the chat template was not applied, or a placeholder is missing from the text or twice in it."
         )
 
@@ -473,7 +480,7 @@ class LlavaSTFProcessor(LlavaProcessor):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the settings (see [`ProcessorMixin.to_dict`]); the code reference never names another repository."""
+        """Returns the settings (see [`ProcessorMixin.to_dict`]); the code is that of the same repository."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
 
 
