@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a card says, gathered from the files of a folder and from its publisher, and the card itself."""
+"""Gathers what a card says, from the files of a folder and from its publisher, and renders the card."""
 
 import json
 import math
@@ -36,7 +36,7 @@ FIRST_TAG = "v1"
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the publisher says of a model, because no file does. Empty: unknown, and left out of the card."""
+    """Holds what only the publisher knows about a model. The card leaves out what is empty."""
 
     license: str  # the Hub's identifier, such as cc-by-nc-4.0
     base_model: Sequence[str] = ()  # Hub ids
@@ -48,25 +48,25 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """All that a card says. What is empty or None is left out of it."""
+    """Holds all that a card says. The card leaves out what is empty or None."""
 
     repo_id: str
-    tag: str  # the snippet's `revision`, which `publish` puts on the commit
+    tag: str  # the snippet's `revision`; `publish` tags the commit with it
     facts: Facts
     processor: LlavaSTFProcessor
     tokens_per_image: int
     parameters: int
     dtypes: str
-    size: str  # of the weights
+    size: str  # size of the weights
     training: dict[str, str]
-    config: LlavaSTFConfig | None = None  # of a whole model
-    base: str = ""  # of an adapter
+    config: LlavaSTFConfig | None = None  # for a whole model
+    base: str = ""  # for an adapter
     base_revision: str = ""
     quantisation: str = ""
     converted: bool = False
     evaluations: tuple[Evaluation, ...] = ()
     speeds: tuple[Speed, ...] = ()
-    printed: str = ""  # by the snippet
+    printed: str = ""  # the snippet's output
     printed_on: str = ""
 
     @property
@@ -78,13 +78,13 @@ class Card:
         return [self.base] if self.base else list(self.facts.base_model)
 
     def is_of_base(self, evaluation: Evaluation) -> bool:
-        """Whether somebody evaluated what this model was made from, and its weights are others: not its own results."""
+        """Returns whether these results are those of the base, whose weights differ from this model's."""
         changed = self.base or self.quantisation or (self.training and not self.converted)
         return bool(changed) and evaluation.evaluated in {*self.base_model, *self.facts.base_model}
 
     @property
     def metadata(self) -> ModelCardData:
-        """The YAML head."""
+        """Returns the YAML head."""
         relation = "adapter" if self.base else "quantized" if self.quantisation else None
         results = model_index(evaluation for evaluation in self.evaluations if not self.is_of_base(evaluation))
         return ModelCardData(
@@ -101,7 +101,7 @@ class Card:
         )
 
     def render(self) -> str:
-        """The whole README.md."""
+        """Returns the text of README.md."""
         card = ModelCard.from_template(
             self.metadata,
             template_path=str(TEMPLATE),
@@ -123,19 +123,19 @@ def gather(
     speeds: Iterable[str | Path] = (),
     recipe: str | Path | None = None,
 ) -> Card:
-    """Reads what a folder says about itself.
+    """Reads the facts of a card from a folder.
 
     Args:
         folder: a checkpoint of `modeling_llava_stf`, or a PEFT adapter of one with its processor.
         repo_id: where it will be published, `USER/NAME`.
-        facts: what its files do not say.
-        tag: the revision that the snippet asks for.
-        results: evaluation files, see [`read_evaluation`].
-        speeds: measurements, see [`read_speed`].
+        facts: what no file contains.
+        tag: the revision that the snippet loads.
+        results: evaluation files (see [`read_evaluation`]).
+        speeds: speed results (see [`read_speed`]).
         recipe: the settings that the weights were trained with, as YAML; by default `recipe.yaml` in the folder.
 
     Raises:
-        ValueError: if the folder is neither, or a file in it or of the results is damaged or incomplete.
+        ValueError: if the folder is neither, or one of its files or results is damaged or incomplete.
     """
     for name in (repo_id, *facts.base_model):
         if not HUB_ID.fullmatch(name):
@@ -180,7 +180,7 @@ def _about_model(folder: Path) -> dict[str, Any]:
 
 
 def count_parameters(weights: Weights, about: dict[str, Any]) -> int:
-    """Of the model or the adapter; quantised weights are packed, so that the model itself is counted."""
+    """Counts the parameters of a model or adapter. Quantised weights are packed, so they are counted in the model."""
     if about.get("quantisation"):
         with torch.device("meta"):
             return LlavaSTFForConditionalGeneration(about["config"]).num_parameters()
@@ -188,8 +188,8 @@ def count_parameters(weights: Weights, about: dict[str, Any]) -> int:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Writes the card and what belongs to it: its pictures, and the licence files where there are none."""
-    text = card.render()  # first, because it may fail
+    """Writes the card, its pictures, and the licence files if they are missing."""
+    text = card.render()  # comes first, because it may fail
     if card.config is not None:
         draw_method(card.config).save(folder / METHOD_PICTURE, optimize=True)
     draw_example().save(folder / EXAMPLE_PICTURE, optimize=True)
@@ -200,7 +200,7 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def name_base(folder: Path, base: str, revision: str) -> None:
-    """Writes the Hub id and the revision of its base into an adapter, in place of the path where it was trained."""
+    """Writes Hub id and revision of the base into an adapter, in place of the local path from its training."""
     if not HUB_ID.fullmatch(base):
         raise ValueError(f"{base!r} is no id of a Hub repository: an adapter's base is expected as USER/NAME.")
     settings = read_object(folder / ADAPTER_CONFIG_FILE)
@@ -218,7 +218,7 @@ def base_of(folder: Path) -> tuple[str, str]:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a PEFT adapter; raises a `ValueError` if it holds no model either."""
+    """Returns whether the folder holds a PEFT adapter; raises a `ValueError` if it holds no model either."""
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     if (folder / ADAPTER_CONFIG_FILE).exists():
@@ -229,12 +229,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def weights_of(folder: Path) -> Weights:
-    """The weights of a model or of an adapter, still on disk."""
+    """Returns the weights of a model or an adapter without loading them."""
     return read_file(folder / ADAPTER_WEIGHTS_FILE) if is_adapter(folder) else read_folder(folder)
 
 
 def pinned_versions() -> dict[str, str]:
-    """The versions that the tests run with, read from `constraints.txt` and, for the oldest, `pyproject.toml`."""
+    """Returns the tested versions from `constraints.txt`; `pyproject.toml` gives the oldest transformers."""
     pinned = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if "==" in line and not line.startswith("#"):

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What has to hold of a folder before it is published; each check gives a line for each thing that is wrong."""
+"""Checks a folder before it is published; each check yields a line for each fault."""
 
 import json
 import re
@@ -47,25 +47,25 @@ MODEL_FILES = ("config.json", "generation_config.json", METHOD_PICTURE) + tuple(
 )
 WEIGHTS_INDEX = "model.safetensors.index.json"
 OBJECTS = ("config.json", ".index.json")
-# Vocabularies have words that look like paths.
+# Vocabularies contain words that look like paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
-BINARY = "\ufffd"  # what a file that is no text has, decoded
+BINARY = "\ufffd"  # appears in a binary file that is decoded as text
 REST = r"[^\s\"'`)>\]\x00-\x1f\ufffd]*"
 PATH = re.compile(
     r"(?<![\w./:-])(?:file://|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|workspace|scratch|content))/" + REST
 )
-# So short that they stand by chance in what is no text.
+# These are so short that binary files contain them by chance.
 SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:\\\\?\w)" + REST)
-# The most characters of a card's YAML, and brackets in it: PyYAML 6.0.3 takes time with the square of their depth.
+# Limits of a card's YAML: characters, and brackets (PyYAML 6.0.3 takes time with the square of their depth).
 MOST_HEAD, MOST_BRACKETS = 200_000, 200
 
 
 def check(folder: Path | Frozen, **options: Any) -> list[str]:
-    """All that is wrong with a folder; nothing, if it may be published.
+    """Returns all faults of a folder; the list is empty if it may be published.
 
     Args:
         folder: what [`freeze`] returns, or a folder to freeze.
-        options: those of [`freeze`].
+        options: options of [`freeze`].
 
     Raises:
         ValueError: if it holds neither a model nor an adapter.
@@ -76,16 +76,16 @@ def check(folder: Path | Frozen, **options: Any) -> list[str]:
     damaged = any(problem.startswith("damaged") for problem in problems)
     if not damaged and {"config.json", ADAPTER_CONFIG_FILE} & frozen.files.keys():  # the other checks read them
         problems += [problem for find in CHECKS for problem in find(frozen)]
-    # Loading runs code of the folder, and would only repeat what is known to be missing.
+    # Loading runs code of the folder, and would only repeat the faults that are known.
     problems = problems or list(check_use(frozen))
     return [problem.replace(str(frozen.folder), str(frozen.source)) for problem in problems]
 
 
-# The checks. Each takes what would be published and gives what is wrong.
+# Each check takes the files that would be published and yields the faults.
 
 
 def check_kinds(frozen: Frozen) -> Iterator[str]:
-    """Every file is of the kind that its name says, and nothing else besides."""
+    """Checks that every file is of the kind that its name says, and of no other kind, too."""
     for name, file in frozen.files.items():
         content = frozen.read(name)
         if file.kind in ("text", "code", "sentencepiece") and is_pickle(content):
@@ -100,7 +100,7 @@ def check_kinds(frozen: Frozen) -> Iterator[str]:
 
 
 def check_complete(frozen: Frozen) -> Iterator[str]:
-    """Code, configuration, processor, templates, weights, card and pictures are there."""
+    """Checks that code, configuration, processor, templates, weights, card and pictures are there."""
     adapter = is_adapter(frozen.folder)
     wanted = [CARD_FILE, EXAMPLE_PICTURE, *PROCESSOR_FILES, *(() if adapter else MODEL_FILES)]
     for name in wanted:
@@ -114,7 +114,7 @@ def check_complete(frozen: Frozen) -> Iterator[str]:
 
 
 def check_weights(frozen: Frozen) -> Iterator[str]:
-    """The safetensors can be read, shards are those of their index, and every value is finite."""
+    """Checks that weights can be read, that shards match their index, and that every value is finite."""
     files = [name for name, file in frozen.files.items() if file.kind == "safetensors"]
     if not files:
         return
@@ -131,7 +131,7 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
         with tqdm(total=total, unit="B", unit_scale=True, desc="checking weights", leave=False) as progress:
             for name, weight in weights.items():
                 tensor = weight.load()
-                # No minimum of eight-bit floats; integers are finite.
+                # torch has no minimum of eight-bit floats; integers are always finite.
                 check_finite(name, tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor)
                 progress.update(weight.nbytes)
     except ConversionError as error:
@@ -139,7 +139,7 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
 
 
 def _outside(frozen: Frozen) -> list[Any]:
-    """What the index of the weights names that would not be published."""
+    """Returns the files in the index of the weights that would not be published."""
     if WEIGHTS_INDEX not in frozen.files:
         return []
     weight_map = json.loads(frozen.read(WEIGHTS_INDEX)).get("weight_map")
@@ -149,7 +149,7 @@ def _outside(frozen: Frozen) -> list[Any]:
 
 
 def check_metadata(frozen: Frozen) -> Iterator[str]:
-    """The YAML head is read by huggingface_hub and names licence, pipeline and library."""
+    """Checks that huggingface_hub reads the YAML head, and that it names pipeline and library."""
     if CARD_FILE not in frozen.files:
         return
     try:
@@ -167,7 +167,7 @@ def check_metadata(frozen: Frozen) -> Iterator[str]:
 
 
 def head_of(card: str) -> dict[str, Any]:
-    """The YAML head of a card; references are refused, because few lines of them stand for any amount.
+    """Returns the YAML head of a card; refuses references, because a few lines of them can expand without limit.
 
     Raises:
         ValueError: if there is none, or it is not valid.
@@ -194,7 +194,7 @@ def head_of(card: str) -> dict[str, Any]:
 
 
 def check_licence(frozen: Frozen) -> Iterator[str]:
-    """LICENSE and NOTICE are there, and the card names the licence of the weights."""
+    """Checks that LICENSE and NOTICE are there, and that the card names the licence of the weights."""
     for name in LICENCES:
         if name not in frozen.files or not frozen.files[name].size:
             yield f"licence: {name} is missing or empty"
@@ -207,7 +207,7 @@ def check_licence(frozen: Frozen) -> Iterator[str]:
 
 
 def check_snippet(frozen: Frozen) -> Iterator[str]:
-    """The card has a snippet, and it names a repository and a revision."""
+    """Checks that the card has a snippet, and that it names a repository and a revision."""
     try:
         if CARD_FILE in frozen.files:
             named_in(snippet_of(_card(frozen))[0])
@@ -216,7 +216,7 @@ def check_snippet(frozen: Frozen) -> Iterator[str]:
 
 
 def check_archives(frozen: Frozen) -> Iterator[str]:
-    """No archive is hidden in the weights."""
+    """Checks that the weights hide no archive."""
     for name, file in frozen.files.items():
         if file.kind == "safetensors":
             try:
@@ -227,7 +227,7 @@ def check_archives(frozen: Frozen) -> Iterator[str]:
 
 
 def check_code(frozen: Frozen) -> Iterator[str]:
-    """No configuration takes code from another repository, or has a chat template of its own in it."""
+    """Checks that no configuration takes code from another repository or contains an unknown chat template."""
     for name, value in _json_of(frozen):
         for key, item in _pairs(value):
             if key in ("auto_map", "custom_pipelines"):
@@ -242,7 +242,7 @@ def _is_our_template(value: Any) -> bool:
 
 
 def check_paths(frozen: Frozen) -> Iterator[str]:
-    """No file names a place on the machine where it was made."""
+    """Checks that no file names a path on the machine where it was made."""
     for name in frozen.files:
         if name in VOCABULARIES:
             continue
@@ -264,7 +264,7 @@ def _paths_in(text: str) -> Iterator[str]:
 
 
 def check_secrets(frozen: Frozen) -> Iterator[str]:
-    """No file has a token, a key or a password in it; the message does not repeat it."""
+    """Checks that no file contains a token, a key or a password; the message does not repeat it."""
     for name, file in frozen.files.items():
         content = frozen.read(name)
         found = secrets_in(content)
@@ -274,7 +274,7 @@ def check_secrets(frozen: Frozen) -> Iterator[str]:
 
 
 def _texts(frozen: Frozen, name: str) -> Iterator[str]:
-    """What a file says: the names and strings of JSON, the text of others, with and without escapes."""
+    """Yields the texts of a file: names and strings of JSON, else the whole text, with and without escapes."""
     content, kind = frozen.read(name), frozen.files[name].kind
     if kind in ("JSON", "safetensors"):
         yield from _strings(_loaded(content))
@@ -286,7 +286,7 @@ def _texts(frozen: Frozen, name: str) -> Iterator[str]:
 
 
 def _loaded(content: bytes) -> Any:
-    """JSON, or nothing where it is the header of damaged weights, see `check_weights`."""
+    """Parses JSON; returns None for the header of damaged weights, which `check_weights` reports."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -324,9 +324,9 @@ CHECKS: tuple[Callable[[Frozen], Iterator[str]], ...] = (
 
 
 def check_use(frozen: Frozen) -> Iterator[str]:
-    """In a process of its own and offline: the folder loads, the snippet runs, and both do what the card says.
+    """Checks that the folder loads, that the snippet runs, and that both agree with the card.
 
-    Code that is not this package's is run only after a yes.
+    A separate process does this, offline. It runs code that is not this package's only with `run_code`.
     """
     card = _card(frozen)
     if frozen.foreign and not frozen.run_code:
@@ -345,7 +345,7 @@ def check_use(frozen: Frozen) -> Iterator[str]:
 
 
 def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
-    """What the card says, against what [`use`] found."""
+    """Compares the card with what [`use`] found."""
     yield from (f"use: {problem}" for problem in found["wrong"])
     tokens = re.search(r"\*\*(\d+) vision tokens\*\*", card)
     if tokens is None or int(tokens[1]) != found["tokens_per_image"]:

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Uses a folder as a stranger would: loads it and runs its card's snippet, in another process that is offline."""
+"""Loads a folder and runs its card's snippet in a separate, offline process, as a user of the Hub would."""
 
 import json
 import os
@@ -20,25 +20,25 @@ from .card import HUB_ID, base_of
 from .files import Frozen, own_code
 from .snippet import named_in
 
-# Older ones ask the Hub again for the config.json that an adapter's repository does not have.
+# Older versions ask the Hub again for the config.json that an adapter's repository does not have.
 ADAPTERS_OFFLINE = version.parse("5.23")
 PROBE = Path(__file__).with_name("probe.py")
-# What the probe gets of our environment: no tokens, and no address with a password.
+# The probe gets only these variables: no token, and no URL with a password.
 PROBE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 
 def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
-    """Loads a folder and runs the card's snippet in a fresh process: offline, with nothing of this package.
+    """Loads a folder and runs the card's snippet in a fresh process that is offline and cannot import this package.
 
-    The process finds the files that would be published under the repository's name, in a cache of its own. The base
-    of an adapter has to be on the Hub, or in the usual cache.
+    The process has its own cache, which contains the files that would be published under the repository's name. The
+    base of an adapter must be on the Hub or in the usual cache.
 
     Returns:
-        `wrong` (weights that are missing or have no place), `tokens_per_image`, `printed`, and `on` (device, dtype).
+        `wrong` (missing and unexpected weights), `tokens_per_image`, `printed`, and `on` (device, dtype).
 
     Raises:
-        ValueError: with the last line of its error, if that process fails, or if it takes longer than the time limit.
+        ValueError: if that process fails (with the last line of its error) or takes longer than the time limit.
     """
     repository, revision = named_in(snippet)
     base, base_revision = base_of(frozen.folder)
@@ -67,7 +67,7 @@ def _refuse_foreign(base: str, folder: Path, files: list[Path], run_code: bool) 
 
 
 def _probe(home: Path, request: str, time_limit: float) -> dict[str, Any]:
-    """Runs the probe; its standard input stays open while this process lives, and it ends when that closes."""
+    """Runs the probe; it ends when its standard input closes, which is at the latest when this process ends."""
     answer, errors = home / "answer", home / "errors"
     with answer.open("wb") as output, errors.open("wb") as complaints:
         process = subprocess.Popen(
@@ -98,7 +98,7 @@ def _probe(home: Path, request: str, time_limit: float) -> dict[str, Any]:
 
 
 def _environment(home: Path) -> dict[str, str]:
-    """The environment of the probe: offline, with every cache in `home`."""
+    """Returns the environment of the probe: offline, with every cache in `home`."""
     places = {
         "HOME": home,
         "TMPDIR": home,
@@ -115,12 +115,12 @@ def _send(process: subprocess.Popen, request: str) -> None:
     try:
         process.stdin.write(request.encode() + b"\n")
         process.stdin.flush()
-    except BrokenPipeError:  # it has ended, and its errors say why
+    except BrokenPipeError:  # the process has ended, and its errors say why
         pass
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a process with all that it has started, whether or not it is done."""
+    """Kills a process and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
@@ -131,7 +131,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def _last_line(path: Path) -> str:
-    """The last line of what a process wrote, which may be long."""
+    """Returns the last line of a process's output, which may be long."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 2**20))
         lines = file.read().decode("utf-8", "replace").strip().splitlines()
@@ -139,10 +139,10 @@ def _last_line(path: Path) -> str:
 
 
 def _put_in_cache(home: Path, repository: str, revision: str, folder: Path, files: list[Path]) -> None:
-    """Lays files out as huggingface_hub's cache does after a download, by links.
+    """Links files into a cache, in the layout of huggingface_hub after a download.
 
     Raises:
-        ValueError: for names that would lie outside of the cache.
+        ValueError: if names would lead out of the cache.
     """
     if not (HUB_ID.fullmatch(repository) and REVISION.fullmatch(str(revision))):
         raise ValueError(f"{repository!r} with the revision {revision!r} is no place on the Hub")
@@ -150,7 +150,7 @@ def _put_in_cache(home: Path, repository: str, revision: str, folder: Path, file
     cache = home / "hub" / f"models--{repository.replace('/', '--')}"
     (cache / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
     (cache / "refs" / revision).write_text(commit)
-    if Path("config.json") not in files:  # an adapter: the cache remembers, too, which files there are not
+    if Path("config.json") not in files:  # for an adapter, the cache also records which files do not exist
         (cache / ".no_exist" / commit).mkdir(parents=True)
         (cache / ".no_exist" / commit / "config.json").touch()
     for path in files:

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The snippet of a card: where it is, what it names, and whether this package wrote it."""
+"""Finds the snippet of a card, reads what it names, and compares it with the one of this package."""
 
 import re
 
@@ -11,7 +11,7 @@ from .files import Frozen
 
 
 def snippet_of(readme: str) -> tuple[str, str]:
-    """The first Python block of a card, and the text block right behind it: what it prints, or nothing."""
+    """Returns the first Python block of a card, and the text block after it (its output), which may be empty."""
     found = re.search(r"```python\n(.*?)```(?:\n\n[^\n]+\n\n```text\n(.*?)\n?```)?", readme, re.DOTALL)
     if found is None:
         raise ValueError(f"The card has no snippet: {CARD_FILE} has no Python block.")
@@ -19,7 +19,7 @@ def snippet_of(readme: str) -> tuple[str, str]:
 
 
 def named_in(snippet: str) -> tuple[str, str]:
-    """The repository and the revision that a card's snippet asks for."""
+    """Returns the repository and the revision that a card's snippet loads."""
     found = re.search(r'^repository, revision = "([^"]+)", "([^"]+)"$', snippet, re.MULTILINE)
     if found is None:
         raise ValueError('The snippet of the card has no line `repository, revision = "USER/NAME", "TAG"`.')
@@ -27,7 +27,7 @@ def named_in(snippet: str) -> tuple[str, str]:
 
 
 def is_our_snippet(frozen: Frozen, card: str) -> bool:
-    """Whether the snippet is that of a card about the same repository; nothing else of a card shows in it."""
+    """Returns whether the snippet is what this package writes for the same repository, base and processor."""
     snippet = snippet_of(card)[0]
     repository, tag = named_in(snippet)
     base, base_revision = base_of(frozen.folder)

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The card's table of a training: the settings and the state that it left in its folder."""
+"""Makes the card's table of a training, from the settings and the state in its folder."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ RECIPE_FILE = "recipe.yaml"
 
 
 def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, str]:
-    """The recipe and the state that a run left in its folder, as lines of a table; paths are left out."""
+    """Returns the lines of the table, from the recipe and the trainer's state; leaves out paths."""
     path = Path(recipe or folder / RECIPE_FILE)
     lines = _settings(path) if path.exists() else {}
     if (folder / "trainer_state.json").exists():
