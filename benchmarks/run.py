@@ -220,7 +220,7 @@ def main() -> None:
                 output.write(result, partial_out)
     except BaseException:
         if partial_out.exists():
-            print(f"stopped; what was measured so far is in {partial_out}: the same command goes on from there")
+            print(f"stopped; results so far are in {partial_out}; run the same command again to continue")
         raise
     partial_out.replace(out)
     print("\n".join(report.table(result)))

@@ -184,18 +184,22 @@ def _parser() -> argparse.ArgumentParser:
             metavar="NAME",
             action="append",
             default=[],
-            help="publish this file, too, although it is not on the list",
+            help="publish this file although it is not on the list",
         )
         yes.add_argument(
             "--allow-code",
             metavar="NAME",
             action="append",
             default=[],
-            help="publish this code, although it is not this package's",
+            help="publish this code although it is not this package's",
         )
         yes.add_argument("--run-code", action="store_true", help="run code and snippets that are not this package's")
         yes.add_argument(
-            "--time-limit", metavar="SECONDS", type=float, default=1800, help="for loading and snippet (default: 1800)"
+            "--time-limit",
+            metavar="SECONDS",
+            type=float,
+            default=1800,
+            help="limit for loading and running (default: 1800)",
         )
     published.add_argument("--private", action="store_true", help="create the repository as private")
     published.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
