@@ -57,8 +57,8 @@ LEFT_OUT = (
     (r"events\.out\.tfevents.*|.*\.log|log_[\w-]+\.json|((all|train|eval)_results|evaluation)\.json", "logs of a run"),
     (r".*(~|\.(bak|orig|rej|swp|swo|tmp|old))|#.*#", "left by an editor"),
     (
-        r"trainer_state\.json|training_args\.(bin|json)|(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|"
-        rf"{re.escape(RECIPE_FILE)}|(checkpoint-\d+|global_step\d+)/",
+        r"trainer_state\.json|training_run\.json|training_args\.(bin|json)|"
+        rf"(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|{re.escape(RECIPE_FILE)}|(checkpoint-\d+|global_step\d+)/",
         "state of a training run",
     ),
 )

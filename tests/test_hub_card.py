@@ -429,7 +429,8 @@ def test_all_faults_are_listed(folder, run):
 
 
 def test_state_of_a_run_is_left_out(folder):
-    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+    names = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for name in (*names, "training_run.json"):
         (folder / name).write_bytes(b"\x80\x02")
     (folder / "checkpoint-1").mkdir()
     shutil.copy(folder / "config.json", folder / "checkpoint-1")
@@ -437,8 +438,7 @@ def test_state_of_a_run_is_left_out(folder):
     (folder / ".git" / "config").write_text("")
     frozen = freeze(folder)
     assert frozen.left_out == {
-        **dict.fromkeys(["optimizer.pt", "rng_state.pth", "scheduler.pt"], "state of a training run"),
-        **dict.fromkeys(["trainer_state.json", "training_args.bin"], "state of a training run"),
+        **dict.fromkeys([*names, "training_run.json"], "state of a training run"),
         "checkpoint-1/": "a checkpoint of its own",
         ".git/": "hidden",
     }

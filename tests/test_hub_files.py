@@ -137,8 +137,9 @@ def test_pipes_and_sockets_are_refused_without_opening(name, kind, folder, found
 
 LEFT_OUT = (
     "wandb/run-1/files/config.yaml runs/x logs/y completions/completions_00001.parquet events.out.tfevents.1.host.2 "
-    "train.log trainer_state.json checkpoint-7/optimizer.pt global_step7/zero.pt __pycache__/x.pyc .cache/x .env "
-    "config.json.bak README.md~ .config.json.swp evaluation.json log_stage1.json train_results.json recipe.yaml"
+    "train.log trainer_state.json training_run.json checkpoint-7/optimizer.pt global_step7/zero.pt __pycache__/x.pyc "
+    ".cache/x .env config.json.bak README.md~ .config.json.swp evaluation.json log_stage1.json train_results.json "
+    "recipe.yaml"
 ).split()
 
 
