@@ -14,7 +14,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-main gpu lint format clean
+.PHONY: help setup demo test test-floor test-main gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -42,6 +42,14 @@ test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' 
 	$(MAIN_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $< -e ".[dev]"
 	$(MAIN_VENV)/bin/python -m pip install $(PIP_FLAGS) --upgrade git+https://github.com/huggingface/transformers
 	$(MAIN_VENV)/bin/python $(PYTEST) --ignore-glob='tests/test_training_*'
+
+MODEL := examples/shapes/model
+
+sync-model: setup ## copy the package's files and chat templates into the small model, and render its card
+	cp modeling_llava_stf/[a-z]*_llava_stf.py $(MODEL)
+	cp conversion/chat_templates/vicuna_v1.jinja $(MODEL)/chat_template.jinja
+	cp conversion/chat_templates/plain.jinja $(MODEL)/additional_chat_templates
+	$(VENV)/bin/python -c 'from examples.shapes.recipe import render_card; render_card("$(MODEL)")'
 
 lint: setup ## check style and types
 	$(VENV)/bin/ruff check

@@ -4,8 +4,8 @@
 
 python -m benchmarks convert [--folder SCRATCH] [--rounds 2] [--layers 32]
 
-Needs about 45 GB of disk in SCRATCH and 8 GB of memory (to make the source; the conversion itself takes far less).
-Each round copies and converts the same bytes in turn, after dropping the page cache where that is allowed, and counts
+It needs about 45 GB of disk in SCRATCH and 8 GB of memory (to make the source; the conversion itself takes far less).
+Each round copies and converts the same bytes in turn. It drops the page cache first if that is allowed, and measures
 the time until the bytes are on the disk (sync).
 """
 
@@ -81,7 +81,7 @@ def main() -> None:
 
 
 def make_source(folder: Path, layers: int) -> Path:
-    """Random bfloat16 weights with the keys and shapes of the real 7B, in .bin shards, as the original writes them."""
+    """Writes random bfloat16 weights with the keys and shapes of the real 7B, in .bin shards as the original does."""
     keys = json.loads((GOLDENS / "keys_7b.json").read_text(encoding="utf-8"))
     shapes = {key: shape for key, shape in keys.items() if _layer(key) < layers}
     noise = torch.randn((1 << 22) + 1).mul_(0.02).to(torch.bfloat16)
@@ -115,7 +115,7 @@ def _layer(key: str) -> int:
 
 
 def _write_tokenizer(folder: Path) -> None:
-    """The golden tokenizer, filled up to the 32000 pieces of the real one, so that `<image>` is a new row."""
+    """Writes the golden tokenizer, extended to the 32000 pieces of the real one, so that `<image>` is a new row."""
     model = sentencepiece_model_pb2.ModelProto()
     model.ParseFromString((GOLDENS / "original" / "tokenizer.model").read_bytes())
     for index in range(len(model.pieces), LLAMA["vocab_size"]):
@@ -159,7 +159,7 @@ def measure(source: Path, scratch: Path, rounds: int) -> dict:
 
 
 def timed(command: list[str]) -> dict:
-    """Runs a command; its seconds until the disk has everything, and its peak memory by kind."""
+    """Runs a command; returns the seconds until all is on the disk, and the peak memory by kind."""
     drop_page_cache()
     start = time.perf_counter()
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)

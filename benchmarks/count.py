@@ -1,13 +1,13 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""FLOPs, bytes and the roofline of LLaVA-STF beside the stock LLaVA, counted from their configs.
+"""Counts FLOPs, bytes and the roofline of LLaVA-STF and the stock LLaVA from their configs.
 
 python -m benchmarks count [CONFIG ...] [--text 50] [--answer 16] [--tflops 790] [--bandwidth 4.3]
 python -m benchmarks count stf-7b --training [--mfu 0.4]    # memory and hours of training
 
 CONFIG is a checkpoint's folder, or one of the names below. One multiply-add is two FLOPs, attention is causal, the head
-is computed for the last token only, weights and cache take two bytes a number. The roofline takes the larger of
-compute and traffic for each component, and leaves out norms, softmax, activations and the launching of kernels.
+is computed for the last token only, and each number of weights and cache takes two bytes. The roofline is the larger of
+compute and memory traffic for each component. It leaves out norms, softmax, activations and kernel launches.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
 from modeling_llava_stf import LlavaSTFConfig
 
-BYTES = 2  # of a number in bfloat16
+BYTES = 2  # bytes of a number in bfloat16
 Config = LlavaSTFConfig | LlavaConfig
 
 
@@ -56,7 +56,7 @@ NAMED: dict[str, Callable[[], Config]] = {
 
 @dataclass(frozen=True)
 class Part:
-    """A component: FLOPs of one image or sequence, and its weights, which a batch reads once."""
+    """Describes a component: FLOPs of one image or sequence, and weights, which a batch reads once."""
 
     name: str
     flops: float
@@ -67,21 +67,21 @@ class Part:
 
 
 def image_tokens(config: Config) -> int:
-    """Tokens that an image takes in the language model."""
+    """Returns the tokens of an image in the language model."""
     if isinstance(config, LlavaSTFConfig):
         return config.tokens_per_image
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
 def vision_parts(config: Config) -> list[Part]:
-    """Tower and connector, for one image."""
+    """Counts tower and connector for one image."""
     vision = config.vision_config
     width, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     per_layer = 4 * width**2 + 2 * width * vision.intermediate_size
     embedding = vision.num_channels * vision.patch_size**2 * width
-    # Stock LLaVA of transformers runs every layer; ours stops at the last tap.
+    # The stock LLaVA of transformers runs every layer; ours stops at the last tap.
     layers = max(config.taps) if isinstance(config, LlavaSTFConfig) else vision.num_hidden_layers
-    sequence = patches + 1  # with the class token
+    sequence = patches + 1  # includes the class token
     attention = 2 * sequence**2 * width
     tower = 2 * (patches * embedding + layers * (sequence * per_layer + attention))
     parts = [Part("vision tower", tower, embedding + vision.num_hidden_layers * per_layer)]
@@ -97,7 +97,7 @@ def vision_parts(config: Config) -> list[Part]:
 
 
 def decoder_weights(config: Config) -> int:
-    """Weights of the linear layers of the language model, without its tables."""
+    """Counts the weights in the linear layers of the language model, without embedding and head."""
     text = config.text_config
     head = text.hidden_size // text.num_attention_heads
     attention = 2 * text.hidden_size * head * (text.num_attention_heads + text.num_key_value_heads)
@@ -109,21 +109,23 @@ def head_weights(config: Config) -> int:
 
 
 def prefill(config: Config, text: int, heads: int = 1) -> Part:
-    """The language model over an image and `text` tokens; the head for `heads` of them."""
+    """Counts the language model for an image and `text` tokens, with the head for `heads` of them."""
     sequence = image_tokens(config) + text
     settings = config.text_config
-    attention = sequence**2 * settings.hidden_size * settings.num_hidden_layers  # causal: half of the square, twice
+    attention = (
+        sequence**2 * settings.hidden_size * settings.num_hidden_layers
+    )  # causal: half of the square, for two products
     linear = sequence * decoder_weights(config) + heads * head_weights(config)
     return Part("language model", 2 * (linear + attention), decoder_weights(config) + head_weights(config))
 
 
 def first_token(config: Config, text: int) -> list[Part]:
-    """All components on the way to the first token."""
+    """Returns all components up to the first token."""
     return [*vision_parts(config), prefill(config, text)]
 
 
 def cache_bytes(config: Config, text: int) -> int:
-    """Key-value cache of an image and `text` tokens."""
+    """Returns the bytes of the key-value cache for an image and `text` tokens."""
     settings = config.text_config
     head = settings.hidden_size // settings.num_attention_heads
     per_token = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head * BYTES
@@ -131,28 +133,28 @@ def cache_bytes(config: Config, text: int) -> int:
 
 
 def decode_seconds(config: Config, context: int, batch: int, tflops: float, bandwidth: float) -> float:
-    """One more token for each of `batch` sequences with an image and `context` tokens of text and answer."""
+    """Returns the time of a decoding step of `batch` sequences with an image and `context` other tokens."""
     weights = decoder_weights(config) + head_weights(config)
     traffic = weights * BYTES + batch * cache_bytes(config, context)
     return max(2 * weights * batch / (tflops * 1e12), traffic / (bandwidth * 1e12))
 
 
 def training_flops(config: Config, text: int, decoder_learns: bool) -> float:
-    """A training step on one row with gradient checkpointing of the language model; the tower is frozen."""
+    """Counts a training step on one row, with gradient checkpointing of the language model and a frozen tower."""
     tower, *connector = vision_parts(config)
     sequence = prefill(config, text, heads=image_tokens(config) + text).flops
-    # Forward, forward again, gradient of the inputs, and of the weights where they learn.
+    # Forward, forward again, gradient of the inputs, and gradient of the weights if they are trained.
     return tower.flops + 3 * sum(part.flops for part in connector) + (3 + decoder_learns) * sequence
 
 
 def weight_bytes(config: Config) -> int:
-    """All matrices, the embedding table included; norms, biases and positions are left out."""
+    """Returns the bytes of all matrices, including the embeddings, without norms, biases and positions."""
     parts = first_token(config, 0)
     return BYTES * (sum(part.weights for part in parts) + head_weights(config))
 
 
 def rows(configs: dict[str, Config], options: argparse.Namespace) -> list[tuple[str, list[float]]]:
-    """The table: what is counted, and its number for each config."""
+    """Yields the rows of the table: what is counted, and its number for each config."""
     text, answer = options.text, options.answer
     table: list[tuple[str, list[float]]] = []
 
@@ -185,7 +187,7 @@ def first_seconds(config: Config, batch: int, options: argparse.Namespace) -> fl
 
 
 def step_seconds(config: Config, batch: int, options: argparse.Namespace) -> float:
-    """Of decoding, in the middle of the answer."""
+    """Returns the time of a decoding step in the middle of the answer."""
     return decode_seconds(config, options.text + options.answer // 2, batch, options.tflops, options.bandwidth)
 
 
@@ -211,12 +213,18 @@ def main() -> None:
     parser.add_argument(
         "configs", nargs="*", default=["llava-1.5-7b", "stf-7b"], metavar="CONFIG", help=", ".join(NAMED)
     )
-    parser.add_argument("--text", type=int, default=50, help="tokens of the prompt beside the image's (default: 50)")
+    parser.add_argument("--text", type=int, default=50, help="text tokens of the prompt (default: 50)")
     parser.add_argument("--answer", type=int, default=16, help="tokens of the answer (default: 16)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="default: 1 8 32 128")
-    parser.add_argument("--tflops", type=float, default=790, help="of the device in bfloat16 (default: an H200's)")
-    parser.add_argument("--bandwidth", type=float, default=4.3, help="of its memory, in TB/s (default: an H200's)")
-    parser.add_argument("--training", action="store_true", help="memory and hours of training, in place of inference")
+    parser.add_argument(
+        "--tflops", type=float, default=790, help="peak of the device in bfloat16 (default: that of an H200)"
+    )
+    parser.add_argument(
+        "--bandwidth", type=float, default=4.3, help="memory bandwidth in TB/s (default: that of an H200)"
+    )
+    parser.add_argument(
+        "--training", action="store_true", help="print memory and hours of training instead of inference"
+    )
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak in training (default: 0.4)")
     options = parser.parse_args()
     if options.training:

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Equal outputs or no timing: the systems of `benchmarks run` are compared before they are measured.
+"""Compares the outputs of the systems of `benchmarks run` before they are measured; differences stop the run.
 
 python -m benchmarks gate --device cuda --dtype float16    # compares only
 """
@@ -19,7 +19,7 @@ from benchmarks.workloads import PLANS, SIZES
 
 STEPS = 8
 FLOAT32_ERROR = 1e-4  # relative to the largest number
-COSINE = 0.999  # of results in a lower precision, or compiled
+COSINE = 0.999  # for results in a lower precision or of compiled systems
 
 
 def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def compiled(systems: dict[str, System]) -> dict[str, Any]:
-    """Compares the compiled systems with the eager ones: features, and logits of prompts and steps, of `generate`, too.
+    """Compares the compiled systems with the eager ones: features, and the logits of prefill, decoding and `generate`.
 
     Raises:
         SystemExit: if outputs differ.
@@ -77,9 +77,9 @@ def compiled(systems: dict[str, System]) -> dict[str, Any]:
 def greedy(
     system: System, pixels: torch.Tensor, reuse: bool = False, forced: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (1, steps, vocabulary) and tokens (1, steps) of an answer.
+    """Returns logits (1, steps, vocabulary) and tokens (1, steps) of an answer.
 
-    With `reuse` the picture's part of the cache is made by another question; `forced` gives the tokens to go on with.
+    With `reuse` another question has filled the picture's part of the cache; `forced` gives the tokens of the answer.
     """
     ids = system.prompt(1, QUESTION)
     cache, inputs = system.new_cache(1, QUESTION), {"inputs_embeds": system.embed(ids, pixels)}
@@ -97,12 +97,12 @@ def greedy(
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The largest difference, relative to the largest number."""
+    """Returns the largest difference, relative to the largest number."""
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def cosine(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The lowest cosine of two vectors that belong together."""
+    """Returns the lowest cosine over all pairs of corresponding vectors."""
     return torch.cosine_similarity(found.double(), expected.double(), dim=-1).min().item()
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     options = parser.parse_args()
     output.require_absent(options.output, parser)
     machine.require(options.device, parser)
-    torch.backends.cudnn.allow_tf32 = False  # what is compared in float32 is float32
+    torch.backends.cudnn.allow_tf32 = False  # comparisons in float32 really use float32
     size = options.size or SIZES[options.device]
     with torch.no_grad():
         outcome = eager(eager_systems(size, options.device), getattr(torch, options.dtype))

@@ -1,12 +1,12 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that needs CUDA, in order of worth, within the minutes that are given.
+"""Runs everything that needs CUDA within the given minutes, the most important first.
 
 python -m benchmarks gpu --minutes 25
 python -m benchmarks gpu --minutes 10 --device cpu --size tiny --output FOLDER    # a rehearsal of the same code
 
-Each step runs in a process of its own and writes a JSON file. The same command skips the steps that have their file;
-the step that ran out of time continues row by row (`run`) or starts again. A step that fails does not stop the others.
+Each step runs in its own process and writes a JSON file. Run the same command again to continue: it skips steps that
+have their file. `run` continues at the missing rows, other steps start again. A failed step does not stop the others.
 """
 
 import argparse
@@ -28,26 +28,26 @@ from benchmarks.report import RESULTS
 from benchmarks.workloads import SIZES
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE = 30  # seconds in which a step that is out of time writes what it has
+GRACE = 30  # seconds for a step that is out of time to write its results so far
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command after `python -m`, and the file that it writes when it is done."""
+    """Holds the command after `python -m`, and the file that it writes when it is done."""
 
     command: tuple[str, ...]
     result: Path
 
 
 def steps(device: str, size: str, folder: Path) -> Iterator[Step]:
-    """The order is that of worth: what is most wanted comes first."""
+    """Yields the steps, the most important first."""
     shape = ("--device", device, "--size", size)
 
     def measured(name: str, *command: str) -> Step:
         result = folder / f"{name}_{device}.json"
         return Step(("benchmarks", *command, "--output", str(result)), result)
 
-    # On a CPU a test file that needs no CUDA stands for those that do.
+    # On a CPU, one test file that needs no CUDA replaces those that do.
     tests = ("tests", "-m", "gpu") if device == "cuda" else ("tests/test_config.py",)
     report = folder / f"tests_{device}.xml"
     yield Step(("pytest", *tests, "-q", f"--junitxml={report}"), report)
@@ -61,7 +61,7 @@ def steps(device: str, size: str, folder: Path) -> Iterator[Step]:
 
 
 def run_step(step: Step, seconds: float) -> str:
-    """Runs a step for at most so long; `done`, `out of time`, or its exit code."""
+    """Runs a step for at most `seconds`; returns "done", "out of time" or its exit code."""
     process = subprocess.Popen([sys.executable, "-m", *step.command], cwd=ROOT)
     try:
         code = process.wait(timeout=seconds)
@@ -72,13 +72,13 @@ def run_step(step: Step, seconds: float) -> str:
         except subprocess.TimeoutExpired:
             process.kill()
         return "out of time"
-    if code and step.result.exists():  # pytest reports failures, too: they are run again next time
+    if code and step.result.exists():  # pytest writes its report after failures, too; the next call runs them again
         step.result.replace(step.result.with_suffix(f".failed{step.result.suffix}"))
     return "done" if code == 0 else f"exit code {code}"
 
 
 def outcome_of_tests(report: Path) -> dict[str, list[str]]:
-    """Names of the tests by outcome, from pytest's report."""
+    """Returns the names of the tests by outcome, from pytest's report."""
     found: dict[str, list[str]] = {"passed": [], "failed": [], "skipped": []}
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}

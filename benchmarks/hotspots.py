@@ -1,10 +1,10 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where the time of a row of `run.py` goes: its operators, or on CUDA its kernels, by the time that they take.
+"""Profiles one row of `benchmarks run`: lists its operators (on CUDA its kernels) by the time that they take.
 
 python -m benchmarks hotspots encode --batch 8 [--system ours] [--device cuda] [--output FILE]
 
-The profiler itself takes time: look at the shares, not at the milliseconds.
+The profiler itself takes time: compare the shares, not the milliseconds.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from benchmarks.workloads import METRICS, PLANS, SIZES, Case, Work, cases
 
 
 def hotspots(work: Work, device: str) -> list[dict[str, Any]]:
-    """Name, calls, milliseconds and share of each operator or kernel, the longest first."""
+    """Returns name, calls, milliseconds and share of each operator or kernel, the longest first."""
     for _ in range(3):
         work()
     machine.wait(device)
@@ -49,7 +49,7 @@ def hotspots(work: Work, device: str) -> list[dict[str, Any]]:
 
 
 def choose(rows: list[Case], metric: str, batch: int, text: int | None, system: str) -> Case:
-    """The row of that metric and batch that the system takes part in; without `text` the first one."""
+    """Returns the row with this metric, batch and system; without `text` the first one."""
     of_system = [case for case in rows if case.metric == metric and system in case.systems]
     for case in of_system:
         if case.batch == batch and text in (None, case.text):
@@ -62,11 +62,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("metric", choices=METRICS)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--text", type=int, help="tokens beside the picture's (default: the first row's)")
+    parser.add_argument("--text", type=int, help="text tokens of the row (default: those of the first row)")
     parser.add_argument("--system", choices=SYSTEMS, default=OURS)
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
-    parser.add_argument("--rows", type=int, default=12, help="to print (default: 12)")
+    parser.add_argument("--rows", type=int, default=12, help="number of operators to print (default: 12)")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
     output.require_absent(options.output, parser)

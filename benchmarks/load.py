@@ -4,8 +4,8 @@
 
 python -m benchmarks load [--folder SCRATCH] [--layers 32] [--device cuda] [--output FILE]
 
-Needs 15 GB of disk in SCRATCH. The page cache is dropped before each turn where that is allowed. Loading ends when each
-page of each weight has been touched: a file that is only mapped has not been read.
+It needs 15 GB of disk in SCRATCH. It drops the page cache before each turn if that is allowed. Loading ends when every
+page of every weight has been read, because a file that is only mapped has not been read.
 """
 
 import argparse
@@ -43,8 +43,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="scratch folder (default: a temporary one)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
-    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="7b", help="widths; tiny is for a rehearsal")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where to (default: cpu)")
+    parser.add_argument(
+        "--size", choices=["tiny", "slice", "7b"], default="7b", help="widths of the model; tiny is for a rehearsal"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device to load to (default: cpu)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def make_checkpoint(folder: Path, config: LlavaSTFConfig) -> Path:
-    """Random bfloat16 weights in shards, as `save_pretrained` writes them."""
+    """Writes random bfloat16 weights in shards, as `save_pretrained` does."""
     with torch.device("meta"):
         shapes = LlavaSTFForConditionalGeneration(config).state_dict()
     folder.mkdir(parents=True)

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The machine that is measured: its name, its clock, its memory, and how fast it is at best."""
+"""Measures the machine itself: its name, its clock, its memory and its peak speed."""
 
 import argparse
 import ctypes
@@ -28,7 +28,7 @@ def name(device: str) -> str:
 
 
 def seconds(device: str, work: Callable[[], object]) -> float:
-    """How long `work` takes, from an idle device to an idle device."""
+    """Returns the seconds of `work`; the device is idle before and after."""
     wait(device)
     started = time.perf_counter()
     work()
@@ -37,7 +37,7 @@ def seconds(device: str, work: Callable[[], object]) -> float:
 
 
 def host_seconds(device: str, work: Callable[[], object]) -> float:
-    """How long the host is busy with handing `work` to an idle device."""
+    """Returns the seconds that the host needs to launch `work` on an idle device."""
     wait(device)
     started = time.perf_counter()
     work()
@@ -47,7 +47,7 @@ def host_seconds(device: str, work: Callable[[], object]) -> float:
 
 
 def clocks() -> str:
-    """Clocks, power and temperature of the GPU as they are right now, as far as its driver tells."""
+    """Returns clocks, power and temperature of the GPU now, if the driver reports them."""
     gpu = f"--id=GPU-{torch.cuda.get_device_properties().uuid}"
     fields = "--query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu"
     try:
@@ -63,7 +63,7 @@ def wait(device: str) -> None:
 
 
 def free(device: str) -> None:
-    """Gives back the device's memory that nobody holds any more."""
+    """Frees unused memory of the device."""
     if device == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -73,17 +73,17 @@ def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        ctypes.CDLL(None).malloc_trim(0)  # what is free counts as used until it is given back
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory counts as used until the C library returns it
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: str) -> int:
-    """Bytes at the most since `reset_peak`: of the device, or of the process."""
+    """Returns the peak of the memory in bytes since `reset_peak`, of the device or the process."""
     return torch.cuda.max_memory_allocated() if device == "cuda" else _status("VmHWM")
 
 
 def used(device: str) -> int:
-    """Bytes now: of the device, or of the process."""
+    """Returns the memory in use in bytes, of the device or the process."""
     return torch.cuda.memory_allocated() if device == "cuda" else _status("VmRSS")
 
 
@@ -93,12 +93,12 @@ def _status(field: str) -> int:
 
 
 def best_flops(device: str, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of the product of two square matrices: the best of ten."""
+    """Returns the FLOP/s of the product of two square matrices, the best of ten."""
     factor = torch.randn(size, size, device=device, dtype=dtype)
     return 2 * size**3 / min(seconds(device, lambda: factor @ factor) for _ in range(10))
 
 
 def best_bandwidth(device: str) -> float:
-    """Bytes/s that a sum reads from memory: the best of ten."""
+    """Returns the bytes/s that a sum reads from memory, the best of ten."""
     block = torch.ones(2**28 if device == "cpu" else 2**32, device=device, dtype=torch.int8).view(torch.float32)
     return block.nbytes / min(seconds(device, block.sum) for _ in range(10))

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The JSON file of a benchmark: never written over another, and written complete or not at all."""
+"""Writes the JSON file of a benchmark, completely or not at all, and never over another file."""
 
 import argparse
 import json
@@ -9,13 +9,13 @@ from typing import Any
 
 
 def require_absent(file: Path | None, parser: argparse.ArgumentParser) -> None:
-    """Ends the command, before anything is measured, if `file` is there already."""
+    """Ends the command before it measures anything if `file` exists."""
     if file is not None and file.exists():
         parser.error(f"{file} exists: move it away, or name another file with --output")
 
 
 def write(result: dict[str, Any], file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".partial")  # no .json: `report.py` would take it for a result
+    unfinished = file.with_suffix(".partial")  # the suffix is not .json, because `report.py` would read it as a result
     unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     unfinished.replace(file)

@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The method's vision side done the plain way, as in the original: what the package's speed is compared with.
+"""Implements the vision side of the method plainly, as the original does, to compare the package's speed with it.
 
-Written from the method's description, on the same weights: every layer of the tower runs, all of its hidden states are
-kept, pictures and frames go through one by one, and the windows are `unfold`'s.
+It follows the method's description and uses the same weights. Every layer of the tower runs, all hidden states are
+kept, pictures and frames are encoded one by one, and `unfold` makes the windows.
 """
 
 import torch
@@ -14,12 +14,12 @@ from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 
 def share(source: torch.nn.Module, target: torch.nn.Module) -> None:
-    """Makes the weights of `source` those of `target`, too: the same objects."""
+    """Lets `target` use the weights of `source`: both hold the same objects."""
     target.load_state_dict(source.state_dict(keep_vars=True), assign=True)
 
 
 class ReferenceVision:
-    """Vision tower and fusion. The model must hold all the layers of its tower; its weights are shared."""
+    """Runs vision tower and fusion with the weights of a model, which must have all layers of its tower."""
 
     def __init__(self, model: LlavaSTFForConditionalGeneration):
         self.config, self.projector = model.config, model.model.multi_modal_projector
@@ -28,7 +28,7 @@ class ReferenceVision:
         share(model.model.vision_tower, self.tower)
 
     def __call__(self, pixels: torch.Tensor) -> list[torch.Tensor]:
-        """(B, 3, H, W) -> B x (T, D)."""
+        """Encodes pictures: (B, 3, H, W) -> B x (T, D)."""
         return [self.encode(frame[None])[0] for frame in pixels]
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:

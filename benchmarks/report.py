@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""From the results of `benchmarks/run.py`, the files `benchmarks/results/run_*.json`: the tables of docs/speed.md.
+"""Writes the tables of docs/speed.md from the results of `benchmarks run`, `benchmarks/results/run_*.json`.
 
 python -m benchmarks report
 """
@@ -24,7 +24,7 @@ PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- speed: written by benchmarks/report.py -->\n", "<!-- speed: end -->"
 PAIRS = ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED))
 SYSTEMS = (STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED)
-EVEN = 1.05  # ratios up to this one, either way, are no gain and no loss
+EVEN = 1.05  # treat ratios up to this one as no difference
 LONG_ANSWER = 512  # tokens
 ACROSS = ("first token", "decode", "answer", "second question", "second answer")
 
@@ -77,7 +77,7 @@ def conditions(result: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:
-    """Median milliseconds with half the interquartile range, and how many times faster ours is."""
+    """Yields rows with median milliseconds, half the interquartile range, and how many times faster ours is."""
     yield "| ms | " + " | ".join(SYSTEMS) + " | ours vs stock | both compiled | ours vs reference | ours, of peak |"
     yield "| --- |" + " --: |" * (len(SYSTEMS) + 4)
     for case in result["cases"]:
@@ -110,13 +110,13 @@ def digits(number: float) -> str:
 
 
 def ratio(runs: dict[str, Any], baseline: str, ours: str) -> float | None:
-    """How many times faster ours is; None where one of them has no time."""
+    """Returns how many times faster ours is; None if one of them has no time."""
     times = [runs.get(name, {}).get("seconds") for name in (baseline, ours)]
     return median(times[0]) / median(times[1]) if all(times) else None
 
 
 def gains(runs: dict[str, Any], baseline: str, ours: str) -> bool:
-    """Both have times, and ours is faster by more than a little and by more than the spread: quartiles do not meet."""
+    """Returns whether ours is faster by more than `EVEN` and by more than the spread: the quartiles do not overlap."""
     faster = ratio(runs, baseline, ours)
     if faster is None:
         return False
@@ -134,7 +134,7 @@ def verdict(runs: dict[str, Any], baseline: str, ours: str) -> str:
 
 
 def share_of_peak(result: dict[str, Any], runs: dict[str, Any]) -> str:
-    """Of the fastest of ours: FLOP/s of a matrix product, or bytes/s of a sum, measured on the same device."""
+    """Returns our fastest system's share of the peak: of the FLOP/s of a matrix product, or the bytes/s of a sum."""
     for name in (OURS_COMPILED, OURS):
         run = runs.get(name, {})
         for kind in ("flops", "bytes"):
@@ -144,7 +144,7 @@ def share_of_peak(result: dict[str, Any], runs: dict[str, Any]) -> str:
 
 
 def notes(result: dict[str, Any]) -> Iterator[str]:
-    """What is no row of the table: memory, the second question, preparing pictures, and the losses."""
+    """Yields notes on what is no row of the table: memory, the second question, preparing pictures, and the losses."""
     memory = result["memory"]
     batch = memory[OURS]["batch"]
     kept = {name: memory[name]["hidden_states_bytes"] / 1e6 for name in (REFERENCE, OURS)}
@@ -189,7 +189,7 @@ def is_loss(case: dict[str, Any]) -> bool:
 
 
 def median_seconds(result: dict[str, Any], name: str, metric: str, batch: int) -> float | None:
-    """Of a system, in the row with a picture and a question."""
+    """Returns the median time of a system in the row with a picture and a question."""
     for case in result["cases"]:
         if (case["metric"], case["batch"], case["text"]) == (metric, batch, QUESTION):
             times = case["systems"].get(name, {}).get("seconds")
@@ -198,7 +198,7 @@ def median_seconds(result: dict[str, Any], name: str, metric: str, batch: int) -
 
 
 def across_rows(result: dict[str, Any], batch: int) -> Iterator[str]:
-    """Ratios of times in different rows, compiled where there are such times: a picture in the cache, a long answer."""
+    """Yields ratios of times in different rows: a picture in the cache, a long answer. It prefers compiled times."""
     compiled = median_seconds(result, OURS_COMPILED, "first token", batch) is not None
     stock, ours = (STOCK_COMPILED, OURS_COMPILED) if compiled else (STOCK, OURS)
     theirs, mine = (
@@ -225,7 +225,7 @@ def across_rows(result: dict[str, Any], batch: int) -> Iterator[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """How many times faster ours is than the stock model, row by row, as bars."""
+    """Draws how many times faster ours is than the stock model, as bars, row by row."""
     cases = result["cases"]
     figure = Figure(figsize=(8, 0.45 * len(cases) + 1.5), layout="constrained")
     axes = figure.subplots()

@@ -1,18 +1,18 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Speed of LLaVA-STF (144 tokens for a picture) beside the stock LLaVA (576) and the original's maths done plainly.
+"""Measures LLaVA-STF (144 tokens per picture), the stock LLaVA (576) and a plain port of the original's maths.
 
 python -m benchmarks run --device cpu
 python -m benchmarks run --device cuda
 python -m benchmarks report    # puts the tables of all results into docs/speed.md
 
-Writes a JSON file and a plot beside it, and prints a table. Widths are those of the 7B and weights are random. On a CPU
-the language model has two layers of it: compare ratios, not times. On CUDA each shape of the 7B takes long to compile:
-stop a run when you have to, and the same command goes on with the rows that are missing, or time some `--metrics` only.
+It writes a JSON file and a plot, and prints a table. Widths are those of the 7B and weights are random. On a CPU the
+language model has only two of its layers: compare ratios, not times. On CUDA each shape of the 7B takes long to
+compile. You may stop a run; the same command continues with the missing rows. You may also time only some `--metrics`.
 `train`, `load` and `serve` measure training steps, loading and serving.
 
-Outputs are compared first; if they differ, nothing is timed. The systems take turns in one process, and a compiled
-system's first call, which compiles, is counted apart.
+The outputs are compared first; if they differ, nothing is timed. The systems take turns in one process. The first call
+of a compiled system, which compiles, is measured separately.
 """
 
 import argparse
@@ -54,10 +54,10 @@ from modeling_llava_stf import LlavaSTFImageProcessor
 
 
 def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> dict[str, Any]:
-    """Seconds of each system that takes part, in turns; what a device has no memory for is said so.
+    """Times the systems of a row in turns; records if the memory of the device is too small.
 
     Raises:
-        RuntimeError: if something was compiled within the time, or a compiled system runs without its CUDA graphs.
+        RuntimeError: if a timed call compiled something, or a compiled system runs without its CUDA graphs.
     """
     runs: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in case.systems}
     for turn in range(plan.rounds):
@@ -65,7 +65,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
             if "error" in run:
                 continue
             try:
-                if device == "cuda":  # of a process, memory that is used again does not show
+                if device == "cuda":  # a process does not show memory that it uses again
                     machine.reset_peak(device)
                 work = case.prepare(systems[name])
                 if turn == 0:
@@ -76,7 +76,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
                 run["seconds"] += turn_of(work, plan, device)
                 if device == "cuda":
                     run.setdefault("host_seconds", []).append(machine.host_seconds(device, work))
-                    run["peak_bytes"] = machine.peak(device)  # weights of all systems included
+                    run["peak_bytes"] = machine.peak(device)  # includes the weights of all systems
                     run["clocks"] = machine.clocks()
                 if _graphs() > graphs:
                     raise RuntimeError(
@@ -96,7 +96,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
 
 
 def turn_of(work: Work, plan: Plan, device: str) -> list[float]:
-    """Seconds of the calls of a turn."""
+    """Returns the seconds of the calls of a turn."""
     seconds: list[float] = []
     while len(seconds) < plan.repeats or (sum(seconds) < plan.turn_seconds and len(seconds) < ANSWER):
         seconds.append(machine.seconds(device, work))
@@ -108,7 +108,7 @@ def _graphs() -> int:
 
 
 def memory(systems: dict[str, System], device: str, batch: int) -> dict[str, dict[str, int]]:
-    """Bytes of the vision side for `batch` pictures: the states that its tower keeps, and the peak above weights."""
+    """Returns the bytes of the vision side for `batch` pictures: kept hidden states, and the peak above the weights."""
     result = {}
     for name in (STOCK, REFERENCE, OURS):
         system, kept = systems[name], []
@@ -131,7 +131,7 @@ def _bytes(states: tuple[torch.Tensor | None, ...]) -> int:
 
 
 def largest_batch(system: System) -> int:
-    """Sequences of a picture, 50 tokens and 16 of an answer that fit beside the weights, less than 32 too few."""
+    """Returns how many sequences (picture, 50 tokens, answer of 16) fit into memory, at most 31 too few."""
     length = system.image_tokens + QUESTION + ANSWER
 
     def fits(batch: int) -> bool:
@@ -152,7 +152,7 @@ def largest_batch(system: System) -> int:
 
 
 def processor_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
-    """A picture's way from PIL to pixels, by its size, and of eight pictures with a thread for each core."""
+    """Times the preprocessing of one picture by its size, and of eight pictures with a thread for each core."""
     process = LlavaSTFImageProcessor()
     stock = LlavaImageProcessorPil(size=process.size, crop_size=process.crop_size, do_pad=True)
     result = {}
@@ -173,7 +173,7 @@ def processor_seconds(rounds: int) -> dict[str, dict[str, list[float]]]:
 
 
 def conditions(device: str, size: str) -> dict[str, Any]:
-    """What the numbers of a result depend on."""
+    """Returns the conditions that the numbers of a result depend on."""
     return {
         "device": machine.name(device),
         "threads": torch.get_num_threads(),
@@ -188,8 +188,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
-    parser.add_argument("--rounds", type=int, help="turns of each system (default: the size's)")
-    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="what to time (default: all)")
+    parser.add_argument("--rounds", type=int, help="turns of each system (default: set by the size)")
+    parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="metrics to time (default: all)")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist (default: results/run_DEVICE.json)")
     options = parser.parse_args()
     out = options.output or report.RESULTS / f"run_{options.device}.json"
@@ -197,7 +197,9 @@ def main() -> None:
     machine.require(options.device, parser)
     size = options.size or SIZES[options.device]
     plan = PLANS[size] if options.rounds is None else replace(PLANS[size], rounds=options.rounds)
-    partial_out = out.with_suffix(".unfinished")  # no .json: `report.py` would take it for a result
+    partial_out = out.with_suffix(
+        ".unfinished"
+    )  # the suffix is not .json, because `report.py` would read it as a result
     found = {**conditions(options.device, size), "rounds": plan.rounds}
     kept = json.loads(partial_out.read_text(encoding="utf-8")) if partial_out.exists() else {"cases": []}
     others = [f"{name} {kept[name]}" for name in found if kept.get(name, found[name]) != found[name]]
@@ -208,7 +210,7 @@ def main() -> None:
         "command": shlex.join(["python", "-m", "benchmarks", "run", *sys.argv[1:]]),
         "cases": kept["cases"],
     }
-    torch.backends.cudnn.allow_tf32 = False  # what the gate compares in float32 is float32
+    torch.backends.cudnn.allow_tf32 = False  # the gate's comparison in float32 really uses float32
     started = time.perf_counter()
     try:
         with torch.no_grad():
@@ -218,7 +220,7 @@ def main() -> None:
                 output.write(result, partial_out)
     except BaseException:
         if partial_out.exists():
-            print(f"stopped; what was measured so far is in {partial_out}: the same command goes on from there")
+            print(f"stopped; results so far are in {partial_out}; run the same command again to continue")
         raise
     partial_out.replace(out)
     print("\n".join(report.table(result)))
@@ -229,7 +231,7 @@ def main() -> None:
 def run(
     size: str, plan: Plan, device: str, metrics: Sequence[str], kept: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
-    """Everything but the cases that are `kept` from a run that was stopped; each part is a field of the result."""
+    """Runs all parts, except the cases `kept` from a stopped run; each part is a field of the result."""
     flops = machine.best_flops(device, plan.dtype, plan.product)
     yield {"peak": {"flops": flops, "bytes": machine.best_bandwidth(device)}}
     systems = eager_systems(size, device)
@@ -237,7 +239,7 @@ def run(
     print(f"gate: {outcome}", flush=True)
     yield {"gate": outcome}
     yield {"memory": memory(systems, device, max(plan.images))}
-    if device == "cuda":  # before CUDA graphs take memory for themselves
+    if device == "cuda":  # comes before CUDA graphs reserve memory
         yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK, OURS)}}
     for name, eager in EAGER.items():
         systems[name] = compile_system(systems[eager], name, **plan.compile_options)
@@ -254,7 +256,7 @@ def run(
     done = {(case["metric"], case["batch"], case["text"]) for case in kept}
     order = [(case.metric, case.batch, case.text) for case in cases(plan)]
     todo = [c for c in cases(plan) if c.metric in metrics and (c.metric, c.batch, c.text) not in done]
-    todo.sort(key=lambda case: not case.wanted_first)  # a run may be cut off
+    todo.sort(key=lambda case: not case.wanted_first)  # the run may be stopped here
     for position, case in enumerate(todo):
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)

@@ -1,12 +1,12 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Requests per second of LLaVA-STF (144 tokens for a picture) and the stock LLaVA (576) in vLLM, offline.
+"""Measures requests per second of LLaVA-STF (144 tokens per picture) and the stock LLaVA (576) in vLLM, offline.
 
 python -m benchmarks serve [--size slice] [--requests 32] [--rounds 3] [--output FILE]
 
-Run it where vLLM is installed. Both models go through vLLM's Transformers backend, with random weights, each in a
-process of its own, in turns. A request is another picture, about 50 tokens of text, and an answer of 16; nothing is
-cached from one to the next. The pictures are prepared within the time, as vLLM does.
+Install vLLM first. Both models run in vLLM's Transformers backend with random weights, in turns, each in its own
+process. Each request has a new picture, about 50 tokens of text, and an answer of 16; nothing is cached between
+requests. The time includes preparing the pictures, which vLLM does.
 """
 
 import argparse
@@ -36,12 +36,12 @@ PROMPT = "USER: <image>\n" + "a " * 40 + "ASSISTANT:"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="slice")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what this vLLM is built for")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device that this vLLM is built for")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
-    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # a turn, in a process of its own
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # one turn, which runs in its own process
     options = parser.parse_args()
     output.require_absent(options.output, parser)
     if options.serve is not None:
@@ -68,13 +68,13 @@ def main() -> None:
 
 
 def _in_a_process(folder: Path) -> dict[str, Any]:
-    """One turn: an engine cannot be stopped and begun again in the same process."""
+    """Runs one turn in its own process, because an engine cannot be restarted in the same process."""
     subprocess.run([sys.executable, "-m", "benchmarks", "serve", *sys.argv[1:], "--serve", str(folder)], check=True)
     return json.loads((folder / "turn.json").read_text(encoding="utf-8"))
 
 
 def make_checkpoints(scratch: Path, options: argparse.Namespace) -> dict[str, Path]:
-    """Folders of both models with random weights, as vLLM reads them."""
+    """Writes the folders of both models with random weights, as vLLM reads them."""
     tokenizer = load_tokenizer(ROOT / "tests" / "goldens" / "tokenizer_legacy_false", 4096)
     folders = {}
     for name, kind, config in zip(
@@ -105,7 +105,7 @@ def make_checkpoints(scratch: Path, options: argparse.Namespace) -> dict[str, Pa
 
 
 def serve(options: argparse.Namespace) -> dict[str, Any]:
-    """Answers all requests at once, after a few to warm up."""
+    """Answers all requests at once, after a few for warm-up."""
     import vllm
 
     engine = vllm.LLM(
@@ -119,7 +119,7 @@ def serve(options: argparse.Namespace) -> dict[str, Any]:
         mm_processor_cache_gb=0,
         enforce_eager=options.device == "cpu",
     )
-    # The tokenizer knows few of the ids that the model has: answers stay ids.
+    # The tokenizer knows few of the model's ids, so answers are not decoded.
     sampling = vllm.SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False)
     random = np.random.default_rng(0)
 

@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The systems that `benchmarks/run.py` compares: one set of random weights, used in five ways.
+"""Builds the five systems that `benchmarks run` compares, from one set of random weights.
 
-A stock LLaVA (576 tokens for a picture), the reference port of the method, the package's model, and the stock and the
-package's model compiled. All share the weights of tower and language model.
+They are the stock LLaVA (576 tokens per picture), the reference port of the method, the package's model, and the
+compiled stock and package's models. All share the weights of tower and language model.
 """
 
 import copy
@@ -28,17 +28,17 @@ from benchmarks.reference import ReferenceVision, share
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
-QUESTION = 50  # tokens of text beside a picture's
+QUESTION = 50  # text tokens
 ANSWER = 16  # tokens
-ANSWER_ROOM = 32  # tokens that a cache of fixed length has place for
+ANSWER_ROOM = 32  # capacity of a cache of fixed length, in tokens
 STOCK, REFERENCE, OURS = "stock", "reference", "ours"
 STOCK_COMPILED, OURS_COMPILED = "stock compiled", "ours compiled"
-EAGER = {STOCK_COMPILED: STOCK, OURS_COMPILED: OURS}  # what a compiled system was before
+EAGER = {STOCK_COMPILED: STOCK, OURS_COMPILED: OURS}  # eager system of each compiled one
 
 
 @dataclass
 class System:
-    """A way to run the method or the stock model. `model` holds the language model; `vision` gives B x (T, D)."""
+    """Runs the method or the stock model. `model` holds the language model; `vision` returns B x (T, D)."""
 
     name: str
     model: Any
@@ -57,31 +57,31 @@ class System:
         return count.image_tokens(self.model.config)
 
     def prompt(self, batch: int, text: int) -> torch.Tensor:
-        """Token ids of a picture and `text` tokens, (batch, T + text)."""
+        """Returns token ids of a picture and `text` tokens, (batch, T + text)."""
         generator = torch.Generator().manual_seed(text)
         words = torch.randint(3, self.model.config.image_token_id, (batch, text), generator=generator)
         image = torch.full((batch, self.image_tokens), self.model.config.image_token_id)
         return torch.cat([words[:, :1], image, words[:, 1:]], dim=1).to(self.model.device)
 
     def pictures(self, batch: int) -> torch.Tensor:
-        """Pixels, (batch, 3, H, W)."""
+        """Returns random pixels, (batch, 3, H, W)."""
         vision = self.model.config.vision_config
         generator = torch.Generator().manual_seed(batch)
         pixels = torch.randn(batch, vision.num_channels, vision.image_size, vision.image_size, generator=generator)
         return pixels.to(self.model.device, self.model.dtype)
 
     def embed(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
-        """Embeddings with the pictures in their places, (batch, sequence, D)."""
+        """Returns embeddings of text and pictures, (batch, sequence, D)."""
         embeddings = self.model.get_input_embeddings()(ids)
         places = (ids == self.model.config.image_token_id).unsqueeze(-1)
         return embeddings.masked_scatter(places, torch.cat(self.vision(pixels)).to(embeddings.dtype))
 
     def forward(self, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
-        """Logits of the last token, (batch, vocabulary)."""
+        """Returns the logits of the last token, (batch, vocabulary)."""
         return self.model(**{CACHE: cache}, use_cache=True, logits_to_keep=1, **inputs).logits[:, -1]
 
     def generate(self, cache: Cache, ids: torch.Tensor, tokens: int, **inputs: torch.Tensor) -> Any:
-        """The greedy answer of `tokens` tokens to a prompt; what the cache holds of it is not read again."""
+        """Returns the greedy answer of `tokens` tokens; the part of the prompt in the cache is not computed again."""
         return self.model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
@@ -89,14 +89,14 @@ class System:
             min_new_tokens=tokens,
             max_new_tokens=tokens,
             do_sample=False,
-            disable_compile=True,  # compiled systems are compiled already
+            disable_compile=True,  # compiled systems need no further compilation
             return_dict_in_generate=True,
             output_logits=True,
             **inputs,
         )
 
     def new_cache(self, batch: int, text: int) -> Cache:
-        """An empty cache for a picture, `text` tokens and an answer; it grows, but that of a compiled model."""
+        """Returns an empty cache for a picture, `text` tokens and an answer; compiled models get a fixed length."""
         settings = self.model.config.text_config
         if not self.compiled:
             return DynamicCache(config=settings)
@@ -104,16 +104,16 @@ class System:
         cache.early_initialization(batch, *_heads(settings), self.model.dtype, self.model.device)
         for layer in cache.layers:
             for tensor in (layer.keys, layer.values, layer.cumulative_length):
-                torch._dynamo.mark_static_address(tensor, guard=False)  # another cache is no reason to compile again
+                torch._dynamo.mark_static_address(tensor, guard=False)  # a new cache needs no new compilation
         return cache
 
     def emptied(self, cache: Cache) -> Cache:
-        """For the next prompt; a cache of fixed length stays where it is in memory."""
+        """Empties a cache for the next prompt; one of fixed length keeps its memory."""
         return cropped(cache, 0) if self.compiled else DynamicCache(config=self.model.config.text_config)
 
 
 def fill(cache: Cache, system: System, batch: int, tokens: int) -> Cache:
-    """Puts `tokens` tokens of noise into a cache: what a step costs does not depend on the numbers."""
+    """Fills a cache with `tokens` tokens of noise; the cost of a step does not depend on the values."""
     text, model = system.model.config.text_config, system.model
     heads, width = _heads(text)
     noise = torch.randn(batch, heads, tokens, width, dtype=model.dtype, device=model.device)
@@ -123,12 +123,12 @@ def fill(cache: Cache, system: System, batch: int, tokens: int) -> Cache:
 
 
 def cropped(cache: Cache, tokens: int) -> Cache:
-    """A cache with its first `tokens` tokens; one of fixed length stays where it is in memory, and counts anew."""
+    """Returns a cache with its first `tokens` tokens; one of fixed length keeps its memory and resets its count."""
     if not isinstance(cache, StaticCache):
         cache.crop(tokens - cache.get_seq_length())
         return cache
     lengths = [layer.cumulative_length for layer in cache.layers]
-    torch._foreach_zero_(lengths)  # few kernels, whatever the number of layers: it is within the time
+    torch._foreach_zero_(lengths)  # few kernels for any number of layers, because this is timed
     torch._foreach_add_(lengths, tokens)
     return cache
 
@@ -138,7 +138,7 @@ def _heads(text: Any) -> tuple[int, int]:
 
 
 def configs(size: str) -> tuple[LlavaConfig, LlavaSTFConfig]:
-    """Stock and ours: `7b`, `slice` (two layers of its language model), or `tiny`. The towers hold all 24 layers."""
+    """Returns the configs of stock and ours: `7b`, `slice` (two language layers) or `tiny`, with 24 tower layers."""
     stock, ours = count.NAMED["llava-1.5-7b"](), count.NAMED["stf-7b"]()
     ours.vision_config.num_hidden_layers = stock.vision_config.num_hidden_layers
     for config in (stock, ours):
@@ -161,7 +161,7 @@ def configs(size: str) -> tuple[LlavaConfig, LlavaSTFConfig]:
 
 
 def eager_systems(size: str, device: str) -> dict[str, System]:
-    """The systems that are not compiled, with random weights in float32."""
+    """Builds the eager systems with random weights in float32."""
     stock_config, our_config = configs(size)
     torch.manual_seed(0)
     ours = _build(LlavaSTFForConditionalGeneration, our_config, device)
@@ -176,7 +176,7 @@ def eager_systems(size: str, device: str) -> dict[str, System]:
 
 
 def cast(systems: Iterable[System], dtype: torch.dtype) -> None:
-    """Weights only: the angles of the positions stay in float32, as in a model that was loaded so."""
+    """Casts the weights; rotary angles stay in float32, as in a model that is loaded in `dtype`."""
     for system in systems:
         for weight in (*system.model.parameters(), *system.tower.parameters()):
             weight.data = weight.data.to(dtype)
@@ -194,10 +194,10 @@ def _features(model: Any) -> Callable[[torch.Tensor], list[torch.Tensor]]:
 
 
 def compile_system(system: System, name: str, **options: Any) -> System:
-    """The same weights, with tower and connector as one graph, and one graph for each shape of the language model."""
-    # transformers installs hooks in the first pass, which a graph cannot hold.
+    """Compiles tower and connector to one graph, and the language model to one per shape; shares the weights."""
+    # transformers installs hooks in the first pass, which a graph cannot contain.
     system.forward(system.new_cache(1, 1), inputs_embeds=system.embed(system.prompt(1, 1), system.pictures(1)))
-    torch._dynamo.config.recompile_limit = 64  # a graph for each shape: they are more than the usual eight
+    torch._dynamo.config.recompile_limit = 64  # each shape has its own graph, and the default limit is eight
     model = copy.deepcopy(system.model, {id(weight): weight for weight in system.model.parameters()})
     options = {"fullgraph": True, "dynamic": False, **options}
     ours = isinstance(model, LlavaSTFForConditionalGeneration)
@@ -208,7 +208,7 @@ def compile_system(system: System, name: str, **options: Any) -> System:
 
 
 def _copied(features: Callable[..., BaseModelOutputWithPooling]) -> Callable[..., BaseModelOutputWithPooling]:
-    """Copies the tokens: what a CUDA graph gives is gone when the next one runs, and `generate` runs one on them."""
+    """Copies the tokens: the next CUDA graph overwrites the output of the last one, and `generate` runs one on them."""
 
     def get_image_features(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         return BaseModelOutputWithPooling(
@@ -219,12 +219,12 @@ def _copied(features: Callable[..., BaseModelOutputWithPooling]) -> Callable[...
 
 
 def _traceable_features(stock: LlavaModel) -> Callable[..., BaseModelOutputWithPooling]:
-    """The stock `get_image_features`, whose decorators cannot be traced into one graph, without them."""
+    """Returns the stock `get_image_features` without its decorators, which cannot be traced into one graph."""
 
     def get_image_features(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
         outputs = stock.vision_tower(pixel_values, output_hidden_states=True)
         features = stock.multi_modal_projector(outputs.hidden_states[stock.config.vision_feature_layer][:, 1:])
-        # Given back as by the stock model: else the compiler would leave out the last layer.
+        # The stock model returns it, too; without it the compiler would drop the last layer.
         return BaseModelOutputWithPooling(last_hidden_state=outputs.last_hidden_state, pooler_output=list(features))
 
     return get_image_features

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Training steps of LLaVA-STF (144 tokens per picture) against the stock LLaVA (576), with the same trainer.
+"""Measures training steps of LLaVA-STF (144 tokens per picture) and the stock LLaVA (576) with the same trainer.
 
 python -m benchmarks train [--device cuda] [--layers 32] [--batch 8] [--output benchmarks/results/train_cuda.json]
 
@@ -56,7 +56,7 @@ LORA = LoraConfig(
     target_modules=r".*language_model\.layers\..*\.(q|k|v|o|gate|up|down)_proj",
     modules_to_save=["multi_modal_projector"],
 )
-# What trains, and the dtype of what is loaded: that of the recipes.
+# These are the trained parameters and the dtype of the loaded weights in each recipe.
 STAGES: dict[str, tuple[str | None, torch.dtype]] = {
     "stage 1": ("multi_modal_projector", torch.bfloat16),
     "LoRA": (None, torch.bfloat16),
@@ -65,7 +65,7 @@ STAGES: dict[str, tuple[str | None, torch.dtype]] = {
 
 
 def build(system: str, options: argparse.Namespace, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Model and processor of `stf` or `stock`, with random weights."""
+    """Builds model and processor of `stf` or `stock`, with random weights."""
     tokenizer = load_tokenizer(ROOT / "tests" / "goldens" / "tokenizer_legacy_false", 4096)
     widths = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2} if options.size == "tiny" else {}
     text = LlamaConfig(
@@ -92,7 +92,7 @@ def build(system: str, options: argparse.Namespace, dtype: torch.dtype) -> tuple
 
 
 class Steps(TrainerCallback):
-    """Seconds of each step."""
+    """Records the seconds of each step."""
 
     def __init__(self, device: str):
         self.device, self.seconds = device, []
@@ -109,7 +109,7 @@ class Steps(TrainerCallback):
 
 
 def train(system: str, stage: str, options: argparse.Namespace, rows: Dataset) -> dict[str, float]:
-    """Trains a few steps; seconds of a step (the first is not counted), peak memory, counted FLOPs."""
+    """Trains a few steps; returns seconds per step (without the first), peak memory and counted FLOPs."""
     trainable, dtype = STAGES[stage]
     machine.reset_peak(options.device)
     model, processor = build(system, options, dtype)
@@ -155,7 +155,7 @@ def train(system: str, stage: str, options: argparse.Namespace, rows: Dataset) -
 
 
 def recomputed_flops(model: torch.nn.Module, tokens: int) -> float:
-    """What gradient checkpointing runs twice: the layers of the language model."""
+    """Counts the layers of the language model, which gradient checkpointing runs twice."""
     layers = [
         layer
         for name, layer in model.named_modules()
@@ -165,7 +165,7 @@ def recomputed_flops(model: torch.nn.Module, tokens: int) -> float:
 
 
 def data(options: argparse.Namespace) -> Dataset:
-    """Rows of a random picture and `text` tokens, half of them the answer."""
+    """Makes rows with a random picture and `text` tokens; half of them are the answer."""
     picture = Picture.effect_noise((640, 480), 60).convert("RGB")
     words = "a " * (options.text // 2)
     messages = [
@@ -180,15 +180,17 @@ def data(options: argparse.Namespace) -> Dataset:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="7b", help="widths; tiny is for a rehearsal")
-    parser.add_argument("--layers", type=int, default=2, help="of the language model (7B: 32)")
+    parser.add_argument(
+        "--size", choices=["tiny", "slice", "7b"], default="7b", help="widths of the model; tiny is for a rehearsal"
+    )
+    parser.add_argument("--layers", type=int, default=2, help="layers of the language model (7B: 32)")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--text", type=int, default=100, help="tokens of a row beside those of its picture")
-    parser.add_argument("--steps", type=int, default=2, help="counted steps of each turn")
+    parser.add_argument("--text", type=int, default=100, help="text tokens of a row")
+    parser.add_argument("--steps", type=int, default=2, help="measured steps of each turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--optim", default="sgd", help="optimizer of the Trainer, such as adamw_torch")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--peak-tflops", type=float, help="of the device, in bfloat16 (default: measured)")
+    parser.add_argument("--peak-tflops", type=float, help="peak of the device in bfloat16 (default: measured)")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
     output.require_absent(options.output, parser)
@@ -215,7 +217,7 @@ def main() -> None:
 
 
 def summary(stage: str, turns: dict, options: argparse.Namespace) -> dict[str, Any]:
-    """Medians of the rounds, their spread, and stock over STF in time and as counted."""
+    """Returns medians of the rounds, their spread, and the ratio of stock to STF in time and in counted FLOPs."""
     systems: dict[str, Any] = {}
     for system in ("stock", "stf"):
         rounds = turns[stage, system]

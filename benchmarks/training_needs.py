@@ -1,10 +1,10 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What training needs, computed from a config and the recipes: memory of each GPU, and hours.
+"""Computes what training needs from a config and the recipes: memory of each GPU, and hours.
 
-Memory is that of weights, gradients and AdamW, of the inputs that gradient checkpointing keeps of each layer, and of
-the one layer that it computes again. Left out: CUDA's context (about 1 GB), fragmentation, communication buffers.
-Hours are the FLOPs of all rows divided by the share of the peak that the devices are assumed to reach.
+Memory counts weights, gradients and AdamW, the layer inputs that gradient checkpointing keeps, and the one layer that
+it computes again. It leaves out CUDA's context (about 1 GB), fragmentation and communication buffers. Hours are the
+FLOPs of all rows divided by the assumed FLOP/s of the devices.
 """
 
 from collections.abc import Iterator
@@ -17,29 +17,29 @@ import yaml
 from benchmarks.count import Config, decoder_weights, head_weights, image_tokens, training_flops, vision_parts
 
 RECIPES = Path(__file__).resolve().parents[1] / "training" / "recipes"
-# Dense bfloat16 TFLOP/s and GB of memory, as the vendor states them.
+# Dense bfloat16 TFLOP/s and GB of memory, from the vendor.
 GPUS = {"RTX 4090": (165, 24), "L40S": (362, 48), "A100": (312, 80), "H100": (989, 80), "H200": (989, 141)}
-# Rows of the paper's data, and the tokens of text that a row is assumed to have.
+# Rows of the paper's data, and the assumed text tokens of a row.
 STAGES = {"stage 1": (558_000, 30), "stage 2": (665_000, 200)}
 NF4 = 0.516  # bytes of a weight in 4 bits with nested quantisation
 
 
 @dataclass(frozen=True)
 class Way:
-    """A recipe, and how it is spread over the devices. Bytes are for each weight."""
+    """Describes a recipe and its parallelism. All numbers are bytes per weight, except `residual`."""
 
     name: str
     recipe: str
     trained: float  # weight, gradient and two moments of AdamW, on each device
-    trained_shared: float = 0.0  # the part of it that all devices share
+    trained_shared: float = 0.0  # part of it that is divided among all devices
     frozen: float = 2.0
     frozen_shared: float = 0.0
-    residual: int = 2  # of a number that is kept between layers
-    buckets: float = 0.0  # copies of the gradients that several devices exchange
+    residual: int = 2  # bytes of a number that is kept between layers
+    buckets: float = 0.0  # copies of the gradients for the exchange between devices
 
 
-# Weights, gradients and moments in float32 are 16 bytes; DDP's buckets hold the gradients once more. DeepSpeed keeps
-# bfloat16 weights and gradients beside a float32 copy and the moments.
+# Weights, gradients and moments in float32 take 16 bytes; DDP's buckets hold a copy of the gradients. DeepSpeed keeps
+# bfloat16 weights and gradients, and a float32 copy of the weights with the moments.
 WAYS = (
     Way("stage 1, DDP", "pretrain", trained=16, buckets=4),
     Way("LoRA, DDP", "finetune_lora", trained=16, buckets=4),
@@ -56,7 +56,7 @@ def recipe(name: str) -> dict[str, Any]:
 
 
 def memory(config: Config, way: Way, devices: int, text: int) -> float:
-    """Bytes on each of `devices` devices for the recipe's rows per device, with `text` tokens of text each."""
+    """Returns the bytes on each device for the recipe's batch per device, with `text` text tokens per row."""
     settings = recipe(way.recipe)
     trained, frozen, quantised = weights(config, settings)
     state = trained * (way.trained + way.trained_shared / devices + way.buckets * (devices > 1))
@@ -65,7 +65,7 @@ def memory(config: Config, way: Way, devices: int, text: int) -> float:
 
 
 def weights(config: Config, settings: dict[str, Any]) -> tuple[float, float, float]:
-    """Weights that a recipe trains, that it keeps as they are, and that it keeps in 4 bits."""
+    """Counts the weights that a recipe trains, freezes, and keeps in 4 bits."""
     tower, *connector = (part.weights for part in vision_parts(config))
     decoder, tables = decoder_weights(config), 2 * head_weights(config)
     if settings.get("use_peft"):
@@ -78,7 +78,7 @@ def weights(config: Config, settings: dict[str, Any]) -> tuple[float, float, flo
 
 
 def lora_weights(config: Config, rank: int) -> int:
-    """Adapters of all linear layers of the language model, as the recipes have them."""
+    """Counts the weights of adapters on all linear layers of the language model, as in the recipes."""
     text = config.text_config
     wide, inner = text.hidden_size, text.intermediate_size
     kept = text.num_key_value_heads * (wide // text.num_attention_heads)
@@ -87,25 +87,25 @@ def lora_weights(config: Config, rank: int) -> int:
 
 
 def activations(config: Config, text: int, residual: int) -> float:
-    """Bytes of one row: the inputs of all layers, one layer computed again in bfloat16, connector and logits."""
+    """Returns the bytes of one row: inputs of all layers, one recomputed layer in bfloat16, connector and logits."""
     settings = config.text_config
     sequence, wide = image_tokens(config) + text, settings.hidden_size
     inputs = settings.num_hidden_layers * sequence * wide * residual
     layer = sequence * (8 * wide + 4 * settings.intermediate_size) * 2
-    logits = 2 * sequence * settings.vocab_size * 4  # and their gradient, in float32
+    logits = 2 * sequence * settings.vocab_size * 4  # with their gradient, in float32
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     connector = patches * 24 * config.vision_config.hidden_size * 4
     return inputs + layer + logits + connector
 
 
 def hours(config: Config, stage: str, tflops: float, devices: int, mfu: float) -> float:
-    """One epoch of a stage's rows; the layers that checkpointing computes again count as work."""
+    """Returns the hours of one epoch of a stage; recomputed layers count as work."""
     rows, text = STAGES[stage]
     return rows * training_flops(config, text, stage == "stage 2") / (devices * tflops * 1e12 * mfu) / 3600
 
 
 def lines(config: Config, mfu: float) -> Iterator[str]:
-    """Two tables in Markdown: GB on each GPU by way and number of GPUs, and hours by GPU."""
+    """Yields two Markdown tables: GB on each GPU by way and number of GPUs, and hours by GPU."""
     text, counts = STAGES["stage 2"][1], (1, 4, 8)
     yield f"| GB on each GPU | rows on each GPU | {' | '.join(f'{n} GPU(s)' for n in counts)} |"
     yield "| --- | --: |" + " --: |" * len(counts)

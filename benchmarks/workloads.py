@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What `benchmarks run` times: the work of each row, how often it is done, and how much it computes and reads."""
+"""Defines what `benchmarks run` times: the work of each row, its repetitions, its FLOPs and its bytes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,14 +29,14 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how often. Compiled systems have no part where compiling each shape would take too long."""
+    """Says what is measured, and how often; compiled systems skip rows that would take too long to compile."""
 
     dtype: torch.dtype
-    product: int  # side of the matrix product that gives the peak
+    product: int  # side of the matrices that measure the peak
     rounds: int
-    warm_up: int  # calls at the start of a turn that are not counted
-    repeats: int  # counted calls of a turn, at least
-    turn_seconds: float  # a turn goes on until it has lasted so long, or has as many calls as an answer has tokens
+    warm_up: int  # uncounted calls at the start of a turn
+    repeats: int  # minimum of counted calls of a turn
+    turn_seconds: float  # a turn lasts at least so long, unless it reaches as many calls as an answer has tokens
     images: tuple[int, ...]
     texts: tuple[int, ...]
     batches: tuple[int, ...]
@@ -96,7 +96,7 @@ PLANS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A row of the table. `prepare` gives the work to be timed; `flops` and `bytes` are what it computes and reads."""
+    """Describes a row of the table: `prepare` returns the work to time; `flops` and `bytes` count it."""
 
     metric: str
     batch: int
@@ -108,12 +108,12 @@ class Case:
 
     @property
     def wanted_first(self) -> bool:
-        """The rows that most readers look for."""
+        """Returns whether most readers look for this row."""
         return self.metric in ("first token", "prefill", "decode") and self.batch <= 8 and self.text == QUESTION
 
 
 def cases(plan: Plan) -> Iterator[Case]:
-    """All that is timed, in the order of the table."""
+    """Yields all rows in the order of the table."""
     both, three, compiled = (STOCK, OURS), (STOCK, REFERENCE, OURS), (STOCK_COMPILED, OURS_COMPILED)
 
     def systems(eager: tuple[str, ...], batch: int, text: int = QUESTION) -> tuple[str, ...]:
@@ -142,12 +142,12 @@ def cases(plan: Plan) -> Iterator[Case]:
 
 
 def encode(system: System, batch: int) -> Work:
-    """Vision tower and connector."""
+    """Prepares vision tower and connector."""
     return partial(system.vision, system.pictures(batch))
 
 
 def prefill(system: System, batch: int, text: int) -> Work:
-    """The language model over pictures that are encoded already."""
+    """Prepares the language model on pictures that are already encoded."""
     ids = system.prompt(batch, text)
     embeddings = system.model.get_input_embeddings()(ids)
     cache = system.new_cache(batch, text)
@@ -155,14 +155,14 @@ def prefill(system: System, batch: int, text: int) -> Work:
 
 
 def first_token(system: System, batch: int, text: int) -> Work:
-    """Pixels and ids to the logits of the first token."""
+    """Prepares the path from pixels and ids to the logits of the first token."""
     ids, pixels = system.prompt(batch, text), system.pictures(batch)
     cache = system.new_cache(batch, text)
     return lambda: system.forward(system.emptied(cache), inputs_embeds=system.embed(ids, pixels))
 
 
 def decode(system: System, batch: int) -> Work:
-    """One more token for each sequence."""
+    """Prepares a decoding step: one more token for each sequence."""
     length = system.image_tokens + QUESTION + ANSWER // 2
     cache = fill(system.new_cache(batch, QUESTION), system, batch, length)
     token = torch.full((batch, 1), 5, device=system.model.device)
@@ -170,14 +170,14 @@ def decode(system: System, batch: int) -> Work:
 
 
 def answer(system: System, batch: int) -> Work:
-    """`generate`, from pixels and ids to an answer of 16 tokens."""
+    """Prepares `generate`, from pixels and ids to an answer of 16 tokens."""
     ids, pixels = system.prompt(batch, QUESTION), system.pictures(batch)
     cache = system.new_cache(batch, QUESTION)
     return lambda: system.generate(system.emptied(cache), ids, ANSWER, pixel_values=pixels).sequences
 
 
 def second_question(system: System, batch: int) -> Work:
-    """Another question about a picture that a cache holds, to the logits of the first token."""
+    """Prepares another question about a picture in the cache, up to the logits of the first token."""
     seen = 1 + system.image_tokens
     ids = system.prompt(batch, QUESTION)[:, seen:]
     cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
@@ -185,14 +185,14 @@ def second_question(system: System, batch: int) -> Work:
 
 
 def second_answer(system: System, batch: int) -> Work:
-    """`generate`, from another question about a picture that a cache holds to an answer of 16 tokens."""
+    """Prepares `generate` for another question about a picture in the cache, with an answer of 16 tokens."""
     seen = 1 + system.image_tokens
     ids = system.prompt(batch, QUESTION)
     cache = fill(system.new_cache(batch, QUESTION), system, batch, seen)
     return lambda: system.generate(cropped(cache, seen), ids, ANSWER).sequences
 
 
-# What the work comes to
+# FLOPs and bytes of the work
 
 
 def vision_flops(batch: int) -> Callable[[System], float]:

@@ -1,10 +1,11 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Preference training (DPO) of the language model with LoRA, on pairs of answers about pictures.
+"""Trains the language model on preferences (DPO, with LoRA): pairs of answers about pictures.
 
 python -m examples.dpo --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --learning_rate 5e-6
 
-DATA has `images`, `prompt`, `chosen` and `rejected` in TRL's conversational form, as HuggingFaceH4/rlaif-v_formatted.
+DATA has `images`, `prompt`, `chosen` and `rejected` in TRL's conversational form, like
+HuggingFaceH4/rlaif-v_formatted.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from training.data import DataError, check_tokens, to_row
 class PreferenceCollator:
     """Makes a batch of whole conversations: all with the chosen answer, then all with the rejected one.
 
-    TRL 1.16 tokenizes the answer apart from the prompt, which puts a `▁` before it that no inference has.
+    TRL 1.16 tokenizes the answer without the prompt, which adds a `▁` that does not occur in inference.
     """
 
     processor: LlavaSTFProcessor
@@ -64,14 +65,14 @@ class PreferenceCollator:
 
 
 def _last_run(mask: torch.Tensor) -> torch.Tensor:
-    """The last run of ones in each row: answers of earlier turns belong to the prompt."""
+    """Keeps the last run of ones in each row, because answers of earlier turns belong to the prompt."""
     runs = (mask.diff(dim=1, prepend=torch.zeros_like(mask[:, :1])) == 1).cumsum(1)
     return mask * (runs == runs[:, -1:])
 
 
 def main() -> None:
     script, args, choice = TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config()
-    args.max_length = None  # a row that is cut could lose a part of its image
+    args.max_length = None  # truncation could cut through an image
     processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path)
     trainer = DPOTrainer(
         LlavaSTFForConditionalGeneration.from_pretrained(choice.model_name_or_path, dtype=choice.dtype),

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reinforcement learning (GRPO) of the language model with LoRA: right answers about pictures are rewarded.
+"""Trains the language model by reinforcement learning (GRPO, with LoRA), which rewards right answers about pictures.
 
 python examples/grpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --num_generations 8
 
@@ -17,7 +17,7 @@ from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcess
 
 
 def right_answer(completions: list[list[dict[str, str]]], solution: list[str], **kwargs: Any) -> list[float]:
-    """1 for an answer that has the solution in it, less for every word that it takes; else 0."""
+    """Returns 1 / (number of words) for an answer that contains the solution, else 0."""
     answers = [completion[0]["content"].lower() for completion in completions]
     return [
         float(right.lower() in answer) / max(1, len(answer.split()))

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Model cards out of the facts in a folder, checks, and publishing on the Hub.
+"""Writes model cards from the facts in a folder, checks folders, and publishes them on the Hub.
 
 python -m hub_card --help
 """

@@ -2,12 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes the card of a checkpoint, checks its folder, and publishes it on the Hub.
 
-python -m hub_card render DIR --repo-id USER/NAME --license cc-by-nc-4.0    README.md with its pictures, LICENSE, NOTICE
-python -m hub_card check DIR                                                what is wrong, one line each
-python -m hub_card publish DIR USER/NAME --dry-run                          checks, and shows what would be sent where
+python -m hub_card render DIR --repo-id USER/NAME --license cc-by-nc-4.0    writes README.md, pictures, LICENSE, NOTICE
+python -m hub_card check DIR                                                prints a line for each fault
+python -m hub_card publish DIR USER/NAME --dry-run                          checks, and prints what would be uploaded
 
-DIR is a checkpoint of LLaVA-STF, or a PEFT adapter of one. Exit codes: 0, done; 2, refused, with the reasons; 3, the
-Hub refused; 4, the Hub or the connection failed, and the same command may be run again.
+DIR is a checkpoint of LLaVA-STF, or a PEFT adapter of one. The exit code is 0 after success, 2 if the folder or the
+options are refused, 3 if the Hub refuses, and 4 if the Hub or the connection fails (run the same command again).
 """
 
 import argparse
@@ -32,15 +32,16 @@ from .card import (
     gather,
     is_adapter,
     name_base,
-    snippet_of,
     write_card,
 )
-from .check import check, use
+from .check import check
 from .files import Frozen, freeze
+from .fresh_process import use
 from .publish import HubError, plan, publish
 from .results import read_object
+from .snippet import snippet_of
 
-# What was said on the command line, so that rendering again needs to be told what is new only. Never published.
+# Remembers the options of `render`, so that the next call needs only the new ones. It is never published.
 MEMORY_FILE = ".hub_card.json"
 NEEDED = {"repo_id": ("--repo-id", "USER/NAME"), "license": ("--license", "cc-by-nc-4.0")}
 REFUSED, HUB_REFUSED, TRY_AGAIN, STOPPED = 2, 3, 4, 130
@@ -53,7 +54,7 @@ def main() -> int:
     commands: dict[str, Callable[..., int]] = {"render": _render, "check": _check, "publish": _publish}
     command = commands[arguments.pop("command")]
     logging.set_verbosity_error()
-    hub_logging.set_verbosity_error()  # its warnings are about retries, and show signed addresses
+    hub_logging.set_verbosity_error()  # its warnings are about retries, and show signed URLs
     try:
         return command(**arguments)
     except HubError as error:
@@ -93,7 +94,7 @@ def _render(folder: Path, run: bool, **options: Any) -> int:
 
 
 def _refuse_special(folder: Path) -> None:
-    """Rendering reads the folder, and would wait for a pipe; it writes into it, and would follow a link."""
+    """Refuses pipes, which rendering would wait for, and links in place of files that it writes."""
     for path in sorted(folder.iterdir()):
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is no regular file (a pipe, socket or device): remove it.")
@@ -146,45 +147,65 @@ def _parser() -> argparse.ArgumentParser:
 
     render = commands.add_parser("render", help="write the card and its pictures; options are remembered")
     render.add_argument("folder", metavar="DIR", type=Path)
-    render.add_argument("--repo-id", metavar="USER/NAME", help="the repository that it will be")
-    render.add_argument("--tag", help=f"revision that the snippet asks for (default: {FIRST_TAG})")
-    render.add_argument("--run", action="store_true", help="run the snippet and show what it prints")
-    said = render.add_argument_group("what no file says")
-    said.add_argument("--license", metavar="ID", help="of the weights, as the Hub spells it")
-    said.add_argument("--base-model", metavar="ID", action="append", help="what the weights were made from")
-    said.add_argument("--dataset", metavar="ID", action="append", dest="datasets", help="trained on")
-    said.add_argument("--language", metavar="CODE", action="append", help="such as en")
+    render.add_argument("--repo-id", metavar="USER/NAME", help="repository to publish to")
+    render.add_argument("--tag", help=f"revision that the snippet loads (default: {FIRST_TAG})")
+    render.add_argument("--run", action="store_true", help="run the snippet and put its output into the card")
+    said = render.add_argument_group("facts that no file contains")
+    said.add_argument("--license", metavar="ID", help="licence of the weights, by the Hub's identifier")
+    said.add_argument(
+        "--base-model", metavar="ID", action="append", help="model that the weights were made from (repeatable)"
+    )
+    said.add_argument("--dataset", metavar="ID", action="append", dest="datasets", help="training dataset (repeatable)")
+    said.add_argument(
+        "--language", metavar="CODE", action="append", help="language of the model, such as en (repeatable)"
+    )
     said.add_argument("--base-license", metavar="TEXT", help="base language model and its licence, in words")
-    said.add_argument("--note", metavar="TEXT", help="a sentence to stand on top")
-    measured = render.add_argument_group("how it was trained and measured")
-    measured.add_argument("--results", metavar="FILE", type=_file, action="append", help="evaluation, as JSON")
-    measured.add_argument("--speed", metavar="FILE", type=_file, action="append", dest="speeds", help="as JSON")
+    said.add_argument("--note", metavar="TEXT", help="sentence for the top of the card")
+    measured = render.add_argument_group("training and measurements")
+    measured.add_argument("--results", metavar="FILE", type=_file, action="append", help="evaluation results, as JSON")
+    measured.add_argument(
+        "--speed", metavar="FILE", type=_file, action="append", dest="speeds", help="speed results, as JSON"
+    )
     measured.add_argument("--recipe", metavar="FILE", type=_file, help="settings of the training, as YAML")
     adapter = render.add_argument_group("adapters")
-    adapter.add_argument("--base", metavar="ID", help="Hub id of the base; written into adapter_config.json")
-    adapter.add_argument("--base-revision", metavar="TAG", help=f"of --base (default: {FIRST_TAG})")
+    adapter.add_argument("--base", metavar="ID", help="Hub id of the base, which is written into adapter_config.json")
+    adapter.add_argument("--base-revision", metavar="TAG", help=f"revision of --base (default: {FIRST_TAG})")
 
-    checked = commands.add_parser("check", help="say what is wrong with a folder")
+    checked = commands.add_parser("check", help="print what is wrong with a folder")
     checked.add_argument("folder", metavar="DIR", type=Path)
 
     published = commands.add_parser("publish", help="check a folder and upload it in one commit")
     published.add_argument("folder", metavar="DIR", type=Path)
     published.add_argument("repo_id", metavar="USER/NAME")
     for command in (checked, published):
-        yes = command.add_argument_group("what needs a yes")
-        yes.add_argument("--also", metavar="NAME", action="append", default=[], help="a file that is not on the list")
+        yes = command.add_argument_group("exceptions that you allow")
         yes.add_argument(
-            "--allow-code", metavar="NAME", action="append", default=[], help="code that is not this package's"
+            "--also",
+            metavar="NAME",
+            action="append",
+            default=[],
+            help="publish this file although it is not on the list",
         )
-        yes.add_argument("--run-code", action="store_true", help="run code, or a snippet, that is not this package's")
         yes.add_argument(
-            "--time-limit", metavar="SECONDS", type=float, default=1800, help="for loading and snippet (default: 1800)"
+            "--allow-code",
+            metavar="NAME",
+            action="append",
+            default=[],
+            help="publish this code although it is not this package's",
+        )
+        yes.add_argument("--run-code", action="store_true", help="run code and snippets that are not this package's")
+        yes.add_argument(
+            "--time-limit",
+            metavar="SECONDS",
+            type=float,
+            default=1800,
+            help="limit for loading and running (default: 1800)",
         )
     published.add_argument("--private", action="store_true", help="create the repository as private")
     published.add_argument("--revision", metavar="BRANCH", help="branch to commit to (default: main)")
     published.add_argument("--pr", action="store_true", help="open a pull request instead")
     published.add_argument("--collection", metavar="TITLE", help="add the repository to this collection of USER")
-    published.add_argument("--dry-run", action="store_true", help="show what would be sent; send nothing")
+    published.add_argument("--dry-run", action="store_true", help="print what would be uploaded; upload nothing")
     return parser
 
 

@@ -1,10 +1,9 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a card says, gathered from the files of a folder and from its publisher, and the card itself."""
+"""Gathers what a card says, from the files of a folder and from its publisher, and renders the card."""
 
 import json
 import math
-import re
 import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
@@ -24,7 +22,8 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration,
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .picture import draw_example, draw_method
-from .results import HUB_ID, TASK, Evaluation, Speed, is_number, model_index, read_evaluation, read_object, read_speed
+from .results import HUB_ID, TASK, Evaluation, Speed, model_index, read_evaluation, read_object, read_speed
+from .training_table import read_training
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = Path(__file__).parent / "template.md.jinja"
@@ -32,7 +31,6 @@ CARD_FILE = "README.md"
 METHOD_PICTURE, EXAMPLE_PICTURE = "method.png", "example.png"
 LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
-RECIPE_FILE = "recipe.yaml"
 FIRST_TAG = "v1"
 # What loads weights that were quantised by each of the ways that the card shows.
 QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum-quanto"}
@@ -40,7 +38,7 @@ QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "o
 
 @dataclass(frozen=True, kw_only=True)
 class Facts:
-    """What the publisher says of a model, because no file does. Empty: unknown, and left out of the card."""
+    """Holds what only the publisher knows about a model. The card leaves out what is empty."""
 
     license: str  # the Hub's identifier, such as cc-by-nc-4.0
     base_model: Sequence[str] = ()  # Hub ids
@@ -52,25 +50,25 @@ class Facts:
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """All that a card says. What is empty or None is left out of it."""
+    """Holds all that a card says. The card leaves out what is empty or None."""
 
     repo_id: str
-    tag: str  # the snippet's `revision`, which `publish` puts on the commit
+    tag: str  # the snippet's `revision`; `publish` tags the commit with it
     facts: Facts
     processor: LlavaSTFProcessor
     tokens_per_image: int
     parameters: int
     dtypes: str
-    size: str  # of the weights
+    size: str  # size of the weights
     training: dict[str, str]
-    config: LlavaSTFConfig | None = None  # of a whole model
-    base: str = ""  # of an adapter
+    config: LlavaSTFConfig | None = None  # for a whole model
+    base: str = ""  # for an adapter
     base_revision: str = ""
     quantisation: str = ""
     converted: bool = False
     evaluations: tuple[Evaluation, ...] = ()
     speeds: tuple[Speed, ...] = ()
-    printed: str = ""  # by the snippet
+    printed: str = ""  # the snippet's output
     printed_on: str = ""
 
     @property
@@ -87,13 +85,13 @@ class Card:
         return [self.base] if self.base else list(self.facts.base_model)
 
     def is_of_base(self, evaluation: Evaluation) -> bool:
-        """Whether somebody evaluated what this model was made from, and its weights are others: not its own results."""
+        """Returns whether these results are those of the base, whose weights differ from this model's."""
         changed = self.base or self.quantisation or (self.training and not self.converted)
         return bool(changed) and evaluation.evaluated in {*self.base_model, *self.facts.base_model}
 
     @property
     def metadata(self) -> ModelCardData:
-        """The YAML head."""
+        """Returns the YAML head."""
         relation = "adapter" if self.base else "quantized" if self.quantisation else None
         results = model_index(evaluation for evaluation in self.evaluations if not self.is_of_base(evaluation))
         return ModelCardData(
@@ -110,7 +108,7 @@ class Card:
         )
 
     def render(self) -> str:
-        """The whole README.md."""
+        """Returns the text of README.md."""
         card = ModelCard.from_template(
             self.metadata,
             template_path=str(TEMPLATE),
@@ -132,19 +130,19 @@ def gather(
     speeds: Iterable[str | Path] = (),
     recipe: str | Path | None = None,
 ) -> Card:
-    """Reads what a folder says about itself.
+    """Reads the facts of a card from a folder.
 
     Args:
         folder: a checkpoint of `modeling_llava_stf`, or a PEFT adapter of one with its processor.
         repo_id: where it will be published, `USER/NAME`.
-        facts: what its files do not say.
-        tag: the revision that the snippet asks for.
-        results: evaluation files, see [`read_evaluation`].
-        speeds: measurements, see [`read_speed`].
+        facts: what no file contains.
+        tag: the revision that the snippet loads.
+        results: evaluation files (see [`read_evaluation`]).
+        speeds: speed results (see [`read_speed`]).
         recipe: the settings that the weights were trained with, as YAML; by default `recipe.yaml` in the folder.
 
     Raises:
-        ValueError: if the folder is neither, or a file in it or of the results is damaged or incomplete.
+        ValueError: if the folder is neither, or one of its files or results is damaged or incomplete.
     """
     for name in (repo_id, *facts.base_model):
         if not HUB_ID.fullmatch(name):
@@ -152,27 +150,14 @@ def gather(
     if recipe is not None and not Path(recipe).is_file():
         raise ValueError(f"There is no recipe {recipe}.")
     processor = LlavaSTFProcessor.from_pretrained(folder)
-    crop = processor.image_processor.crop_size
-    about: dict[str, Any] = {"tokens_per_image": processor.num_image_tokens(crop["height"], crop["width"])}
-    if is_adapter(folder):
-        settings = read_object(folder / ADAPTER_CONFIG_FILE)
-        base = settings.get("base_model_name_or_path") or ""
-        if not HUB_ID.fullmatch(base):
-            raise ValueError(
-                f"The adapter's base is {base!r}, which others do not have: give its Hub id (--base USER/NAME)."
-            )
-        weights = read_file(folder / ADAPTER_WEIGHTS_FILE)
-        about |= {"base": base, "base_revision": settings.get("revision") or "main"}
-    else:
-        config = LlavaSTFConfig.from_pretrained(folder)
-        weights = read_folder(folder)
-        quantisation = getattr(config, "quantization_config", None) or {}
-        about |= {"config": config, "quantisation": quantisation.get("quant_method", "")}
+    about = _about_adapter(folder) if is_adapter(folder) else _about_model(folder)
+    weights = weights_of(folder)
     return Card(
         repo_id=repo_id,
         tag=tag,
         facts=facts,
         processor=processor,
+        tokens_per_image=processor.tokens_per_image,
         parameters=count_parameters(weights, about),
         dtypes=" and ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         size=tqdm.format_sizeof(sum(weight.nbytes for weight in weights.values()), "B"),
@@ -186,8 +171,23 @@ def gather(
     )
 
 
+def _about_adapter(folder: Path) -> dict[str, Any]:
+    base, base_revision = base_of(folder)
+    if not HUB_ID.fullmatch(base):
+        raise ValueError(
+            f"The adapter's base is {base!r}, which others do not have: give its Hub id (--base USER/NAME)."
+        )
+    return {"base": base, "base_revision": base_revision}
+
+
+def _about_model(folder: Path) -> dict[str, Any]:
+    config = LlavaSTFConfig.from_pretrained(folder)
+    quantisation = getattr(config, "quantization_config", None) or {}
+    return {"config": config, "quantisation": quantisation.get("quant_method", "")}
+
+
 def count_parameters(weights: Weights, about: dict[str, Any]) -> int:
-    """Of the model or the adapter; quantised weights are packed, so that the model itself is counted."""
+    """Counts the parameters of a model or adapter. Quantised weights are packed, so they are counted in the model."""
     if about.get("quantisation"):
         with torch.device("meta"):
             return LlavaSTFForConditionalGeneration(about["config"]).num_parameters()
@@ -195,8 +195,8 @@ def count_parameters(weights: Weights, about: dict[str, Any]) -> int:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Writes the card and what belongs to it: its pictures, and the licence files where there are none."""
-    text = card.render()  # first, because it may fail
+    """Writes the card, its pictures, and the licence files if they are missing."""
+    text = card.render()  # comes first, because it may fail
     if card.config is not None:
         draw_method(card.config).save(folder / METHOD_PICTURE, optimize=True)
     draw_example().save(folder / EXAMPLE_PICTURE, optimize=True)
@@ -207,7 +207,7 @@ def write_card(folder: Path, card: Card) -> None:
 
 
 def name_base(folder: Path, base: str, revision: str) -> None:
-    """Writes the Hub id and the revision of its base into an adapter, in place of the path where it was trained."""
+    """Writes Hub id and revision of the base into an adapter, in place of the local path from its training."""
     if not HUB_ID.fullmatch(base):
         raise ValueError(f"{base!r} is no id of a Hub repository: an adapter's base is expected as USER/NAME.")
     settings = read_object(folder / ADAPTER_CONFIG_FILE)
@@ -216,8 +216,16 @@ def name_base(folder: Path, base: str, revision: str) -> None:
     name_auto_class(folder)
 
 
+def base_of(folder: Path) -> tuple[str, str]:
+    """Returns the base of an adapter and its revision; both are empty for a whole model."""
+    if not is_adapter(folder):
+        return "", ""
+    settings = read_object(folder / ADAPTER_CONFIG_FILE)
+    return settings.get("base_model_name_or_path") or "", settings.get("revision") or "main"
+
+
 def is_adapter(folder: Path) -> bool:
-    """Whether the folder holds a PEFT adapter; raises a `ValueError` if it holds no model either."""
+    """Returns whether the folder holds a PEFT adapter; raises a `ValueError` if it holds no model either."""
     if not folder.is_dir():
         raise ValueError(f"There is no folder {folder}.")
     if (folder / ADAPTER_CONFIG_FILE).exists():
@@ -228,71 +236,12 @@ def is_adapter(folder: Path) -> bool:
 
 
 def weights_of(folder: Path) -> Weights:
-    """The weights of a model or of an adapter, still on disk."""
+    """Returns the weights of a model or an adapter without loading them."""
     return read_file(folder / ADAPTER_WEIGHTS_FILE) if is_adapter(folder) else read_folder(folder)
 
 
-def snippet_of(readme: str) -> tuple[str, str]:
-    """The first Python block of a card, and the text block right behind it: what it prints, or nothing."""
-    found = re.search(r"```python\n(.*?)```(?:\n\n[^\n]+\n\n```text\n(.*?)\n?```)?", readme, re.DOTALL)
-    if found is None:
-        raise ValueError(f"The card has no snippet: {CARD_FILE} has no Python block.")
-    return found[1], found[2] or ""
-
-
-def named_in(snippet: str) -> tuple[str, str]:
-    """The repository and the revision that a card's snippet asks for."""
-    found = re.search(r'^repository, revision = "([^"]+)", "([^"]+)"$', snippet, re.MULTILINE)
-    if found is None:
-        raise ValueError('The snippet of the card has no line `repository, revision = "USER/NAME", "TAG"`.')
-    return found[1], found[2]
-
-
-def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, str]:
-    """The recipe and the state that a run left in its folder, as lines of a table; paths are left out."""
-    path = Path(recipe or folder / RECIPE_FILE)
-    lines = _settings(path) if path.exists() else {}
-    if (folder / "trainer_state.json").exists():
-        lines |= _state(read_object(folder / "trainer_state.json"))
-    return lines
-
-
-def _settings(path: Path) -> dict[str, str]:
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path} holds a {type(recipe).__name__}, expected settings with names.")
-    return {
-        f"`{name}`": f"`{_in_words(value)}`"
-        for name, value in recipe.items()
-        if value not in (None, "", [], {}) and not isinstance(value, dict) and "/" not in str(value)
-    }
-
-
-def _state(state: dict[str, Any]) -> dict[str, str]:
-    history = [entry for entry in state.get("log_history", []) if is_number(entry.get("loss"))]
-    rates = [entry["learning_rate"] for entry in history if is_number(entry.get("learning_rate"))]
-    steps = state.get("global_step")
-    known = {
-        "steps": f"{steps} of {state['max_steps']}" if steps and state.get("max_steps") else "",
-        "epochs": _in_words(round(state["epoch"], 3)) if is_number(state.get("epoch")) else "",
-        "batch size of a device": _in_words(state.get("train_batch_size") or ""),
-        "highest learning rate": _in_words(max(rates)) if rates else "",
-        "loss": f"{history[0]['loss']:.4g} at step {history[0]['step']}, "
-        f"{history[-1]['loss']:.4g} at step {history[-1]['step']}"
-        if history
-        else "",
-    }
-    return {name: value for name, value in known.items() if value}
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(_in_words, value))
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def pinned_versions() -> dict[str, str]:
-    """The versions that the tests run with, read from `constraints.txt` and, for the oldest, `pyproject.toml`."""
+    """Returns the tested versions from `constraints.txt`; `pyproject.toml` gives the oldest transformers."""
     pinned = {}
     for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines():
         if "==" in line and not line.startswith("#"):

@@ -1,27 +1,20 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What has to hold of a folder before it is published; each check gives a line for each thing that is wrong."""
+"""Checks a folder before it is published; each check yields a line for each fault."""
 
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import transformers
 import yaml
-from huggingface_hub import ModelCardData, snapshot_download
-from packaging import version
+from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from conversion import ConversionError
 from conversion.weights import check_finite
-from modeling_llava_stf import LlavaSTFProcessor
 from modeling_llava_stf.configuration_llava_stf import AUTO_MAP
 
 from .card import (
@@ -32,23 +25,16 @@ from .card import (
     HUB_ID,
     LICENCES,
     METHOD_PICTURE,
-    Card,
-    Facts,
     is_adapter,
-    named_in,
-    snippet_of,
     weights_of,
 )
 from .files import Frozen, freeze, own_code
+from .fresh_process import use
 from .kinds import check_kind, is_pickle, levels_of, picture_texts, refuse_archive
 from .results import TASK, read_object
 from .secrets import secrets_in, unescape
+from .snippet import is_our_snippet, named_in, snippet_of
 
-# Older ones ask the Hub again for the config.json that an adapter's repository does not have.
-ADAPTERS_OFFLINE = version.parse("5.23")
-PROBE = Path(__file__).with_name("probe.py")
-# What the probe gets of our environment: no tokens, and no address with a password.
-PROBE_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 PROCESSOR_FILES = (
     "processing_llava_stf.py",
     "processor_config.json",
@@ -61,26 +47,25 @@ MODEL_FILES = ("config.json", "generation_config.json", METHOD_PICTURE) + tuple(
 )
 WEIGHTS_INDEX = "model.safetensors.index.json"
 OBJECTS = ("config.json", ".index.json")
-REVISION = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*")
-# Vocabularies have words that look like paths.
+# Vocabularies contain words that look like paths.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
-BINARY = "\ufffd"  # what a file that is no text has, decoded
+BINARY = "\ufffd"  # appears in a binary file that is decoded as text
 REST = r"[^\s\"'`)>\]\x00-\x1f\ufffd]*"
 PATH = re.compile(
     r"(?<![\w./:-])(?:file://|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|workspace|scratch|content))/" + REST
 )
-# So short that they stand by chance in what is no text.
+# These are so short that binary files contain them by chance.
 SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:\\\\?\w)" + REST)
-# The most characters of a card's YAML, and brackets in it: PyYAML 6.0.3 takes time with the square of their depth.
+# Limits of a card's YAML: characters, and brackets (PyYAML 6.0.3 takes time with the square of their depth).
 MOST_HEAD, MOST_BRACKETS = 200_000, 200
 
 
 def check(folder: Path | Frozen, **options: Any) -> list[str]:
-    """All that is wrong with a folder; nothing, if it may be published.
+    """Returns all faults of a folder; the list is empty if it may be published.
 
     Args:
         folder: what [`freeze`] returns, or a folder to freeze.
-        options: those of [`freeze`].
+        options: options of [`freeze`].
 
     Raises:
         ValueError: if it holds neither a model nor an adapter.
@@ -91,16 +76,16 @@ def check(folder: Path | Frozen, **options: Any) -> list[str]:
     damaged = any(problem.startswith("damaged") for problem in problems)
     if not damaged and {"config.json", ADAPTER_CONFIG_FILE} & frozen.files.keys():  # the other checks read them
         problems += [problem for find in CHECKS for problem in find(frozen)]
-    # Loading runs code of the folder, and would only repeat what is known to be missing.
+    # Loading runs code of the folder, and would only repeat the faults that are known.
     problems = problems or list(check_use(frozen))
     return [problem.replace(str(frozen.folder), str(frozen.source)) for problem in problems]
 
 
-# The checks. Each takes what would be published and gives what is wrong.
+# Each check takes the files that would be published and yields the faults.
 
 
 def check_kinds(frozen: Frozen) -> Iterator[str]:
-    """Every file is of the kind that its name says, and nothing else besides."""
+    """Checks that every file is of the kind that its name says, and of no other kind, too."""
     for name, file in frozen.files.items():
         content = frozen.read(name)
         if file.kind in ("text", "code", "sentencepiece") and is_pickle(content):
@@ -115,7 +100,7 @@ def check_kinds(frozen: Frozen) -> Iterator[str]:
 
 
 def check_complete(frozen: Frozen) -> Iterator[str]:
-    """Code, configuration, processor, templates, weights, card and pictures are there."""
+    """Checks that code, configuration, processor, templates, weights, card and pictures are there."""
     adapter = is_adapter(frozen.folder)
     wanted = [CARD_FILE, EXAMPLE_PICTURE, *PROCESSOR_FILES, *(() if adapter else MODEL_FILES)]
     for name in wanted:
@@ -129,7 +114,7 @@ def check_complete(frozen: Frozen) -> Iterator[str]:
 
 
 def check_weights(frozen: Frozen) -> Iterator[str]:
-    """The safetensors can be read, shards are those of their index, and every value is finite."""
+    """Checks that weights can be read, that shards match their index, and that every value is finite."""
     files = [name for name, file in frozen.files.items() if file.kind == "safetensors"]
     if not files:
         return
@@ -146,7 +131,7 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
         with tqdm(total=total, unit="B", unit_scale=True, desc="checking weights", leave=False) as progress:
             for name, weight in weights.items():
                 tensor = weight.load()
-                # No minimum of eight-bit floats; integers are finite.
+                # torch has no minimum of eight-bit floats; integers are always finite.
                 check_finite(name, tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor)
                 progress.update(weight.nbytes)
     except ConversionError as error:
@@ -154,7 +139,7 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
 
 
 def _outside(frozen: Frozen) -> list[Any]:
-    """What the index of the weights names that would not be published."""
+    """Returns the files in the index of the weights that would not be published."""
     if WEIGHTS_INDEX not in frozen.files:
         return []
     weight_map = json.loads(frozen.read(WEIGHTS_INDEX)).get("weight_map")
@@ -164,7 +149,7 @@ def _outside(frozen: Frozen) -> list[Any]:
 
 
 def check_metadata(frozen: Frozen) -> Iterator[str]:
-    """The YAML head is read by huggingface_hub and names licence, pipeline and library."""
+    """Checks that huggingface_hub reads the YAML head, and that it names pipeline and library."""
     if CARD_FILE not in frozen.files:
         return
     try:
@@ -182,7 +167,7 @@ def check_metadata(frozen: Frozen) -> Iterator[str]:
 
 
 def head_of(card: str) -> dict[str, Any]:
-    """The YAML head of a card; references are refused, because few lines of them stand for any amount.
+    """Returns the YAML head of a card; refuses references, because a few lines of them can expand without limit.
 
     Raises:
         ValueError: if there is none, or it is not valid.
@@ -209,7 +194,7 @@ def head_of(card: str) -> dict[str, Any]:
 
 
 def check_licence(frozen: Frozen) -> Iterator[str]:
-    """LICENSE and NOTICE are there, and the card names the licence of the weights."""
+    """Checks that LICENSE and NOTICE are there, and that the card names the licence of the weights."""
     for name in LICENCES:
         if name not in frozen.files or not frozen.files[name].size:
             yield f"licence: {name} is missing or empty"
@@ -222,7 +207,7 @@ def check_licence(frozen: Frozen) -> Iterator[str]:
 
 
 def check_snippet(frozen: Frozen) -> Iterator[str]:
-    """The card has a snippet, and it names a repository and a revision."""
+    """Checks that the card has a snippet, and that it names a repository and a revision."""
     try:
         if CARD_FILE in frozen.files:
             named_in(snippet_of(_card(frozen))[0])
@@ -231,7 +216,7 @@ def check_snippet(frozen: Frozen) -> Iterator[str]:
 
 
 def check_archives(frozen: Frozen) -> Iterator[str]:
-    """No archive is hidden in the weights."""
+    """Checks that the weights hide no archive."""
     for name, file in frozen.files.items():
         if file.kind == "safetensors":
             try:
@@ -242,7 +227,7 @@ def check_archives(frozen: Frozen) -> Iterator[str]:
 
 
 def check_code(frozen: Frozen) -> Iterator[str]:
-    """No configuration takes code from another repository, or has a chat template of its own in it."""
+    """Checks that no configuration takes code from another repository or contains an unknown chat template."""
     for name, value in _json_of(frozen):
         for key, item in _pairs(value):
             if key in ("auto_map", "custom_pipelines"):
@@ -257,7 +242,7 @@ def _is_our_template(value: Any) -> bool:
 
 
 def check_paths(frozen: Frozen) -> Iterator[str]:
-    """No file names a place on the machine where it was made."""
+    """Checks that no file names a path on the machine where it was made."""
     for name in frozen.files:
         if name in VOCABULARIES:
             continue
@@ -279,7 +264,7 @@ def _paths_in(text: str) -> Iterator[str]:
 
 
 def check_secrets(frozen: Frozen) -> Iterator[str]:
-    """No file has a token, a key or a password in it; the message does not repeat it."""
+    """Checks that no file contains a token, a key or a password; the message does not repeat it."""
     for name, file in frozen.files.items():
         content = frozen.read(name)
         found = secrets_in(content)
@@ -289,7 +274,7 @@ def check_secrets(frozen: Frozen) -> Iterator[str]:
 
 
 def _texts(frozen: Frozen, name: str) -> Iterator[str]:
-    """What a file says: the names and strings of JSON, the text of others, with and without escapes."""
+    """Yields the texts of a file: names and strings of JSON, else the whole text, with and without escapes."""
     content, kind = frozen.read(name), frozen.files[name].kind
     if kind in ("JSON", "safetensors"):
         yield from _strings(_loaded(content))
@@ -301,7 +286,7 @@ def _texts(frozen: Frozen, name: str) -> Iterator[str]:
 
 
 def _loaded(content: bytes) -> Any:
-    """JSON, or nothing where it is the header of damaged weights, see `check_weights`."""
+    """Parses JSON; returns None for the header of damaged weights, which `check_weights` reports."""
     try:
         return json.loads(content)
     except (ValueError, RecursionError):
@@ -339,9 +324,9 @@ CHECKS: tuple[Callable[[Frozen], Iterator[str]], ...] = (
 
 
 def check_use(frozen: Frozen) -> Iterator[str]:
-    """In a process of its own and offline: the folder loads, the snippet runs, and both do what the card says.
+    """Checks that the folder loads, that the snippet runs, and that both agree with the card.
 
-    Code that is not this package's is run only after a yes.
+    A separate process does this, offline. It runs code that is not this package's only with `run_code`.
     """
     card = _card(frozen)
     if frozen.foreign and not frozen.run_code:
@@ -349,7 +334,7 @@ def check_use(frozen: Frozen) -> Iterator[str]:
         print(f"- not loaded: {names} is not this package's code (--run-code loads it)", file=sys.stderr, flush=True)
         return
     try:
-        if not frozen.run_code and not _is_our_snippet(frozen, card):
+        if not frozen.run_code and not is_our_snippet(frozen, card):
             yield "snippet: it is not what this package writes, and was not run; render again, or say --run-code"
             return
         found = use(frozen, snippet_of(card)[0])
@@ -359,37 +344,8 @@ def check_use(frozen: Frozen) -> Iterator[str]:
     yield from compare_use(card, found)
 
 
-def _is_our_snippet(frozen: Frozen, card: str) -> bool:
-    """Whether the snippet is that of a card about the same repository; nothing else of a card shows in it."""
-    snippet = snippet_of(card)[0]
-    repository, tag = named_in(snippet)
-    base, base_revision = _base_of(frozen)
-    ours = Card(
-        repo_id=repository,
-        tag=tag,
-        facts=Facts(license=""),
-        processor=LlavaSTFProcessor.from_pretrained(frozen.folder),
-        tokens_per_image=0,
-        parameters=0,
-        dtypes="",
-        size="",
-        training={},
-        base=base,
-        base_revision=base_revision,
-    )
-    return snippet == snippet_of(ours.render())[0]
-
-
-def _base_of(frozen: Frozen) -> tuple[str, str]:
-    """The base of an adapter and its revision; nothing for a model."""
-    if not is_adapter(frozen.folder):
-        return "", ""
-    settings = read_object(frozen.folder / ADAPTER_CONFIG_FILE)
-    return settings["base_model_name_or_path"], settings.get("revision") or "main"
-
-
 def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
-    """What the card says, against what [`use`] found."""
+    """Compares the card with what [`use`] found."""
     yield from (f"use: {problem}" for problem in found["wrong"])
     tokens = re.search(r"\*\*(\d+) vision tokens\*\*", card)
     if tokens is None or int(tokens[1]) != found["tokens_per_image"]:
@@ -398,138 +354,3 @@ def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
     printed = snippet_of(card)[1]
     if printed and printed != found["printed"]:
         yield f"snippet: it prints {found['printed']!r}, the card shows {printed!r} (render again with --run)"
-
-
-def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
-    """Loads a folder and runs the card's snippet in a fresh process: offline, with nothing of this package.
-
-    The process finds the files that would be published under the repository's name, in a cache of its own. The base
-    of an adapter has to be on the Hub, or in the usual cache.
-
-    Returns:
-        `wrong` (weights that are missing or have no place), `tokens_per_image`, `printed`, and `on` (device, dtype).
-
-    Raises:
-        ValueError: with the last line of its error, if that process fails, or if it takes longer than the time limit.
-    """
-    repository, revision = named_in(snippet)
-    base, base_revision = _base_of(frozen)
-    if base and version.parse(transformers.__version__) < ADAPTERS_OFFLINE:
-        raise ValueError(
-            f"transformers {transformers.__version__} cannot load an adapter offline: use {ADAPTERS_OFFLINE}"
-        )
-    print("- loading it in a fresh process, and running the card's snippet", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory() as home:
-        _put_in_cache(Path(home), repository, revision, frozen.folder, [Path(name) for name in frozen.files])
-        if base:
-            base_folder = _fetch(base, base_revision)
-            files = [path.relative_to(base_folder) for path in base_folder.rglob("*") if path.is_file()]
-            _refuse_foreign(base, base_folder, files, frozen.run_code)
-            _put_in_cache(Path(home), base, base_revision, base_folder, files)
-        asked = {"repository": repository, "revision": revision, "base": base, "base_revision": base_revision}
-        return _probe(Path(home), json.dumps({"load": asked, "snippet": snippet}), frozen.time_limit)
-
-
-def _refuse_foreign(base: str, folder: Path, files: list[Path], run_code: bool) -> None:
-    for path in files:
-        if path.suffix not in (".py", ".pyc", ".so", ".pyd") or run_code:
-            continue
-        if (folder / path).read_bytes() not in own_code(path.name):
-            raise ValueError(f"{path} of the base {base} is not this package's code, and was not run: see --run-code")
-
-
-def _probe(home: Path, request: str, time_limit: float) -> dict[str, Any]:
-    """Runs the probe; its standard input stays open while this process lives, and it ends when that closes."""
-    environment = {name: os.environ[name] for name in PROBE_ENVIRONMENT if name in os.environ}
-    places = {
-        "HOME": home,
-        "TMPDIR": home,
-        "HF_HOME": home,
-        "HF_HUB_CACHE": home / "hub",
-        "HF_MODULES_CACHE": home / "code",
-    }
-    environment |= {"HF_HUB_OFFLINE": "1", **{name: str(place) for name, place in places.items()}}
-    answer, errors = home / "answer", home / "errors"
-    with answer.open("wb") as output, errors.open("wb") as complaints:
-        process = subprocess.Popen(
-            [sys.executable, "-I", str(PROBE)],
-            cwd=home,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=complaints,
-            start_new_session=True,
-        )
-        try:
-            _send(process, request)
-            process.wait(time_limit)
-        except subprocess.TimeoutExpired as error:
-            raise ValueError(
-                f"it took longer than {time_limit:.0f} seconds in a fresh process (--time-limit)"
-            ) from error
-        finally:
-            _end(process)
-    if process.returncode:
-        said = _last_line(errors) or f"exit code {process.returncode}"
-        raise ValueError(f"it does not load in a fresh process: {said}")
-    try:
-        return json.loads(_last_line(answer))
-    except ValueError as error:
-        raise ValueError("it does not load in a fresh process: that ended without an answer") from error
-
-
-def _send(process: subprocess.Popen, request: str) -> None:
-    assert process.stdin is not None
-    try:
-        process.stdin.write(request.encode() + b"\n")
-        process.stdin.flush()
-    except BrokenPipeError:  # it has ended, and its errors say why
-        pass
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Ends a process with all that it has started, whether or not it is done."""
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    process.wait()
-    assert process.stdin is not None
-    process.stdin.close()
-
-
-def _last_line(path: Path) -> str:
-    """The last line of what a process wrote, which may be long."""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 2**20))
-        lines = file.read().decode("utf-8", "replace").strip().splitlines()
-    return lines[-1] if lines else ""
-
-
-def _put_in_cache(home: Path, repository: str, revision: str, folder: Path, files: list[Path]) -> None:
-    """Lays files out as huggingface_hub's cache does after a download, by links.
-
-    Raises:
-        ValueError: for names that would lie outside of the cache.
-    """
-    if not (HUB_ID.fullmatch(repository) and REVISION.fullmatch(str(revision))):
-        raise ValueError(f"{repository!r} with the revision {revision!r} is no place on the Hub")
-    commit = "0" * 40
-    cache = home / "hub" / f"models--{repository.replace('/', '--')}"
-    (cache / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
-    (cache / "refs" / revision).write_text(commit)
-    if Path("config.json") not in files:  # an adapter: the cache remembers, too, which files there are not
-        (cache / ".no_exist" / commit).mkdir(parents=True)
-        (cache / ".no_exist" / commit / "config.json").touch()
-    for path in files:
-        link = cache / "snapshots" / commit / path
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to((folder / path).resolve())
-
-
-def _fetch(base: str, revision: str) -> Path:
-    try:
-        return Path(snapshot_download(base, revision=revision))
-    except (OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the adapter's base {base} (revision {revision}) is not on the Hub: {reason}") from error

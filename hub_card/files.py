@@ -1,10 +1,10 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which files of a folder are published: those of a list, and others after a yes; frozen once.
+"""Selects and freezes the files that are published: those on a list, and others that the user names.
 
-`freeze` copies what would be published into a private folder and notes the size and the SHA-256 of each file. All
-checks read that copy, and `publish` sends it. Weights may be large and are not copied: the copy links to them, and what
-was uploaded is compared with the SHA-256 before it is committed.
+`freeze` copies them into a private folder and records the size and the SHA-256 of each. All checks read that copy, and
+`publish` uploads it. Weights may be large, so the copy only links to them; what was uploaded is compared with the
+SHA-256 before the commit.
 """
 
 import hashlib
@@ -20,12 +20,13 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .card import ADAPTER_CONFIG_FILE, RECIPE_FILE, ROOT
+from .card import ADAPTER_CONFIG_FILE, ROOT
 from .kinds import MOST_BYTES, is_pickle
 from .secrets import secrets_in
+from .training_table import RECIPE_FILE
 
 TEMPLATES = "additional_chat_templates/"
-# What the folder of a model or of an adapter has on the Hub, and the kind of each.
+# The files of a model or an adapter on the Hub, and the kind of each.
 ALLOWED = (
     (r"README\.md|(LICENSE|NOTICE)(\.md|\.txt)?|merges\.txt", "text"),
     (
@@ -39,17 +40,17 @@ ALLOWED = (
     (r"(configuration|modeling|processing)_llava_stf\.py", "code"),
     (rf"chat_template\.jinja|{TEMPLATES}[\w.-]+\.jinja", "code"),
 )
-# What else can be checked, by the end of its name; it needs a yes.
+# Other files that can be checked, by suffix; `--also` must name them.
 KINDS = {
     **dict.fromkeys((".md", ".txt", ".yaml", ".yml", ".csv", ".tsv", ".jsonl", ".bib", ".cff"), "text"),
     **{".json": "JSON", ".model": "sentencepiece", ".safetensors": "safetensors", ".png": "PNG"},
 }
-# requirements.txt, because pip runs what it names.
+# requirements.txt counts as code, because pip runs what it names.
 CODE = re.compile(
     r".*\.(py|pyi|pyc|pyd|so|dll|dylib|jinja2?|sh|js|ipynb|c|cc|cpp|cu|cuh|h)|.*requirements[^/]*\.txt", re.IGNORECASE
 )
 PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib", ".npy", ".npz", ".h5", ".keras"}
-# What a trainer, a logger or an editor leaves stays at home. A folder's name ends in a slash.
+# Files of trainers, loggers and editors are not uploaded. A folder's name ends in a slash.
 LEFT_OUT = (
     (r"\..*|__pycache__/", "hidden"),
     (r"(runs|logs|wandb|mlruns|lightning_logs|completions)/", "logs of a run"),
@@ -63,14 +64,14 @@ LEFT_OUT = (
     ),
 )
 BLOCK = 2**20
-BEGINNING = 2**16  # bytes that are looked at of a file that is not on the list
+BEGINNING = 2**16  # bytes that are read of a file that is not on the list
 MOST_REFUSED = 100
-MOST_HEADER = 100 * BLOCK  # of safetensors; its own limit
+MOST_HEADER = 100 * BLOCK  # the limit of safetensors itself
 
 
 @dataclass(frozen=True)
 class File:
-    """A file that would be published."""
+    """Describes a file that would be published."""
 
     size: int
     sha256: str
@@ -79,21 +80,21 @@ class File:
 
 @dataclass(frozen=True)
 class Frozen:
-    """What would be published of a folder: the copy that is checked and sent, and what is wrong with the choice."""
+    """Holds the copy of a folder that is checked and uploaded, and the faults found in selecting its files."""
 
     source: Path
     folder: Path
     files: dict[str, File] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)  # names, and why they stay at home
-    refused: list[str] = field(default_factory=list)  # what is wrong, a line each
+    left_out: dict[str, str] = field(default_factory=dict)  # names of files that are not uploaded, with the reason
+    refused: list[str] = field(default_factory=list)  # faults, one line each
     foreign: list[str] = field(default_factory=list)  # Python files that are not this package's
     allow_code: Collection[str] = ()
     run_code: bool = False
     time_limit: float = 1800
-    keep: tempfile.TemporaryDirectory | None = None  # the copy goes when this object goes
+    keep: tempfile.TemporaryDirectory | None = None  # deletes the copy together with this object
 
     def read(self, name: str) -> bytes:
-        """The content of a file; of weights only their header, which is JSON."""
+        """Returns the content of a file; of weights only the header, which is JSON."""
         with (self.folder / name).open("rb") as file:
             if self.files[name].kind == "safetensors":
                 return file.read(min(int.from_bytes(file.read(8), "little"), MOST_HEADER))
@@ -107,14 +108,14 @@ def freeze(
     run_code: bool = False,
     time_limit: float = 1800,
 ) -> Frozen:
-    """Lists what would be published, and makes a private copy of it. Nothing is run, and no link is followed.
+    """Copies what would be published into a private folder. It runs no code and follows no link.
 
     Args:
         folder: a checkpoint or an adapter.
-        also: names of files to publish that are not on the list, relative to the folder.
-        allow_code: names of files with code to publish that is not this package's.
-        run_code: whether `check` may run code that is not this package's, in a process of its own.
-        time_limit: of that process, in seconds.
+        also: files to publish that are not on the list, relative to the folder.
+        allow_code: files of code to publish that is not this package's.
+        run_code: whether `check` may run code that is not this package's, in a separate process.
+        time_limit: time limit of that process, in seconds.
 
     Raises:
         ValueError: if there is no such folder, or the extra `publish` is not installed.
@@ -141,13 +142,13 @@ def freeze(
 
 
 def shown(name: str) -> str:
-    """A name as it can be printed on a line."""
+    """Returns a name that can be printed on one line."""
     return name if name.isprintable() else ascii(name)
 
 
 @dataclass(frozen=True)
 class Found:
-    """An entry of a folder; neither left out nor refused, it is a regular file."""
+    """Describes an entry of a folder; it is a regular file if it is neither left out nor refused."""
 
     name: str
     left_out: str = ""
@@ -155,7 +156,7 @@ class Found:
 
 
 def _look(folder: Path, wanted: Collection[str], inside: str = "") -> Iterator[Found]:
-    """All entries of a folder but those of folders that stay at home or are refused, which are one entry each."""
+    """Yields all entries of a folder; a folder that is left out or refused is one entry."""
     with os.scandir(folder / inside) as entries:
         for entry in sorted(entries, key=lambda entry: entry.name):
             is_folder = entry.is_dir(follow_symlinks=False)
@@ -192,7 +193,7 @@ def _unknown(name: str) -> str:
 
 
 def _take(frozen: Frozen, name: str, also: Collection[str]) -> str:
-    """Adds a regular file to the copy, or says why not."""
+    """Adds a regular file to the copy, or returns the reason why not."""
     kind = next((kind for pattern, kind in ALLOWED if re.fullmatch(pattern, name)), "")
     if not kind and name in frozen.allow_code:
         kind = "code"
@@ -210,7 +211,7 @@ def _take(frozen: Frozen, name: str, also: Collection[str]) -> str:
 
 
 def _open(folder: Path, name: str) -> BinaryIO:
-    """Opens a file below a folder without following links, and without waiting for the other end of a pipe."""
+    """Opens a file in a folder; follows no links and does not wait for a pipe."""
     *folders, last = name.split("/")
     here = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -224,7 +225,7 @@ def _open(folder: Path, name: str) -> BinaryIO:
 
 
 def _refuse(name: str, start: bytes, asked: bool) -> str:
-    """What is wrong with a file that is not on the list."""
+    """Returns the fault of a file that is not on the list."""
     if is_pickle(start) or Path(name).suffix.lower() in PICKLE_SUFFIXES:
         return f"pickle: {shown(name)} may run code when it is loaded; convert it to safetensors, or remove it"
     secrets = secrets_in(start)
@@ -249,7 +250,7 @@ def _copy(frozen: Frozen, name: str, kind: str, file: BinaryIO) -> str:
     frozen.files[name] = File(len(content), hashlib.sha256(content).hexdigest(), kind)
     if kind != "code" or content in own_code(name):
         return ""
-    if not name.endswith(".jinja"):  # a template is run in a sandbox
+    if not name.endswith(".jinja"):  # templates run in a sandbox
         frozen.foreign.append(name)
     if name in frozen.allow_code:
         return ""
@@ -258,7 +259,7 @@ def _copy(frozen: Frozen, name: str, kind: str, file: BinaryIO) -> str:
 
 @cache
 def own_code(name: str) -> list[bytes]:
-    """What this package has for a file of code: the file of that name, or any of its chat templates."""
+    """Returns this package's content for a file of code: the file of that name, or all chat templates."""
     package = [ROOT / "modeling_llava_stf" / name] if re.fullmatch(r"\w+_llava_stf\.py", name) else []
     templates = (ROOT / "conversion" / "chat_templates").glob("*.jinja") if name.endswith(".jinja") else []
     return [path.read_bytes() for path in (*package, *templates) if path.is_file()]
@@ -274,7 +275,7 @@ def _link(frozen: Frozen, name: str, file: BinaryIO) -> str:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether safetensors can read a file; `check_weights` says why not."""
+    """Returns whether safetensors can read a file; `check_weights` reports why not."""
     try:
         safe_open(path, framework="pt")
     except (SafetensorError, OSError):

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a file is of the kind that its name says, and of no other kind besides."""
+"""Checks that a file is of the kind that its name says, and of no other kind, too."""
 
 import io
 import json
@@ -14,14 +14,14 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-# The most bytes of each kind; the pixels of a picture; the levels of nested JSON. Weights may be as large as they are.
+# Limits: bytes of each kind, pixels of a picture, levels of nested JSON. Weights have no limit.
 MOST_BYTES = {"text": 2**20, "code": 2**20, "JSON": 2**26, "sentencepiece": 2**24, "PNG": 2**24}
 MOST_PIXELS = 2**24
 MOST_LEVELS = 100
 ZIP, PICKLE = b"PK\x03\x04", re.compile(rb"\x80[\x02-\x05]")
 MANY_OPCODES = 1000
 PNG_START = b"\x89PNG\r\n\x1a\n"
-# The chunks of the PNG standard; others may hold anything.
+# These are the chunks of the PNG standard; others may contain anything.
 PNG_CHUNKS = set(
     b"IHDR PLTE IDAT IEND tRNS gAMA cHRM sRGB sBIT bKGD pHYs hIST sPLT tIME tEXt zTXt iTXt eXIf iCCP".split()
 )
@@ -29,14 +29,14 @@ PILLOW_ERRORS = (OSError, SyntaxError, ValueError, EOFError, zlib.error, struct.
 
 
 def check_kind(content: bytes, kind: str) -> None:
-    """Raises a `ValueError` that goes on after the file's name, such as "is not JSON: ..."."""
-    if kind != "safetensors":  # safetensors itself checks that its tensors cover the whole file, see `check_weights`
+    """Raises a `ValueError` that continues the file's name, such as "is not JSON: ..."."""
+    if kind != "safetensors":  # safetensors checks that its tensors cover the whole file (see `check_weights`)
         CHECKS[kind](content)
         refuse_archive(io.BytesIO(content))
 
 
 def is_pickle(content: bytes) -> bool:
-    """Whether pickle or torch.load would take the content, or its beginning: any protocol, or a zip."""
+    """Returns whether pickle or torch.load would accept the content or its beginning: any protocol, or a zip."""
     if content.startswith(ZIP) or PICKLE.match(content):
         return True
     count = 0
@@ -50,7 +50,7 @@ def is_pickle(content: bytes) -> bool:
 
 
 def refuse_archive(file: BinaryIO) -> None:
-    """Raises a `ValueError` if a zip is hidden in a file, behind whatever else."""
+    """Raises a `ValueError` if a file hides a zip after other content."""
     try:
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
@@ -84,7 +84,7 @@ def check_json(content: bytes) -> None:
 
 
 def levels_of(value: Any) -> Iterator[list[tuple[str, Any]]]:
-    """All values of JSON with their names, level by level; in a list, and at the top, the name is empty."""
+    """Yields all values of JSON with their names, level by level; names in lists and at the top are empty."""
     level = [("", value)]
     while level:
         yield level
@@ -106,7 +106,7 @@ def check_png(content: bytes) -> None:
 
 
 def png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Name and data of each chunk; the last one has to end the file."""
+    """Yields name and data of each chunk; the last one must end the file."""
     if not content.startswith(PNG_START):
         raise ValueError("is not a PNG")
     position, name = len(PNG_START), b""
@@ -121,7 +121,7 @@ def png_chunks(content: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def picture_texts(content: bytes) -> list[str]:
-    """The texts in a PNG: comments and EXIF, decompressed."""
+    """Returns the texts in a PNG: comments and EXIF, decompressed."""
     try:
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             if picture.width * picture.height > MOST_PIXELS:

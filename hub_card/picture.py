@@ -7,13 +7,13 @@ from PIL import Image, ImageDraw, ImageFont
 from modeling_llava_stf import LlavaSTFConfig
 
 SIZE = (1200, 430)
-SMOOTHING = 3  # drawn so many times larger and then reduced, which smooths the edges
+SMOOTHING = 3  # drawn this many times larger and then reduced, which smooths the edges
 INK, PALE, LINES, PATCH, TOKEN = "#1f2937", "#6b7280", "#9ca3af", "#bfdbfe", "#fdba74"
-TOP, SIDE = 92, 210  # of the three grids
+TOP, SIDE = 92, 210  # position and size of the three grids
 
 
 def draw_method(config: LlavaSTFConfig) -> Image.Image:
-    """Patch grid, blocks, fused grid and tokens of `config`, left to right; 1200 x 430 pixels on white."""
+    """Draws patch grid, blocks, fused grid and tokens of `config` from left to right, 1200 x 430 pixels."""
     grid, window, taps = config.grid_size, config.fusion_window, config.taps
     tokens = grid // window
     pen = _Pen(SIZE)
@@ -48,7 +48,7 @@ def draw_method(config: LlavaSTFConfig) -> Image.Image:
 
 
 def draw_example() -> Image.Image:
-    """A red square, a blue circle and a green triangle on white, 336 pixels wide and high."""
+    """Draws a red square, a blue circle and a green triangle on white, 336 pixels wide and high."""
     pen = _Pen((336, 336))
     pen.rectangle((30, 40, 140, 150), "#dc2626")
     pen.ellipse((186, 40, 306, 160), "#2563eb")
@@ -86,7 +86,7 @@ class _Pen:
         self.draw.polygon([(x * SMOOTHING, y * SMOOTHING) for x, y in points], fill, outline, SMOOTHING)
 
     def grid(self, corner: tuple[int, int], cells: int, fill: str) -> None:
-        """A square of `cells` x `cells` cells."""
+        """Draws a square of `cells` x `cells` cells."""
         x, y = corner
         self.rectangle((x, y, x + SIDE, y + SIDE), fill)
         for index in range(cells + 1):
@@ -100,7 +100,7 @@ class _Pen:
         self.rectangle((x, y, x + side, y + side), TOKEN, INK)
 
     def sheet(self, corner: tuple[float, float], name: str) -> None:
-        """A feature map, with the number of its block in the lower right corner."""
+        """Draws a feature map with the number of its block in the lower right corner."""
         x, y = corner
         self.rectangle((x, y, x + 118, y + 118), PATCH, PALE)
         self.text((round(x + 110), round(y + 108)), name, 11)

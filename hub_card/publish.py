@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Uploads a checked folder to the Hub: one commit, complete or absent, and safe to repeat."""
+"""Uploads a checked folder to the Hub in one commit, complete or not at all. It is safe to repeat."""
 
 import json
 import re
@@ -14,16 +14,17 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from .card import CARD_FILE, named_in, snippet_of
+from .card import CARD_FILE
 from .files import Frozen, freeze, shown
+from .snippet import named_in, snippet_of
 
-# Old weights beside new ones might be loaded instead of them.
+# Old weights in the same folder might be loaded instead of the new ones.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 TRY_AGAIN = "Run the same command again: what has arrived is not sent twice."
 
 
 class HubError(Exception):
-    """The Hub refused, or could not be reached; `again` says whether repeating the command may help."""
+    """Says that the Hub refused or could not be reached; `again` is true if repeating the command may help."""
 
     def __init__(self, message: str, again: bool):
         super().__init__(message)
@@ -32,7 +33,7 @@ class HubError(Exception):
 
 @dataclass(frozen=True)
 class Upload:
-    """What will be uploaded, and where."""
+    """Describes what will be uploaded, and where."""
 
     frozen: Frozen
     repo_id: str
@@ -47,7 +48,7 @@ class Upload:
         return sum(file.size for file in self.frozen.files.values())
 
     def describe(self) -> Iterator[str]:
-        """The upload in lines."""
+        """Yields lines that describe the upload."""
         for name, file in self.frozen.files.items():
             yield f"{_size(file.size):>10}  {name}  sha256 {file.sha256[:12]}"
         for name, reason in self.frozen.left_out.items():
@@ -76,13 +77,13 @@ def plan(
     pr: bool = False,
     collection: str | None = None,
 ) -> Upload:
-    """Says what an upload would do; nothing is sent.
+    """Returns what an upload would do, without sending anything.
 
     Args:
-        folder: what [`freeze`] returns and [`check`] has checked; a folder is frozen as it is now.
+        folder: a frozen folder that [`check`] has checked, or a path to freeze now.
 
     Raises:
-        ValueError: if there is a file that may not be sent, or if the card is about another repository.
+        ValueError: if a file may not be published, or if the card is about another repository.
     """
     frozen = folder if isinstance(folder, Frozen) else freeze(folder)
     if frozen.refused:
@@ -101,14 +102,14 @@ def plan(
 def publish(upload: Upload) -> str:
     """Creates the repository, uploads in one commit, tags the commit, and adds the repository to the collection.
 
-    Nothing is visible before the commit; a repeated call sends what is not there yet, and commits nothing if all is.
-    Weights on the branch that the folder does not have are deleted by the same commit.
+    Nothing is visible before the commit. A repeated call uploads only what is missing, and makes no commit if nothing
+    is. The same commit deletes weights on the branch that the folder does not have.
 
     Returns:
-        The address of the commit or of the pull request.
+        The URL of the commit or of the pull request.
 
     Raises:
-        HubError: in words, if the Hub refuses or cannot be reached.
+        HubError: if the Hub refuses or cannot be reached.
     """
     api, name = HfApi(), upload.repo_id
     if get_token() is None:
@@ -153,7 +154,7 @@ def publish(upload: Upload) -> str:
 
 
 def _operations(api: HfApi, upload: Upload) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """All files of the folder (huggingface_hub leaves out what has not changed), without weights of another upload."""
+    """Adds all files (huggingface_hub skips unchanged ones) and deletes the weights of an earlier upload."""
     names = upload.frozen.files.keys()
     there = api.list_repo_files(upload.repo_id, revision=upload.revision)
     old = [name for name in there if name not in names and name.endswith(WEIGHT_SUFFIXES)]
@@ -164,7 +165,7 @@ def _operations(api: HfApi, upload: Upload) -> list[CommitOperationAdd | CommitO
 
 
 def _upload(api: HfApi, upload: Upload, operations: list[CommitOperationAdd | CommitOperationDelete]) -> None:
-    """Sends the content of large files, of which nothing is visible yet, and compares all with the frozen list."""
+    """Uploads large files, still without a commit, and compares all files with the frozen list."""
     additions = [operation for operation in operations if isinstance(operation, CommitOperationAdd)]
     api.preupload_lfs_files(upload.repo_id, additions, revision=upload.revision, create_pr=upload.pr, free_memory=False)
     files = upload.frozen.files
@@ -179,7 +180,7 @@ def _upload(api: HfApi, upload: Upload, operations: list[CommitOperationAdd | Co
 
 
 def _same_files(api: HfApi, upload: Upload) -> bool:
-    """Whether the tag has the frozen files, by their checksums."""
+    """Returns whether the tag has the frozen files, by their checksums."""
     found = api.verify_repo_checksums(upload.repo_id, revision=upload.tag, local_dir=upload.frozen.folder)
     new = upload.frozen.files.keys() & set(found.extra_paths)
     old = [path for path in found.missing_paths if path.endswith(WEIGHT_SUFFIXES)]
@@ -188,7 +189,7 @@ def _same_files(api: HfApi, upload: Upload) -> bool:
 
 @contextmanager
 def _step(doing: str, repo_id: str) -> Iterator[None]:
-    """Turns what goes wrong between us and the Hub into a [`HubError`] that says what was being done."""
+    """Converts errors of a step to a [`HubError`] that says what was being done."""
     try:
         yield
     except (httpx.HTTPError, OSError, ValueError, RuntimeError) as error:
@@ -196,7 +197,7 @@ def _step(doing: str, repo_id: str) -> Iterator[None]:
 
 
 def _in_words(error: BaseException, doing: str, repo_id: str) -> HubError:
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading", and why
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:  # "Error while uploading"; its cause says why
         return _in_words(error.__cause__, f"{doing} ({_said(error)})", repo_id)
     status = _status(error)
     owner = repo_id.split("/")[0]
@@ -221,7 +222,7 @@ def _in_words(error: BaseException, doing: str, repo_id: str) -> HubError:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status of an error; the Xet client has it in its words only, as in `(403 Forbidden)`."""
+    """Returns the HTTP status of an error; the Xet client gives it only in its message, as `(403 Forbidden)`."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code
     found = re.search(r"\((\d{3}) [A-Z]", str(error))
@@ -234,6 +235,6 @@ def _wait(error: BaseException) -> str:
 
 
 def _said(error: BaseException) -> str:
-    """An error in one line; httpx shows a header that it refuses, the token with it."""
+    """Returns an error in one line, without the token: httpx prints a header that it refuses."""
     text = " ".join(str(error).split()) or type(error).__name__
     return re.sub(r"Bearer [^\s'\"]+", "Bearer ***", text)

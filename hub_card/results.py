@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reads evaluations and measurements: lmms-eval's `*_results.json`, and our own format (`results/authors_7b.json`)."""
+"""Reads results: lmms-eval's `*_results.json`, and our own format (as in `results/authors_7b.json`)."""
 
 import json
 import math
@@ -18,12 +18,12 @@ from huggingface_hub.repocard_data import eval_results_to_model_index, model_ind
 TASK = "image-text-to-text"
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 LMMS_EVAL = "https://github.com/EvolvingLMMs-Lab/lmms-eval"
-# What lmms-eval 0.7 writes beside `METRIC,FILTER`: standard errors, and with repeats how much the answers vary.
+# lmms-eval 0.7 writes these beside `METRIC,FILTER`: standard errors, and the spread of repeated answers.
 ERRORS = {"_stderr": "error", "_stderr_clt": "error_clt", "_stderr_clustered": "error_clustered"}
 REPEATS = ("_expected_accuracy", "_consensus_accuracy", "_internal_variance", "_consistency_rate")
-# What it says of a task beside its metrics.
+# These fields of a task are no metrics.
 NO_METRICS = ("alias", "samples")
-# Where its `model_args` name the model, in this order: an adapter goes before its base.
+# These `model_args` may name the model; the first one counts, so that an adapter comes before its base.
 MODEL_ARGUMENTS = ("peft", "delta", "pretrained", "model", "model_version", "model_name", "model_id", "path", "engine")
 # Those with which weights are evaluated that are not exactly the published ones.
 WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "load_in_8bit", "load_in_4bit", "quantization")
@@ -31,49 +31,49 @@ WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "load_in_8bit", "load_in_4bit", "qua
 
 @dataclass(frozen=True)
 class Score:
-    """One value of one benchmark, as its source has it: a percentage stays one, and so does a fraction."""
+    """Holds one value of one benchmark, in the unit of its source: percentages and fractions are kept."""
 
     benchmark: str
     dataset: str  # id on the Hub, or a short name
-    metric: str  # as the source calls it
-    metric_type: str  # the Hub's word for it
+    metric: str  # name in the source
+    metric_type: str  # name on the Hub
     value: float
     error: float | None = None  # standard error
     error_clt: float | None = None  # the same by the central limit theorem
-    error_clustered: float | None = None  # the same, if questions belong together, as those about one picture do
-    baseline: float | None = None  # of the compared model, in the same source
-    samples: str = ""  # how many were evaluated, if the source says it
+    error_clustered: float | None = None  # the same for questions in clusters, such as those about one picture
+    baseline: float | None = None  # value of the compared model, from the same source
+    samples: str = ""  # number of evaluated samples, if the source gives it
     higher_is_better: bool = True
     dataset_config: str | None = None
     split: str | None = None
 
     @property
     def gain(self) -> float | None:
-        """How much better than the baseline; negative where it is worse."""
+        """Returns how much better than the baseline the value is; it is negative if it is worse."""
         if self.baseline is None:
             return None
         return (self.value - self.baseline) * (1 if self.higher_is_better else -1)
 
     @property
     def errors(self) -> str:
-        """The standard errors in words."""
+        """Returns the standard errors as text."""
         errors = {"": self.error, "CLT ": self.error_clt, "clustered ": self.error_clustered}
         return ", ".join(f"{kind}{error:.4g}" for kind, error in errors.items() if error is not None)
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The scores of one file, and where they come from."""
+    """Holds the scores of one file, and where they come from."""
 
     source: str
-    url: str  # of the source; empty, if it has none
-    measured_by: str  # empty: by whoever publishes the card
-    evaluated: str  # Hub id, or folder, of the evaluated weights
-    model: str  # as a heading
+    url: str  # URL of the source; may be empty
+    measured_by: str  # empty if the publisher of the card measured it
+    evaluated: str  # Hub id or folder of the evaluated weights
+    model: str  # used as a heading
     baseline: str
     conditions: str
     scores: list[Score]
-    left_out: Sequence[str] = ()  # what the file has beside scores, and why it is none
+    left_out: Sequence[str] = ()  # entries of the file that are no scores, with the reason
 
     @property
     def worse(self) -> list[str]:
@@ -84,29 +84,29 @@ class Evaluation:
         return [self.label(score) for score in self.scores if score.gain is not None and score.gain > 0]
 
     def label(self, score: Score) -> str:
-        """The benchmark, and its metric if it has several."""
+        """Returns the benchmark, with the metric if it has several."""
         same = [other for other in self.scores if other.benchmark == score.benchmark]
         return score.benchmark if len(same) == 1 else f"{score.benchmark}, {score.metric}"
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Measurements of one run of a benchmark."""
+    """Holds the measurements of one run of a benchmark."""
 
     command: str
     device: str
     conditions: str
     baseline: str
-    rows: list[dict[str, Any]]  # what, unit, value, perhaps baseline
+    rows: list[dict[str, Any]]  # with what, unit, value and optionally baseline
 
 
 def read_evaluation(path: Path, names: set[str], base_model: Iterable[str] = ()) -> Evaluation:
-    """Reads a file of lmms-eval or of our own.
+    """Reads a results file of lmms-eval or of our own format.
 
     Args:
         path: the file.
-        names: what the evaluated model may be called: the repository's id and the folder.
-        base_model: Hub ids of what the model was made from; scores that somebody published may be of these.
+        names: allowed names of the evaluated model: the repository's id and the folder.
+        base_model: Hub ids of its base models; published scores may be about these.
 
     Raises:
         ValueError: if the file is neither, lacks something, or is about another model.
@@ -195,8 +195,8 @@ def _read_lmms_eval(content: dict[str, Any]) -> Evaluation:
 
 
 def _model_arguments(given: Any) -> dict[str, str]:
-    """`model_args` by name: NAME=VALUE,NAME=VALUE, whole or in part in quotes, or an object, perhaps as text."""
-    if given is None:  # of a model that was given as an object
+    """Parses `model_args`: NAME=VALUE,NAME=VALUE, with or without quotes, or an object, also as text."""
+    if given is None:  # the model was given as an object
         return {}
     if isinstance(given, str) and given.lstrip().startswith("{"):
         try:
@@ -215,7 +215,7 @@ def _unquoted(value: Any) -> str:
 
 
 def _conditions(content: dict[str, Any], settings: dict[str, Any], arguments: dict[str, str]) -> Iterator[str]:
-    limit = _number(settings.get("limit")) or -1  # -1 is all
+    limit = _number(settings.get("limit")) or -1  # -1 means all
     versions = {task: number for task, number in _object(content, "versions", {}).items() if is_number(number)}
     yield f"model class `{settings['model']}`"
     if arguments.get("revision"):
@@ -242,13 +242,13 @@ def _conditions(content: dict[str, Any], settings: dict[str, Any], arguments: di
 
 
 def _task_scores(task: str, content: dict[str, Any]) -> Iterator[Score | str]:
-    """The scores of a task or of a group of tasks, and in words what else its object has."""
+    """Yields the scores of a task or group of tasks, and as text the other entries of its object."""
     values = _object(content["results"], task)
     for key in values:
         metric, comma, filter_name = key.partition(",")
         varies = [f"{metric.removesuffix(suffix)},{filter_name}" for suffix in REPEATS if metric.endswith(suffix)]
         if key in NO_METRICS or metric.endswith(tuple(ERRORS)) or not metric.strip():
-            continue  # a blank stands for a group without a value of its own
+            continue  # lmms-eval writes a blank for a group that has no value
         if not comma:
             yield f"{task} {key} (no metric)"
         elif set(varies) & values.keys():
@@ -258,7 +258,7 @@ def _task_scores(task: str, content: dict[str, Any]) -> Iterator[Score | str]:
 
 
 def _metric_scores(task: str, metric: str, filter_name: str, content: dict[str, Any]) -> Iterator[Score | str]:
-    """The value of a metric with its errors, or its values if it is an object."""
+    """Yields the value of a metric with its errors, or several values if it is an object."""
     values, shots = content["results"][task], _object(content, "n-shot", {}).get(task)
     details = [filter_name] * (filter_name != "none") + [f"{shots}-shot"] * bool(shots)
     errors = {
@@ -278,9 +278,9 @@ def _metric_scores(task: str, metric: str, filter_name: str, content: dict[str, 
 
 
 def _task_facts(task: str, content: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a [`Score`] that all metrics of a task share."""
+    """Returns the fields of a [`Score`] that all metrics of a task share."""
     values, config = content["results"][task], _object(_object(content, "configs"), task, {})
-    alias = str(values.get("alias", task)).lstrip(" -")  # indented, if the task belongs to a group
+    alias = str(values.get("alias", task)).lstrip(" -")  # lmms-eval indents it if the task belongs to a group
     members = _object(content, "group_subtasks", {}).get(task)
     notes = [task] * (alias != task) + (
         [f"group of {len(members)} tasks"] if isinstance(members, list) and members else []
@@ -291,7 +291,7 @@ def _task_facts(task: str, content: dict[str, Any]) -> dict[str, Any]:
     path = str(config.get("dataset_path"))
     return {
         "benchmark": f"{alias} ({', '.join(notes)})" if notes else task,
-        "dataset": path if HUB_ID.fullmatch(path) else task,  # not a format, such as json, nor a folder
+        "dataset": path if HUB_ID.fullmatch(path) else task,  # otherwise it is a format, such as json, or a folder
         "samples": f"{samples['effective']} of {samples['original']}" if samples else counted,
         "dataset_config": str(config["dataset_name"]) if config.get("dataset_name") else None,
         "split": str(split) if split else None,
@@ -299,7 +299,7 @@ def _task_facts(task: str, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def _numbers(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
-    """A metric's number, or those of its parts if it is an object; None where there is no number."""
+    """Yields a metric's number, or those of its parts if it is an object; yields None if there is no number."""
     if isinstance(value, dict) and value:
         for part, number in value.items():
             yield from _numbers(f"{name}: {part}", number)
@@ -308,7 +308,7 @@ def _numbers(name: str, value: Any) -> Iterator[tuple[str, float | None]]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number, or None; lmms-eval writes NumPy's float32 as text."""
+    """Returns a finite number or None; lmms-eval writes NumPy's float32 as text."""
     if isinstance(value, str):
         try:
             value = float(value)
@@ -318,13 +318,13 @@ def _number(value: Any) -> float | None:
 
 
 def model_index(evaluations: Iterable[Evaluation]) -> list[EvalResult]:
-    """The entries of a card's `model-index`, each under its own name.
+    """Returns the entries of a card's `model-index`, each under its own name.
 
-    The Hub files values by dataset, configuration and split, and gives all that share these the name and the source of
-    the first. Benchmarks or sources that share them are therefore told apart by the configuration.
+    The Hub groups values by dataset, configuration and split, and shows the name and the source of the first value for
+    the whole group. Therefore the configuration distinguishes benchmarks or sources that share all three.
 
     Raises:
-        ValueError: if a value has the name of another one.
+        ValueError: if two values have the same name.
     """
     entries = [(evaluation, score) for evaluation in evaluations for score in evaluation.scores]
     _refuse_repeated(entries)
@@ -382,7 +382,7 @@ def _refuse_renamed(results: list[EvalResult]) -> None:
 
 
 def read_speed(path: Path) -> Speed:
-    """Reads measurements: a `command`, a `device`, `conditions`, and `rows` of `what`, `value` and `unit`.
+    """Reads speed results: a `command`, a `device`, `conditions`, and `rows` of `what`, `value` and `unit`.
 
     Raises:
         ValueError: if one of them is missing.
@@ -410,7 +410,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def _object(content: dict[str, Any], name: str, default: dict[str, Any] | None = None) -> dict[str, Any]:
-    """A field that has fields; without a default it has to be there."""
+    """Returns a field that is an object; a field without a default is required."""
     value = content[name] if default is None else content.get(name) or default
     if not isinstance(value, dict):
         raise ValueError(f"`{name}` is a {type(value).__name__}, expected an object with named fields.")
@@ -424,5 +424,5 @@ def _text(content: dict[str, Any], name: str) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite number; `true` is none."""
+    """Returns whether a value is a finite number; a boolean is none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

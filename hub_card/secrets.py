@@ -1,11 +1,11 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Finds tokens, keys and passwords: by the rules of Kingfisher, which MongoDB keeps, and by some of our own.
+"""Finds tokens, keys and passwords by the rules of Kingfisher, which MongoDB maintains, and by rules of our own.
 
-Kingfisher 1.5 does not know every vendor, wants a word boundary in front of a token, and wants both halves of a pair
-such as AWS's: our rules are for these cases. Neither goes by entropy alone, because vocabularies and checksums would be
+Kingfisher 1.5 does not know every vendor, requires a word boundary before a token, and requires both halves of a pair
+such as AWS's. Our rules cover these cases. No rule uses entropy alone, because vocabularies and checksums would be
 false alarms. Kingfisher scans in this process and offline. The repetitions in our rules are bounded or consume what
-they read, so that the time grows with the length of a text and not with its square.
+they read, so that the time is linear in the length of a text.
 """
 
 import html
@@ -17,15 +17,15 @@ from urllib.parse import unquote
 
 from huggingface_hub import get_token
 
-SECONDS = 120.0  # for one text
-# What names of settings that hold a secret look like; a tokenizer's own tokens are none.
+SECONDS = 120.0  # time limit for one text
+# Matches names of settings that hold a secret, but not the special tokens of a tokenizer.
 NAME = (
     r"(?i:(?:api|access|secret|auth|private|account|admin|app|bot|client|license|service)[_-]?(?:key|token|secret)"
     r"|\b(?!(?:bos|eos|unk|pad|cls|sep|mask|image|video|audio|special)_)[a-z]{2,20}[_-](?:key|token|secret)"
     r"|passw(?:or)?d|passphrase)"
 )
 IS = r"[\"']?\s{0,4}[:=]\s{0,4}[\"']?"
-MIXED = r"(?=[\w+/.:~-]{0,80}\d)(?=[\w+/.:~-]{0,80}[A-Za-z])"  # letters and digits
+MIXED = r"(?=[\w+/.:~-]{0,80}\d)(?=[\w+/.:~-]{0,80}[A-Za-z])"  # matches if both letters and digits occur
 SECRETS = {
     "a Hugging Face token": [r"(?:hf|api_org)_[A-Za-z0-9]{20,}"],
     "an AWS key": [r"(?:AKIA|ASIA|ABIA|ACCA)[0-9A-Z]{16}"],
@@ -126,7 +126,7 @@ PATTERNS = {kind: re.compile("|".join(patterns)) for kind, patterns in SECRETS.i
 
 @cache
 def scanner() -> Any:
-    """Kingfisher with its own rules; it keeps them compiled in the user's cache folder.
+    """Returns Kingfisher with its own rules; it stores them compiled in the user's cache folder.
 
     Raises:
         ValueError: if it is not installed.
@@ -139,7 +139,7 @@ def scanner() -> Any:
 
 
 def secrets_in(content: bytes | str) -> list[str]:
-    """What kinds of secrets a text has, in words that do not repeat them; nothing, if it has none."""
+    """Returns the kinds of secrets in a text, in words that do not repeat them; it is empty if there are none."""
     *whole, _ = texts = list(readings(content))
     token = get_token()
     found = ["the token that you are logged in with"] if token and any(token in text for text in whole) else []
@@ -151,15 +151,15 @@ def secrets_in(content: bytes | str) -> list[str]:
 
 
 def readings(content: bytes | str) -> Iterator[str]:
-    """A text as it stands, with its escapes resolved, and with each word on a line of its own.
+    """Yields a text unchanged, with its escapes resolved, and with each word on its own line.
 
-    Without zero bytes UTF-16 and UTF-32 are ASCII where they hold a token.
+    Zero bytes are removed, because a token in UTF-16 or UTF-32 is ASCII without them.
     """
     content = content if isinstance(content, bytes) else content.encode("utf-8", "replace")
     text = content.decode("utf-8", "replace")
     plain = text.replace("\0", "")
     yield text
-    resolved = unescape(plain).encode("utf-8", "replace").decode()  # without lone surrogates
+    resolved = unescape(plain).encode("utf-8", "replace").decode()  # this removes lone surrogates
     if resolved != text:
         yield resolved
     yield re.sub(r"[^\w+/=.:@%~&?-]+", "\n", resolved)

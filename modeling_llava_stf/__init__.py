@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""LLaVA-STF for transformers. Importing the package registers its classes with the Auto classes."""
+"""Provides LLaVA-STF for transformers. Importing the package registers its classes with the Auto classes."""
 
 import transformers
 from transformers import (

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ask a LLaVA-STF model about a picture.
+"""Asks a LLaVA-STF model about a picture.
 
 python -m modeling_llava_stf ask IMAGE "question" [--model DIR_OR_HUB_ID] [--revision COMMIT]
 python -m modeling_llava_stf caption INPUT OUTPUT [--model DIR_OR_HUB_ID] [--prompt "question"] [--shard I/N]
@@ -26,7 +26,7 @@ from ._folder import check_folder, check_weights
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
-# Of the image processor: what may differ between a picture and what the original sees of it.
+# These options of the image processor change what the model sees; the original has neither.
 IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background")
 
 
@@ -70,19 +70,19 @@ def _parser() -> argparse.ArgumentParser:
     ask_parser.add_argument("question")
     ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens (default: 128)")
     ask_parser.add_argument(
         "--do-exif-transpose",
         action=argparse.BooleanOptionalAction,
-        help="turn a photo upright, as its EXIF orientation says (default: as the model's processor does)",
+        help="rotate a photo upright by its EXIF orientation (default: the setting of the model's processor)",
     )
     ask_parser.add_argument(
         "--alpha-background",
         metavar="COLOUR",
-        help="paint this colour, such as white, behind transparent pixels (default: as the model's processor does)",
+        help="colour behind transparent pixels, such as white (default: the setting of the model's processor)",
     )
     _bulk.add_parser(commands)
-    commands.add_parser("demo", help="ask the small model about a picture that it has never seen")
+    commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
     return parser
 
 
@@ -94,10 +94,10 @@ def ask(
     max_new_tokens: int = 128,
     image_options: dict[str, Any] | None = None,
 ) -> int:
-    """Prints picture, question, answer, vision tokens and time."""
+    """Answers a question about a picture; prints picture, question, answer, vision tokens and time."""
     if not question.strip():
         raise ValueError("The question is empty.")
-    question.encode()  # an argument that is no UTF-8 ends here, with its own ValueError
+    question.encode()  # raises a ValueError if the argument is not valid UTF-8
     processor, network = _load(_default_model() if model is None else model, revision)
     _check_length(max_new_tokens, network.config.text_config.max_position_embeddings)
     answer, seconds = _answer(processor, network, image, question, max_new_tokens, image_options)
@@ -112,7 +112,7 @@ def ask(
 
 
 def demo() -> int:
-    """Asks the small model about a drawing of its test set, whose truth is known."""
+    """Asks the small model about a drawing of its test set, and compares with the known answers."""
     folder, truth = _default_model(), json.loads(DEMO.read_text(encoding="utf-8"))
     processor, network = _load(folder, None)
     picture = str(SHAPES / truth["picture"])
@@ -146,7 +146,7 @@ def _answer(
     max_new_tokens: int,
     image_options: dict[str, Any] | None = None,
 ) -> tuple[str, float]:
-    """The greedy answer, and the seconds that it took."""
+    """Returns the greedy answer and the seconds that it took."""
     conversation = [
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}
     ]
@@ -189,7 +189,7 @@ def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaST
         raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
     if Path(folder).is_dir():
         check_folder(Path(folder))
-    # The configuration comes first: it says best what a folder is, if it is not ours.
+    # The configuration is loaded first, because its error names what kind of model a foreign folder has.
     config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
     if Path(folder).is_dir():
         check_weights(Path(folder), config)

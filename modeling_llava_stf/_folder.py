@@ -1,9 +1,9 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""A model folder, looked at before it is loaded: what is damaged, missing or of a wrong type is named.
+"""Checks a model folder before it is loaded; errors name the file that is damaged, missing or of a wrong type.
 
-transformers trusts these files. It waits for ever at a pipe, builds 20000 layers for weights of four, and ends with a
-`KeyError` where a table is missing.
+transformers trusts these files. It waits forever at a pipe, builds 20000 layers although the weights have four, and
+raises a `KeyError` if a table is missing.
 """
 
 import json
@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_llava_stf import LlavaSTFConfig
 
-PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # one is enough
+PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # one of them is enough
 INDEX = "model.safetensors.index.json"
 SIZES = (
     "hidden_size",
@@ -44,7 +44,7 @@ def check_folder(folder: Path) -> None:
     _need(folder, "config.json")
     config = _settings(folder, "config.json")
     if config.get("model_type") != LlavaSTFConfig.model_type:
-        return  # the configuration class says best what it is instead
+        return  # the configuration class raises the better error
     _check_config(folder / "config.json", config)
     _need(folder, "tokenizer.json")
     _need(folder, "tokenizer_config.json")
@@ -59,7 +59,7 @@ def check_folder(folder: Path) -> None:
     _expect(folder / "tokenizer_config.json", "model_max_length", isinstance(length, (int, float)), "a number")
     try:
         Tokenizer.from_file(str(folder / "tokenizer.json"))
-    except Exception as error:  # its own for a wrong file, too
+    except Exception as error:  # tokenizers raises a plain Exception for a wrong file
         raise ValueError(f"{folder / 'tokenizer.json'} is not a tokenizer: {error}.") from error
 
 
@@ -69,7 +69,7 @@ def _need(folder: Path, *names: str) -> None:
 
 
 def _settings(folder: Path, name: str) -> dict[str, Any]:
-    """The JSON object in a file, empty if there is none."""
+    """Returns the JSON object in a file; it is empty if there is no file."""
     if not (folder / name).exists():
         return {}
     try:
@@ -104,7 +104,7 @@ def _check_config(path: Path, config: dict[str, Any]) -> None:
 
 
 def check_weights(folder: Path, config: LlavaSTFConfig) -> None:
-    """Raises a `ValueError` if files of weights are missing or unreadable, or have fewer layers than the config."""
+    """Raises a `ValueError` if weight files are missing or unreadable, or have fewer layers than the config."""
     names = set(_stored(folder))
     for part, settings in (("language_model", config.text_config), ("vision_tower", config.vision_config)):
         found = [re.search(rf"\b{part}\b.*\blayers\.(\d+)\.", name) for name in names]
@@ -117,7 +117,7 @@ def check_weights(folder: Path, config: LlavaSTFConfig) -> None:
 
 
 def _stored(folder: Path) -> Iterator[str]:
-    """The names of the stored weights."""
+    """Returns the names of the stored weights."""
     files = {"model.safetensors"}
     if (folder / INDEX).exists():
         table = _settings(folder, INDEX).get("weight_map")

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Configuration of LLaVA-STF: the stock LLaVA configuration and the three numbers the paper adds."""
+"""Configures LLaVA-STF: extends the stock LLaVA configuration by the three numbers that the paper adds."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
-# The range of pyproject.toml, for a user of `trust_remote_code`, who never sees that file.
+# This is the range of pyproject.toml; a user of `trust_remote_code` does not have that file.
 SUPPORTED_TRANSFORMERS = ">=5.16.1,<5.25"
 if not SpecifierSet(SUPPORTED_TRANSFORMERS).contains(transformers.__version__, prereleases=True):
     logger.warning_once(
@@ -22,7 +22,7 @@ if not SpecifierSet(SUPPORTED_TRANSFORMERS).contains(transformers.__version__, p
         f"If something fails or answers look wrong: pip install 'transformers{SUPPORTED_TRANSFORMERS}'"
     )
 
-# Every checkpoint carries its own code: the references never name another repository.
+# Every checkpoint contains its own code, so the references never name another repository.
 AUTO_MAP = {
     "AutoConfig": "configuration_llava_stf.LlavaSTFConfig",
     "AutoModel": "modeling_llava_stf.LlavaSTFModel",
@@ -42,7 +42,7 @@ FUSION_FIELDS = (
 @strict
 class LlavaSTFConfig(LlavaConfig):
     r"""
-    Configuration of a LLaVA-STF model (arXiv 2506.07138). The defaults are the released 7B model.
+    Configures a LLaVA-STF model (arXiv 2506.07138). The defaults are those of the released 7B model.
 
     The fields of [`LlavaConfig`] keep their names and meaning. `image_seq_length` is derived, and
     `vision_feature_layer` holds the taps of Multi-Block Token Fusion.
@@ -81,36 +81,36 @@ class LlavaSTFConfig(LlavaConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As [`PreTrainedConfig.from_dict`], but refuses the configuration of another model with a `ValueError`."""
+        """Builds a config (see [`PreTrainedConfig.from_dict`]); raises a `ValueError` for that of another model."""
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(
                 f"This is the configuration of a `{found}` model, expected `{cls.model_type}`. The weights of another "
                 "model have no fusion modules: convert the checkpoint first (python -m conversion SOURCE DESTINATION)."
             )
-        # Overrides go through the constructor, to be checked with the rest; transformers would set them afterwards.
+        # The constructor gets the overrides and checks them; transformers would set them afterwards, unchecked.
         overrides = {name: kwargs.pop(name) for name in FUSION_FIELDS if name in kwargs}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
     def grid_size(self) -> int:
-        """Side of the tower's patch grid (24 for CLIP ViT-L/14-336)."""
+        """Returns the side of the tower's patch grid (24 for CLIP ViT-L/14-336)."""
         return self.vision_config.image_size // self.vision_config.patch_size
 
     @property
     def tokens_per_image(self) -> int:
-        """Tokens that one image, or one video frame, takes in the language model (144 for the released model)."""
+        """Returns the tokens of one image or video frame in the language model (144 for the released model)."""
         return (self.grid_size // self.fusion_window) ** 2
 
     @property
     def fusion_widths(self) -> tuple[int, int]:
-        """Hidden widths of Multi-Block and of Spatial Token Fusion; by default the paper's 4C and 16C."""
+        """Returns the hidden widths of Multi-Block and Spatial Token Fusion; the defaults are 4C and 16C (paper)."""
         width = self.vision_config.hidden_size
         return self.block_fusion_hidden_size or 4 * width, self.spatial_fusion_hidden_size or 16 * width
 
     @property
     def taps(self) -> list[int]:
-        """`vision_feature_layer` as a list of absolute indices into the tower's hidden states, in fusion order."""
+        """Returns `vision_feature_layer` as absolute indices into the tower's hidden states, in fusion order."""
         layers = self.vision_feature_layer
         taps = [layers] if isinstance(layers, int) else list(layers)
         depth = self.vision_config.num_hidden_layers
@@ -124,7 +124,7 @@ class LlavaSTFConfig(LlavaConfig):
         return [tap % (depth + 1) for tap in taps]
 
     def check_fusion(self) -> None:
-        """Raises a `ValueError` if window and strategy do not fit the tower; also run when a model is built."""
+        """Raises a `ValueError` if window or strategy do not fit the tower; building a model calls it again."""
         if self.vision_config.patch_size < 1 or self.vision_config.model_type != "clip_vision_model":
             raise ValueError(
                 f"`vision_config` is a `{self.vision_config.model_type}` with patches of "
@@ -147,11 +147,11 @@ class LlavaSTFConfig(LlavaConfig):
 
 
 class NotACausalLM:
-    """Stands where `AutoModelForCausalLM` looks for a model, to name the Auto class that has one."""
+    """Is registered with `AutoModelForCausalLM`, to name the Auto class to use instead."""
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> None:
-        """Raises a `ValueError` with the right Auto class, and so does `from_config`."""
+        """Raises a `ValueError` that names the right Auto class; so does `from_config`."""
         raise ValueError(
             "LLaVA-STF answers about pictures and is not a plain causal language model: load it with "
             "`AutoModelForImageTextToText`, its inputs with `AutoProcessor`, and its vision tower and language model "
@@ -161,10 +161,10 @@ class NotACausalLM:
     _from_config = from_pretrained
 
 
-# Here, because `trust_remote_code` runs this file before it looks for a model.
+# This runs here because `trust_remote_code` imports this file before it looks for a model.
 AutoModelForCausalLM.register(LlavaSTFConfig, NotACausalLM, exist_ok=True)
-# `transformers serve` (seen in 5.16 to 5.24) knows a multimodal model by its name in this dictionary alone, which no
-# `register` fills. Can go when it asks the Auto classes.
+# `transformers serve` (seen in 5.16 to 5.24) finds a multimodal model only by its name in this dictionary, which no
+# `register` fills. Remove this when it asks the Auto classes.
 MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES[LlavaSTFConfig.model_type] = "LlavaSTFForConditionalGeneration"
 
 __all__ = ["LlavaSTFConfig"]

@@ -32,21 +32,21 @@ from .configuration_llava_stf import LlavaSTFConfig
 
 logger = logging.get_logger(__name__)
 
-# Images, or video frames, that go through the vision tower together: bounds its activations, and 32 keep a GPU busy.
+# The vision tower encodes at most this many images or frames at once. This bounds its activations; 32 keep a GPU busy.
 IMAGES_PER_PASS = 32
-# On a CPU so few that a layer's widest activations, in bytes, stay below this. The C library does not keep much larger
-# buffers: mapping them anew in each layer takes longer than the sharing of weights saves.
+# On a CPU a pass has so few images that a layer's widest activations, in bytes, stay below this. The C library does not
+# reuse much larger buffers: mapping them again in each layer costs more time than a larger batch saves.
 CPU_BYTES_PER_PASS = 10 * 2**20
-# Given a list, transformers 5.23 keeps just the hidden states that it names; 5.17 to 5.22 count them in another way.
+# transformers 5.23 accepts a list and keeps only the hidden states in it; 5.17 to 5.22 count them in another way.
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
-# The argument that holds the cache. The stock models take the old name until 5.40, and warn of it since 5.24.
+# The name of the cache argument. The stock models accept the old name until 5.40, and warn about it since 5.24.
 CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) else "past_key_values"
-# So far below any logit that its probability is zero, and still finite.
+# This is finite, but so far below any other logit that the probability is zero.
 NO_ANSWER_LOGIT = -1e4
-# What stays in 16 bit when the language model is quantised; the fields in which the configs of transformers name it.
+# These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
-# Fetched here, because torch.compile cannot trace `property.fget`.
+# This is fetched here because torch.compile cannot trace `property.fget`.
 _STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
 
 
@@ -95,7 +95,7 @@ class SpatialTokenFusion(nn.Module):
 
 
 class LlavaSTFMultiModalProjector(nn.Module):
-    """The paper: eight blocks into one map, then four patches into one token. (B, N, L*C) -> (B, T, D)."""
+    """Fuses eight blocks into one map, then four patches into one token, as in the paper. (B, N, L*C) -> (B, T, D)."""
 
     def __init__(self, config: LlavaSTFConfig):
         super().__init__()
@@ -108,12 +108,12 @@ class LlavaSTFMultiModalProjector(nn.Module):
 
 
 class _BlocksUpToLastTap(nn.ModuleList):
-    """The tower's blocks, all of them stored and indexable; a forward pass iterates no further than the last tap.
+    """Holds all blocks of the tower; a forward pass iterates only up to the last tap.
 
-    Only a caller who asks for all hidden states or attentions gets those of the blocks behind it, too.
+    All blocks are stored and indexable. The later ones run if a caller asks for all hidden states or attentions.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], last_tap: int | None = None):  # None: a slice of blocks
+    def __init__(self, blocks: Iterable[nn.Module], last_tap: int | None = None):  # None for a slice of blocks
         super().__init__(blocks)
         self.last_tap = last_tap
 
@@ -132,25 +132,25 @@ class _BlocksUpToLastTap(nn.ModuleList):
 class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
     config: LlavaSTFConfig
     config_class = LlavaSTFConfig
-    # The taps meet in the fusion, and the fusion is small: kept whole by `device_map`.
+    # `device_map` keeps the fusion on one device: it is small, and all taps are inputs of it.
     _no_split_modules = ["LlavaSTFMultiModalProjector"]
 
     @classmethod
     def from_pretrained(cls, *args: Any, quantization_config: Any = None, **kwargs: Any) -> Any:
-        """Loads a checkpoint, see [`PreTrainedModel.from_pretrained`].
+        """Loads a checkpoint (see [`PreTrainedModel.from_pretrained`]).
 
-        A quantisation leaves vision tower, fusion and head in 16 bit, unless `quantization_config` names modules.
+        Quantisation leaves vision tower, fusion and head in 16 bit, unless `quantization_config` names other modules.
         """
         if quantization_config is not None:
             quantization_config = _language_model_only(quantization_config)
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """Puts a PEFT adapter on the model, see [`PreTrainedModel.load_adapter`].
+        """Adds a PEFT adapter to the model (see [`PreTrainedModel.load_adapter`]).
 
         Raises:
-            ValueError: if transformers finds no place for a weight of the adapter, or no weight for a place. It would
-                only warn. 5.24 loses DoRA's magnitudes, 5.16 modules that were trained in full. PEFT loads both.
+            ValueError: if the adapter has weights that the model does not expect, or lacks some. transformers only
+                warns about it. 5.24 loses DoRA's magnitudes, 5.16 modules that were trained in full; PEFT loads both.
         """
         found = super().load_adapter(*args, **kwargs)
         unfilled = {name for name in found.missing_keys if ".lora_" in name or ".modules_to_save." in name}
@@ -170,10 +170,10 @@ class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
 
 
 class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
-    """LLaVA-STF without the language model's head: vision tower, fusion, language model."""
+    """Combines vision tower, fusion and language model, without the language model's head."""
 
     def __init__(self, config: LlavaSTFConfig):
-        # Not LlavaModel.__init__, which would build the stock projector.
+        # LlavaModel.__init__ is skipped, because it builds the stock projector.
         config.check_fusion()
         LlavaPreTrainedModel.__init__(self, config)
         self.vision_tower = AutoModel.from_config(config.vision_config)
@@ -186,15 +186,15 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     @merge_with_config_defaults
     @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
-        """Encodes images, or the frames of videos, `IMAGES_PER_PASS` at a time; fewer on a CPU if the tower is wide.
+        """Encodes images or video frames, `IMAGES_PER_PASS` at a time; on a CPU fewer if the tower is wide.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, image_size, image_size)`):
-                Normalised pixels. A batch of videos may be given as `(videos, frames, 3, image_size, image_size)`.
+                Normalised pixels. A batch of videos may have the shape `(videos, frames, 3, image_size, image_size)`.
 
         Returns:
-            The tower's output; its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each, and
-            its `last_hidden_state` is that of the last tap, whatever else is asked for.
+            The tower's output. Its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each; its
+            `last_hidden_state` is always that of the last tap.
 
         Raises:
             ValueError: if the pixels have another shape, or a call asks for other taps than those of the config.
@@ -220,7 +220,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         all_hidden_states = kwargs.pop("output_hidden_states", None) or getattr(vision, "output_hidden_states", False)
         attentions = kwargs.get("output_attentions") or getattr(vision, "output_attentions", False)
         blocks = self.vision_tower.encoder.layers.all() if all_hidden_states or attentions else nullcontext()
-        # A frozen tower never runs backward, not even where gradient checkpointing makes its inputs require gradients.
+        # A frozen tower needs no backward pass, not even if gradient checkpointing makes its inputs require gradients.
         tower_learns = torch.is_grad_enabled() and (
             images.requires_grad or any(weight.requires_grad for weight in self.vision_tower.parameters())
         )
@@ -230,7 +230,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
         tokens = self.multi_modal_projector(torch.cat(features, dim=-1))  # (B, T, D)
         return BaseModelOutputWithPooling(
-            # Not the tower's own, which is that of a later block if all hidden states or the attentions are asked for.
+            # The tower's own is that of a later block if the caller asks for all hidden states or attentions.
             last_hidden_state=outputs.hidden_states[max(taps)],
             pooler_output=list(tokens),
             hidden_states=outputs.hidden_states if all_hidden_states else None,
@@ -251,9 +251,10 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: torch.Tensor
     ) -> torch.Tensor:
-        """Where the images' tokens go: (batch, sequence, 1).
+        """Returns a mask of the positions that the images' tokens replace, (batch, sequence, 1).
 
-        `image_features` is (images*T, D) or (images, T, D). A `ValueError` if there are more or fewer placeholders.
+        `image_features` is (images*T, D) or (images, T, D). Raises a `ValueError` if placeholders and tokens differ in
+        number.
         """
         mask = self.find_placeholders(input_ids, inputs_embeds)
         features, per_image = image_features.numel() // image_features.shape[-1], self.config.tokens_per_image
@@ -269,7 +270,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        """Where the image tokens are, (batch, sequence), in ids or else in embeddings."""
+        """Returns a mask of the image tokens, (batch, sequence), from the ids or, without ids, the embeddings."""
         if inputs_embeds is None or (input_ids is not None and input_ids.numel()):
             return input_ids == self.config.image_token_id
         image_token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
@@ -285,12 +286,12 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
-        """As [`LlavaModel.forward`]; a prompt with image tokens but no image draws a warning.
+        """Runs the model (see [`LlavaModel.forward`]); warns about a prompt with image tokens but no image.
 
-        The cache is taken by either of its names, `cache` and the older `past_key_values`.
+        The cache may be passed by either of its names, `cache` or the older `past_key_values`.
 
-        In training a batch without images sends a blank image through tower and fusion and uses none of it, so that
-        every rank of a distributed run touches the same parameters (original: the dummy image of its collator).
+        In training, a batch without images encodes a blank image and does not use the result, so that every rank of a
+        distributed run uses the same parameters (original: the dummy image of its collator).
         """
         has_images = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
         if not has_images:
@@ -311,7 +312,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         )
 
     def _warn_of_missing_images(self, input_ids: torch.Tensor | None) -> None:
-        # Not an error: with a cache the images may be in it, and an assistant model drafts without them.
+        # This is no error: the cache may contain the images, and an assistant model drafts without them.
         if input_ids is None or input_ids.shape[1] == 1 or is_tracing(input_ids):
             return
         if (input_ids == self.config.image_token_id).any():
@@ -327,10 +328,10 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
 
 
 class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin):
-    """LLaVA-STF with the language model's head: answers about images, videos and text."""
+    """Adds the language model's head to [`LlavaSTFModel`]: generates text about images, videos and text."""
 
     def __init__(self, config: LlavaSTFConfig):
-        # Not LlavaForConditionalGeneration.__init__, which would build a stock LlavaModel first.
+        # LlavaForConditionalGeneration.__init__ is skipped, because it builds a stock LlavaModel.
         LlavaPreTrainedModel.__init__(self, config)
         self.model = LlavaSTFModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
@@ -338,7 +339,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
     @LlavaForConditionalGeneration.loss_function.getter
     def loss_function(self) -> Callable[..., torch.Tensor]:
-        """The stock loss over all tokens but `<image>`, which is never an answer: neither in the softmax nor a target.
+        """Computes the stock loss without the token `<image>`, which is neither in the softmax nor a target.
 
         The original has no such token in its vocabulary, and ignores the labels of images.
         """
@@ -355,14 +356,14 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`GenerationMixin.generate`]; `cache` is the name of its cache before transformers 5.24, too."""
+        """Generates text (see [`GenerationMixin.generate`]); accepts `cache` before transformers 5.24, too."""
         if "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
         return super().generate(*args, **kwargs)
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
-        # Where a call gives `max_length` and the checkpoint `max_new_tokens`, transformers keeps both, and the
-        # checkpoint's counts.
+        # If a call sets `max_length` and the checkpoint `max_new_tokens`, transformers keeps both, and the
+        # checkpoint's value wins.
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for given in (kwargs, vars(generation_config) if generation_config else {}):
             if given.get("max_new_tokens") is not None:
@@ -384,9 +385,9 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
     ) -> dict[str, Any]:
         older_name = kwargs.pop("past_key_values", None)
         cache = older_name if cache is None else cache
-        # transformers drops the images from all passes but the first, and takes an assistant's first one and (before
-        # 5.23) that of a prefill in chunks for later ones. But an empty cache has not seen any image. Not asked in a
-        # step of decoding, where it is never empty: the length of a static cache would have to wait for the device.
+        # transformers drops the images from all passes but the first. It mistakes the first pass of an assistant and
+        # (before 5.23) of a chunked prefill for a later one; there the cache is still empty. Decoding steps skip this
+        # check: their cache is never empty, and reading the length of a static cache would wait for the device.
         prompt = inputs_embeds is None and next_sequence_length != 1
         unseen = prompt and cache is not None and cache.get_seq_length() == 0
         return super().prepare_inputs_for_generation(
@@ -406,8 +407,8 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         input_ids: torch.Tensor | None = None,
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        # For beams and several answers. Before transformers 5.18 pixels arrive here, and the stock method repeats them
-        # image by image, which mixes up the images of a prompt that has several: they belong together.
+        # Beams and several answers need this. Before transformers 5.18 the pixels arrive here, and the stock method
+        # repeats them image by image, which separates the images of a prompt that has several.
         pixel_values = model_kwargs.get("pixel_values")
         if expand_size > 1 and pixel_values is not None:
             placeholders = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
@@ -421,21 +422,21 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
 
 def _language_model_only(quantization_config: Any) -> Any:
-    """The config with [`NOT_QUANTISED`] in its field for modules to leave out, if that still has its default."""
+    """Returns the config with [`NOT_QUANTISED`] as the modules to leave out, if that field has its default."""
     if isinstance(quantization_config, dict):
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     settings = inspect.signature(type(quantization_config).__init__).parameters
     for name in SKIP_FIELDS:
         if name in settings and getattr(quantization_config, name) in (None, settings[name].default):
             quantization_config = copy.copy(quantization_config)
-            # Without the prefix they are the modules of the model without a head.
+            # The names without the prefix are those of the model without a head.
             in_base = [module.removeprefix("model.") for module in NOT_QUANTISED[:-1]]
             setattr(quantization_config, name, NOT_QUANTISED + in_base)
     return quantization_config
 
 
 def _concatenate(passes: list[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:
-    """One output of several passes through the tower."""
+    """Joins the outputs of several passes through the tower."""
 
     def layers(name: str) -> tuple | None:
         if getattr(passes[0], name) is None:

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Processor of LLaVA-STF: pictures, videos and text in, pixels and token ids out."""
+"""Processes inputs of LLaVA-STF: turns pictures, videos and text into pixels and token ids."""
 
 import asyncio
 import base64
@@ -36,22 +36,22 @@ from transformers.video_utils import load_video
 
 from .configuration_llava_stf import LlavaSTFConfig
 
-# What the processor must know of the model.
+# The processor needs these settings of the model.
 MODEL_SETTINGS = ("patch_size", "fusion_window", "vision_feature_select_strategy")
-# Where a file is sought, of the arguments of `from_pretrained`.
+# These arguments of `from_pretrained` say where to look for a file.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 ORIENTATION = PIL.ExifTags.Base.Orientation
-# Frames per second that are read from a video file, as the original's evaluation does.
+# A video file is read at this many frames per second, as in the original's evaluation.
 VIDEO_FPS = 1
-# Formats whose files may be a video of pictures; a frame without a duration is shown this long, as browsers do.
+# Files of these formats may be animations; a frame without a duration is shown this long, as in browsers.
 ANIMATED = ("GIF", "WEBP", "PNG", "AVIF", "FLI")
 FRAME_MILLISECONDS = 100
-# The most pixels that a step may go through on the way to what the vision tower sees.
+# No step of the preprocessing may handle more pixels than this.
 MAX_PIXELS = 2**28
-# What is behind a URL: all of it, in all this time.
+# A download may have at most this size, and take at most this time.
 DOWNLOAD_BYTES = 2**28
 DOWNLOAD_SECONDS = 30
-# What PIL raises for files that are damaged, too large, or of a mode that it cannot convert.
+# PIL raises these for files that are damaged, too large, or of a mode that it cannot convert.
 UNREADABLE = (
     OSError,
     SyntaxError,
@@ -71,10 +71,10 @@ UNREADABLE = (
 class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # transformers is not typed
     """
     do_exif_transpose (`bool`, *optional*, defaults to `True`):
-        Whether a photo is turned upright, as its EXIF orientation says. The original does not.
+        Whether to rotate a photo upright by its EXIF orientation. The original does not.
     alpha_background (`str`, *optional*):
-        Colour that is painted behind transparent pixels, as PIL names it: `"white"`, `"#7a7468"`. By default
-        transparency is dropped, as the original does.
+        Colour behind transparent pixels, as PIL names it: `"white"`, `"#7a7468"`. By default transparency is dropped,
+        as in the original.
     """
 
     do_exif_transpose: bool | None
@@ -82,20 +82,20 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 class LlavaSTFImageProcessor(LlavaImageProcessorPil):
-    """The original's preprocessing, to the last bit: PIL's bicubic resize, whether or not torchvision is installed.
+    """Preprocesses pictures bit for bit as the original: with PIL's bicubic resize, with or without torchvision.
 
-    A picture is turned upright (`do_exif_transpose`) and becomes RGB as PIL converts it: transparency is dropped,
-    unless `alpha_background` is painted behind it. It is pasted in the middle of a square of CLIP's mean colour
+    A picture is rotated upright (`do_exif_transpose`) and converted to RGB by PIL: transparency is dropped, unless
+    `alpha_background` gives the colour behind it. It is pasted in the middle of a square of CLIP's mean colour
     (`do_pad`), resized, cropped and normalised (original: `image_aspect_ratio: pad`).
 
     A picture is a PIL image, a path, a URL, the bytes of a file, base64, `{"bytes", "path"}`, or an array or tensor of
-    numbers from 0 to 255: (height, width), or with 1, 3 or 4 channels in front or at the end. All of them give the same
-    pixels. An animated file or one of several pages is its first picture.
+    numbers from 0 to 255: (height, width), or with 1, 3 or 4 channels first or last. All of them give the same pixels.
+    Of an animated file or one of several pages the first picture is used.
 
     Raises:
         ValueError: for a picture that cannot be read or decoded, whose numbers are not finite or not from 0 to 255,
-            whose layout could be one or the other (say which: `input_data_format`), or that is so long and thin that
-            it would not fit into memory; and for settings that no pixel can be computed with.
+            whose layout is ambiguous (set `input_data_format`), or that is so long and thin that it would not fit into
+            memory; and for settings that no pixel can be computed with.
     """
 
     valid_kwargs = LlavaSTFImagesKwargs
@@ -106,7 +106,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     alpha_background = None
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """Opens what is not yet a picture in memory, in any nesting; nothing is turned or converted yet."""
+        """Opens paths, URLs and bytes, in any nesting; does not rotate or convert them."""
         if isinstance(image_url_or_urls, (list, tuple)):
             return [self.fetch_images(image) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, Path, bytes, dict)):
@@ -124,7 +124,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         alpha_background: str | None = None,
         **kwargs: Any,
     ) -> np.ndarray:
-        """One picture, of any kind, as (channels, height, width)."""
+        """Preprocesses one picture of any kind; returns (channels, height, width)."""
         if not isinstance(image, PIL.Image.Image):
             array = _as_array(image)
             layout = kwargs.pop("input_data_format", None)
@@ -138,7 +138,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         self.check_size(image, **kwargs)
         edge, resample = _squares_edge(**kwargs), kwargs.get("resample")
         if image.mode == "RGB" and edge and isinstance(resample, int):
-            # As the stock class will, but that makes the whole square, several times.
+            # The stock class does the same, but copies the whole square several times.
             image = _padded_and_resized(image, _padding(kwargs.get("image_mean")), edge, resample)
         return super().process_image(image, do_convert_rgb=False, **kwargs)
 
@@ -157,7 +157,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         return self.rescale(super().resize(np.rint(image * 255).astype(np.uint8), *args, **kwargs), 1 / 255)
 
     def check_size(self, image: PIL.Image.Image, **kwargs: Any) -> None:
-        """Raises a `ValueError` if a picture is empty, or the steps to come would make too many pixels of it."""
+        """Raises a `ValueError` if a picture is empty, or the next steps would make too many pixels of it."""
         settings = {name: kwargs.get(name, getattr(self, name)) for name in ("do_pad", "do_resize", "size")}
         short, long = sorted(image.size)
         if short == 0:
@@ -187,16 +187,16 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`ImageProcessingMixin.to_dict`]; the reference to the code never names another repository."""
+        """Returns the settings (see [`ImageProcessingMixin.to_dict`]); the code is that of the same repository."""
         reference = {"AutoImageProcessor": "processing_llava_stf.LlavaSTFImageProcessor"}
         return {**super().to_dict(), "auto_map": reference}
 
 
 class _OneAtATime:
-    """A tokenizer that serves one thread after the other.
+    """Lets one thread at a time use a tokenizer.
 
-    The fast tokenizer holds padding and truncation as state, from setting them to encoding: two calls at once would pad
-    and cut as one of them asks (transformers 5.24). Can go when the settings are arguments of the encoding.
+    The fast tokenizer stores padding and truncation as state before it encodes: two calls at once would both use the
+    settings of one (transformers 5.24). Remove this when the settings are arguments of the encoding.
     """
 
     lock = threading.Lock()
@@ -217,7 +217,7 @@ def _new_lock() -> None:
 
 
 if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_new_lock)  # the thread that holds it is not in a forked worker
+    os.register_at_fork(after_in_child=_new_lock)  # the thread that holds the lock does not exist in a forked worker
 
 
 class LlavaSTFProcessor(LlavaProcessor):
@@ -225,11 +225,11 @@ class LlavaSTFProcessor(LlavaProcessor):
     Turns prompts with `<image>` and `<video>` placeholders, pictures and videos into the inputs of LLaVA-STF.
 
     Every image, and every frame of a video, becomes (image size / patch size / fusion window)^2 image tokens (144 for
-    the released model); the frames of a video stand one after the other in the place of its one placeholder.
-    `pixel_values` holds images and frames in the order of their placeholders: (images + frames, 3, height, width).
+    the released model). The tokens of all frames of a video replace its one placeholder, in order. `pixel_values`
+    contains images and frames in the order of their placeholders: (images + frames, 3, height, width).
 
-    Threads may share a processor, also through `apply_chat_template`. They may not share its `tokenizer` in calls of
-    their own that pad or truncate: give each thread a `copy.deepcopy` of it.
+    Threads may share a processor, also through `apply_chat_template`. They may not share its `tokenizer` in direct
+    calls that pad or truncate: give each thread a `copy.deepcopy` of it.
 
     Args:
         image_processor ([`LlavaSTFImageProcessor`]): gives the pixels. Videos are not padded to a square by default,
@@ -247,7 +247,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             tokenizer does not know the image token.
     """
 
-    # One entry per video, of different lengths: merged with the images before they leave the processor.
+    # Each video has one entry; their lengths differ. They are merged with the images before the processor returns.
     skip_tensor_conversion = [*LlavaProcessor.skip_tensor_conversion, "pixel_values_videos"]
 
     def __init__(
@@ -281,9 +281,9 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     @classmethod
     def get_processor_dict(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> tuple[dict[str, Any], dict]:
-        """As [`ProcessorMixin.get_processor_dict`]; what no processor_config.json says comes from the model's config.
+        """Reads the settings (see [`ProcessorMixin.get_processor_dict`]); the model's config gives missing ones.
 
-        A pipeline's `save_pretrained` writes tokenizer and image processor, but not that file.
+        A pipeline's `save_pretrained` writes tokenizer and image processor, but no processor_config.json.
         """
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
         if not any(name in settings for name in MODEL_SETTINGS):
@@ -293,17 +293,17 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As [`ProcessorMixin.from_args_and_dict`], the last step of loading; incomplete settings are refused."""
+        """Builds the loaded processor (see [`ProcessorMixin.from_args_and_dict`]); refuses incomplete settings."""
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         processor.check_settings()
-        # How the tokenizer was loaded, not what it is: saved, it would differ from load to load.
+        # This says how the tokenizer was loaded, not what it is; if saved, it would differ from load to load.
         for name in ("dtype", "is_local", "local_files_only"):
             processor.tokenizer.init_kwargs.pop(name, None)
         return loaded
 
     def check_settings(self) -> None:
-        """Raises a `ValueError` if a setting is missing, without which tokens cannot be counted, or does not fit."""
+        """Raises a `ValueError` if a setting that the token count needs is missing or does not fit."""
         missing = [name for name in MODEL_SETTINGS if getattr(self, name) is None]
         if missing:
             raise ValueError(
@@ -329,7 +329,7 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     @property
     def video_processor(self) -> LlavaSTFImageProcessor:
-        """A video is its frames, and a frame is a picture: there is no other processor (and no torchvision needed)."""
+        """Returns the image processor: frames are pictures, so that videos need no other one and no torchvision."""
         return self.image_processor
 
     def __call__(
@@ -342,9 +342,9 @@ class LlavaSTFProcessor(LlavaProcessor):
                 is whatever [`LlavaSTFImageProcessor`] takes.
             text (`str` or `list[str]`): prompts, with one `<image>` per image and one `<video>` per video.
             videos: a video or a list of videos; a video is a list of frames, a 4-D array, an animated GIF, WebP, PNG
-                or AVIF, or a file that PyAV reads. Of a file one frame per second is read, unless `fps` or
-                `num_frames` say otherwise; an animation is read by the durations of its frames, none of them twice.
-            kwargs: of the tokenizer and the image processor, such as `padding`, `return_tensors`, `do_pad`.
+                or AVIF, or a file that PyAV reads. A file is read at one frame per second, unless `fps` or
+                `num_frames` says otherwise; an animation by the durations of its frames, and no frame twice.
+            kwargs: options of the tokenizer and the image processor, such as `padding`, `return_tensors`, `do_pad`.
 
         Returns:
             [`BatchFeature`] with `input_ids`, `attention_mask` and `pixel_values`.
@@ -368,26 +368,32 @@ class LlavaSTFProcessor(LlavaProcessor):
         if "offset_mapping" in outputs and not offsets_wanted:
             outputs["offset_mapping"] = _offsets_in_prompt(outputs["offset_mapping"], places)
         elif isinstance(outputs.get("offset_mapping"), torch.Tensor):
-            # `apply_chat_template` walks them pair by pair for its mask: several times as fast in lists.
+            # `apply_chat_template` iterates over these pairs for its mask, which is several times faster in lists.
             outputs["offset_mapping"] = outputs["offset_mapping"].tolist()
         if text is not None:
             self._check_context(outputs["input_ids"])
         return outputs
 
-    # Counting tokens: one helper for the placeholders' replacement and for serving engines.
+    # One function counts tokens, both to replace placeholders and for serving engines.
 
     def num_image_tokens(self, height: int, width: int) -> int:
-        """Tokens of an image, or of a frame, of `height` x `width` pixels as it enters the vision tower."""
+        """Returns the tokens of an image or frame of `height` x `width` pixels at the input of the vision tower."""
         self.check_settings()
         patch_and_window = self.patch_size * self.fusion_window
         return (height // patch_and_window) * (width // patch_and_window)
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Returns the tokens of one image or video frame, from the settings of processor and image processor."""
+        crop = self.image_processor.crop_size
+        return self.num_image_tokens(crop["height"], crop["width"])
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
-        """The placeholders that stand for image `image_idx`."""
+        """Returns the image tokens that replace the placeholder of image `image_idx`."""
         return self.image_token * self.num_image_tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
-        """The placeholders that stand for video `video_idx`: those of its frames, one after the other."""
+        """Returns the image tokens that replace the placeholder of video `video_idx`: those of all its frames."""
         frames = video_inputs["pixel_values_videos"][video_idx]
         return self.image_token * sum(self.num_image_tokens(*frame.shape[-2:]) for frame in frames)
 
@@ -398,12 +404,14 @@ class LlavaSTFProcessor(LlavaProcessor):
         tokens = self.num_image_tokens(crop["height"], crop["width"])
         return MultiModalData(num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
-    # The steps of `ProcessorMixin.__call__`
+    # `ProcessorMixin.__call__` calls these hooks in this order: `prepare_inputs_layout`, `validate_inputs`,
+    # `_process_images`, `_process_videos` (both also return the replacements of the placeholders), and after the
+    # tokenizer `_check_special_mm_tokens`.
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> tuple:
-        """Loads pictures, and brings videos to one list; pictures given per prompt stay so, to be counted."""
+        """Loads pictures, and flattens videos to one list; pictures in a list per prompt stay so, to be counted."""
         images = self.image_processor.fetch_images([] if images is None else images)
         videos = list(_flat_videos(videos)) if videos is not None else None
         has_images = bool(_flat_images(images))
@@ -431,11 +439,10 @@ class LlavaSTFProcessor(LlavaProcessor):
         expected = [prompt.count(token) for prompt in text]
         if expected == given or (len(given) != len(expected) and sum(expected) == sum(given)):
             return
-        crop = self.image_processor.crop_size
         raise ValueError(
             f"The number of {token} tokens in the prompts should be the same as the number of images or videos given: "
             f"found {sum(expected)} ({expected} by prompt) and {sum(given)} ({given} by prompt or in all). Each image "
-            f"or frame takes {self.num_image_tokens(crop['height'], crop['width'])} tokens; write one {token} for it. "
+            f"or frame takes {self.tokens_per_image} tokens; write one {token} for it. "
             "Usual causes: the chat template was not applied, or a placeholder is missing from the text or twice in it."
         )
 
@@ -454,7 +461,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             if image_kwargs.get("do_rescale", self.image_processor.do_rescale) and not any(
                 isinstance(frame, PIL.Image.Image) for frame in frames
             ):
-                # All frames at once: one of them may be black, or nearly so.
+                # The range is that of all frames together, because a single frame may be black or nearly so.
                 frames = _as_pictures([_as_array(frame) for frame in frames], image_kwargs.get("input_data_format"))
             pixels.append(self.image_processor(frames, **image_kwargs)["pixel_values"])
         outputs = {"pixel_values_videos": pixels}
@@ -483,12 +490,12 @@ class LlavaSTFProcessor(LlavaProcessor):
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """As [`ProcessorMixin.to_dict`]; the reference to the code never names another repository."""
+        """Returns the settings (see [`ProcessorMixin.to_dict`]); the code is that of the same repository."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
 
 
 def _settings_of_model(folder: Any, where: dict[str, Any]) -> dict[str, Any]:
-    """The three settings as the config.json beside the processor's files has them; none if that is not of our model."""
+    """Reads the three settings from the config.json in the same folder; returns none if it is of another model."""
     file = cached_file(folder, "config.json", _raise_exceptions_for_missing_entries=False, **where)
     found = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     if found.get("model_type") != LlavaSTFConfig.model_type:
@@ -501,15 +508,15 @@ def _settings_of_model(folder: Any, where: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-# Pictures: out of files, out of arrays, into RGB
+# Read pictures from files and arrays, and convert them to RGB
 
 
 def load_picture(source: Any) -> PIL.Image.Image:
-    """A picture as PIL decodes it, neither turned nor converted; of several frames or pages the first.
+    """Reads a picture with PIL, without rotation or conversion; uses the first of several frames or pages.
 
     Args:
         source: a path, a URL, base64 with or without `data:image/...;base64,`, the bytes of a file, or a dictionary
-            with `bytes` or `path`, as an undecoded column of `datasets` has it.
+            with `bytes` or `path`, as in an undecoded column of `datasets`.
 
     Raises:
         ValueError: names what cannot be read, and says why.
@@ -529,7 +536,7 @@ def load_picture(source: Any) -> PIL.Image.Image:
 
 
 def _readable(source: str | Path | bytes) -> Any:
-    """What `PIL.Image.open` takes; only regular files are opened, as a pipe would block."""
+    """Returns what `PIL.Image.open` accepts; opens only regular files, because a pipe would block."""
     if isinstance(source, bytes):
         return BytesIO(source)
     if os.path.isfile(source):
@@ -548,7 +555,7 @@ def _readable(source: str | Path | bytes) -> Any:
 
 
 def _downloaded(url: str) -> bytes:
-    """What is behind a URL, in a thread with an event loop of its own: only there all of it has one time limit."""
+    """Downloads a URL in a thread with its own event loop: only there one time limit covers the whole download."""
     with ThreadPoolExecutor(1) as thread:
         try:
             return thread.submit(asyncio.run, _download(url)).result()
@@ -577,9 +584,9 @@ async def _download(url: str) -> bytes:
 def to_rgb(
     picture: PIL.Image.Image, do_exif_transpose: bool | None = True, alpha_background: str | None = None
 ) -> PIL.Image.Image:
-    """A picture with 8 bits for red, green and blue each, and without anything else that could change them.
+    """Converts a picture to RGB with 8 bits per channel, without metadata that could change the pixels later.
 
-    16-bit grey keeps its upper 8 bits, as PIL does for 16-bit colours. For the options see [`LlavaSTFImagesKwargs`].
+    16-bit grey keeps its upper 8 bits, as PIL does for 16-bit colours. [`LlavaSTFImagesKwargs`] documents the options.
 
     Raises:
         ValueError: for a picture that cannot be decoded, or whose numbers have no known range (PIL's modes I and F,
@@ -610,11 +617,11 @@ def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
-    """Turned as the EXIF orientation says. No other tag is read: photos with damaged ones are common."""
+    """Rotates a picture by its EXIF orientation. It reads no other tag: damaged ones are common in photos."""
     picture = _decoded(picture)
     try:
         orientation = picture.getexif().get(ORIENTATION, 1)
-    except (*UNREADABLE, AttributeError):  # the last by Pillow 10.0, for a TIFF of several pages
+    except (*UNREADABLE, AttributeError):  # Pillow 10.0 raises the last for a TIFF of several pages
         return picture
     if orientation == 1:
         return picture
@@ -626,7 +633,7 @@ def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
 
 
 def _with_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
-    # Pillow before 10.4 opens a PNG of 16 bits in the mode I; goes when Pillow 10.4 is the oldest supported one.
+    # Pillow before 10.4 opens a 16-bit PNG in the mode I; remove this when Pillow 10.4 is the oldest supported one.
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
         array = np.asarray(picture)
         grey = PIL.Image.fromarray((array >> 8).astype(np.uint8))
@@ -636,12 +643,12 @@ def _with_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
         return grey
     if picture.mode in ("I", "F"):
         return PIL.Image.fromarray(_eight_bits([np.asarray(picture)])[0])
-    # Premultiplied by their alpha: PIL converts them to the plain modes only.
+    # These are premultiplied by their alpha; PIL converts them to the plain modes only.
     return picture.convert(picture.mode.upper()) if picture.mode in ("RGBa", "La") else picture
 
 
 def _as_array(image: Any) -> np.ndarray:
-    """A tensor of any dtype and device, or what numpy can read, as an array."""
+    """Converts a tensor of any dtype and device, or what numpy can read, to an array."""
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
@@ -659,7 +666,7 @@ def _as_pictures(arrays: list[np.ndarray], layout: str | ChannelDimension | None
 
 
 def _channels_last(array: np.ndarray, layout: str | ChannelDimension | None) -> np.ndarray:
-    """(height, width) or (height, width, 3 or 4); channels are found by their number, if only one side can be they."""
+    """Returns (height, width) or (height, width, 3 or 4); without `layout` the side of 1, 3 or 4 is the channels."""
     if array.ndim == 2:
         return array
     sides = [array.shape[axis] in (1, 3, 4) for axis in (0, -1)]
@@ -679,7 +686,7 @@ def _channels_last(array: np.ndarray, layout: str | ChannelDimension | None) -> 
 
 
 def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
-    """Arrays of numbers from 0 to 255, rounded to whole ones; `True` is 255."""
+    """Rounds arrays of numbers from 0 to 255 to whole ones; `True` becomes 255."""
     arrays = [array.astype(np.uint8) * 255 if array.dtype.kind == "b" else array for array in arrays]
     if not all(array.dtype.kind != "f" or np.isfinite(array).all() for array in arrays):
         raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
@@ -698,7 +705,7 @@ def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _scaled_floats(array: np.ndarray, layout: str | ChannelDimension | None, unchanged: bool) -> np.ndarray:
-    """Numbers that the caller has scaled (`do_rescale=False`), as (3, height, width); 0 to 1 if not `unchanged`."""
+    """Returns numbers that the caller has scaled (`do_rescale=False`) as (3, height, width); 0 to 1 if not `unchanged`."""
     if not np.isfinite(array).all():
         raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
     if not (unchanged or (array.min() >= 0 and array.max() <= 1)):
@@ -719,20 +726,20 @@ def _check_pixels(width: int, height: int, pixels: int) -> None:
 
 
 def _squares_edge(do_pad: bool | None, do_resize: bool | None, size: Any, **kwargs: Any) -> int | None:
-    """The side that a padded square is resized to, where it is."""
+    """Returns the side that a padded square is resized to; None if it is not resized so."""
     return size.shortest_edge if do_pad and do_resize and not size.longest_edge else None
 
 
 def _padding(mean: Sequence[float] | None) -> tuple[int, ...]:
-    """The mean colour, or black."""
+    """Returns the colour of the padding: the mean colour, or black."""
     return tuple(int(255 * channel) for channel in mean) if mean else (0, 0, 0)
 
 
 def _padded_and_resized(image: PIL.Image.Image, colour: tuple[int, ...], edge: int, resample: int) -> PIL.Image.Image:
-    """A picture in the middle of a square, which is resized to (edge, edge).
+    """Pads a picture to a square and resizes it to (edge, edge), without making the large square.
 
-    PIL resizes all rows, and then all columns. Here the rows of the picture are, some at a time, and those above and
-    below keep their one colour: the same bits, but the square is never made.
+    PIL resizes all rows, then all columns. This resizes only the rows of the picture, some at a time; the rows above
+    and below have one colour and need no resizing. The result has the same bits.
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -746,7 +753,7 @@ def _padded_and_resized(image: PIL.Image.Image, colour: tuple[int, ...], edge: i
 
 
 def _flat_images(images: Any) -> list:
-    """A picture, a list of pictures, lists of pictures, or a 4-D array, as one list."""
+    """Flattens a picture, a list of pictures, lists of pictures, or a 4-D array to one list."""
     if isinstance(images, (list, tuple)):
         return [picture for item in images for picture in _flat_images(item)]
     if isinstance(images, PIL.Image.Image) or getattr(images, "ndim", None) in (2, 3):
@@ -759,11 +766,11 @@ def _flat_images(images: Any) -> list:
     )
 
 
-# Videos: out of files, out of animations, into frames
+# Read videos from files and animations, and split them into frames
 
 
 def is_picture(path: Any) -> bool:
-    """Whether this is the path or the URL of a picture, by its ending: a frame or an animation, and not a video."""
+    """Returns whether this is the path or URL of a picture (a frame or an animation, no video), by its suffix."""
     if not isinstance(path, (str, Path)):
         return False
     if str(path).startswith("data:image/"):
@@ -774,18 +781,18 @@ def is_picture(path: Any) -> bool:
 
 
 def is_animation(picture: PIL.Image.Image) -> bool:
-    """Whether a picture is a video of its own: an animated GIF, WebP, PNG or AVIF, but no photo of several parts."""
+    """Returns whether a picture is an animated GIF, WebP, PNG or AVIF; a photo of several parts is none."""
     try:
         return picture.format in ANIMATED and getattr(picture, "is_animated", False)
-    except UNREADABLE:  # damaged behind its first frame
+    except UNREADABLE:  # the file is damaged after its first frame
         return True
 
 
 def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps: float | None = None) -> list[int]:
-    """Which frames of an animation are shown at the times that are read: `fps` a second, or `num_frames` in all."""
+    """Returns the indices of the frames that are shown at the sampled times: `fps` a second, or `num_frames` in all."""
     milliseconds = []
     _seek_end(animation)
-    for index in range(animation.n_frames):  # type: ignore[attr-defined] # of the plugin's class
+    for index in range(animation.n_frames):  # type: ignore[attr-defined] # the class of the plugin has it
         animation.seek(index)
         animation.load()
         milliseconds.append(animation.info.get("duration") or FRAME_MILLISECONDS)
@@ -799,13 +806,13 @@ def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps:
 
 
 def _seek_end(animation: PIL.Image.Image) -> None:
-    """From here one can go back: Pillow 13.0 loses count in an animated PNG if that is done earlier."""
+    """Seeks the last frame: Pillow 13.0 miscounts the frames of an animated PNG that is rewound earlier."""
     animation.seek(animation.n_frames - 1)  # type: ignore[attr-defined]
     animation.load()
 
 
 def _flat_videos(videos: Any) -> Iterator[Any]:
-    """Single videos out of any nesting: a file, an animation, a 4-D array, or a list of frames, which are loaded."""
+    """Yields single videos from any nesting: a file, an animation, a 4-D array, or a list of loaded frames."""
     if is_picture(videos):
         videos = load_picture(videos)
     if isinstance(videos, PIL.Image.Image):
@@ -827,7 +834,7 @@ def _is_frame(item: Any) -> bool:
 
 
 def _separated(frames: list) -> list:
-    """One video of these frames, or, if they are animations, each of them."""
+    """Returns one video of these frames or, if they are animations, each of them."""
     animations = [isinstance(frame, PIL.Image.Image) and is_animation(frame) for frame in frames]
     if any(animations) and not all(animations):
         raise ValueError(
@@ -838,7 +845,7 @@ def _separated(frames: list) -> list:
 
 
 def _frames(video: Any, num_frames: int | None, fps: float | None) -> list:
-    """The frames of one video: `fps` per second of a file or an animation, or `num_frames` evenly spread."""
+    """Returns the frames of one video: `fps` per second of a file or animation, or `num_frames` evenly spread."""
     if fps is not None and num_frames is not None:
         raise ValueError(f"`fps` is {fps} and `num_frames` is {num_frames}: give one of them.")
     if not (fps is None or 0 < fps < math.inf) or not (num_frames is None or num_frames > 0):
@@ -883,9 +890,9 @@ def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[
 
 
 def _in_reading_order(types: list[str], images: Any, videos: list) -> Any:
-    """Images and frames in the order of their placeholders (without text: images first), as (images + frames, 3, H, W).
+    """Merges images and frames in the order of their placeholders; without text, images are first.
 
-    The result is a tensor, an array or a list, as the pixels of each video are.
+    Returns (images + frames, 3, H, W): a tensor, an array or a list, the type of the pixels of each video.
     """
     next_image, next_video = iter(images), iter(videos)
     pixels: list = []
@@ -897,9 +904,9 @@ def _in_reading_order(types: list[str], images: Any, videos: list) -> Any:
 
 
 def _offsets_in_prompt(offset_mapping: Any, places: list[list[dict]]) -> Any:
-    """Character offsets in the expanded text as offsets in the prompt that was given.
+    """Converts character offsets in the expanded text to offsets in the original prompt.
 
-    Before transformers 5.18 the assistant mask of a chat template is found by these.
+    Before transformers 5.18 the assistant mask of a chat template needs them.
     """
 
     def in_prompt(offsets: tuple[int, int], row: list[dict]) -> tuple[int, int]:

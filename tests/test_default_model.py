@@ -1,6 +1,7 @@
 """The small model of this repository: alone or in company, compiled, quantised, converted, and taught more."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from conversion import convert, convert_back
 from examples.shapes.ablation import SYSTEMS
 from examples.shapes.evaluate import accuracy_table, ask, score
 from examples.shapes.generate import generate
-from examples.shapes.text import read_rows
+from examples.shapes.text import CHAT_TEMPLATE, read_rows
 from hub_card.check import check
+from hub_card.files import own_code
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 ROOT = Path(__file__).parents[1]
@@ -151,7 +153,13 @@ def test_the_folder_is_small_and_complete():
 
 
 def test_its_code_is_this_package_s():
+    for file in [*MODEL.glob("*.py"), *MODEL.rglob("*.jinja")]:
+        assert file.read_bytes() in own_code(file.name), f"{file} differs from the package's: run `make sync-model`"
+    assert (MODEL / "chat_template.jinja").read_text(encoding="utf-8") == CHAT_TEMPLATE, "run `make sync-model`"
     package = ROOT / "modeling_llava_stf"
-    for file in MODEL.glob("*.py"):
-        assert file.read_text(encoding="utf-8") == (package / file.name).read_text(encoding="utf-8"), file.name
     assert {file.name for file in MODEL.glob("*.py")} == {file.name for file in package.glob("[a-z]*.py")}
+
+
+def test_sync_model_copies_files_that_exist():
+    copied = re.findall(r"\tcp (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))
+    assert [len(list(ROOT.glob(name))) for name in copied] == [3, 1, 1]

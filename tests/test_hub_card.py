@@ -17,10 +17,12 @@ from transformers import LlamaConfig
 from conversion import to_hub
 from hub_card import Facts, check, freeze, gather
 from hub_card.__main__ import main
-from hub_card.card import ROOT, name_base, pinned_versions, snippet_of
-from hub_card.check import check_paths, compare_use, use
+from hub_card.card import ROOT, name_base, pinned_versions
+from hub_card.check import check_paths, compare_use
+from hub_card.fresh_process import use
 from hub_card.picture import draw_method
 from hub_card.results import read_evaluation, read_speed
+from hub_card.snippet import snippet_of
 from modeling_llava_stf import LlavaSTFConfig
 
 LMMS_EVAL = ROOT / "tests" / "lmms_eval_results.json"
@@ -427,7 +429,8 @@ def test_all_faults_are_listed(folder, run):
 
 
 def test_state_of_a_run_is_left_out(folder):
-    for name in ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"):
+    names = ("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+    for name in (*names, "training_run.json"):
         (folder / name).write_bytes(b"\x80\x02")
     (folder / "checkpoint-1").mkdir()
     shutil.copy(folder / "config.json", folder / "checkpoint-1")
@@ -435,8 +438,7 @@ def test_state_of_a_run_is_left_out(folder):
     (folder / ".git" / "config").write_text("")
     frozen = freeze(folder)
     assert frozen.left_out == {
-        **dict.fromkeys(["optimizer.pt", "rng_state.pth", "scheduler.pt"], "state of a training run"),
-        **dict.fromkeys(["trainer_state.json", "training_args.bin"], "state of a training run"),
+        **dict.fromkeys([*names, "training_run.json"], "state of a training run"),
         "checkpoint-1/": "a checkpoint of its own",
         ".git/": "hidden",
     }

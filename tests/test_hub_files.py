@@ -27,9 +27,11 @@ from test_hub_publish import TINY, connect, local_files, published
 
 from hub_card import HubError, check, freeze, plan, publish
 from hub_card.__main__ import main
-from hub_card.card import ROOT, snippet_of
-from hub_card.check import check_kinds, use
+from hub_card.card import ROOT
+from hub_card.check import check_kinds
+from hub_card.fresh_process import use
 from hub_card.secrets import secrets_in
+from hub_card.snippet import snippet_of
 
 CHECK = sys.modules["hub_card.check"]  # the module; the package has a function of that name
 LETTERS = "kT3bQ9xWm2Rf7LzV5cHs8YdN4pJg6AuEi1oPqXwZtBnMvCrKySaDhFjGlUeTyRiO"
@@ -609,7 +611,7 @@ def test_the_other_process_ends_with_its_parent(folder, tmp_path):
         f"open({str(note)!r}, 'w').write(f'{{os.getpid()}} {{other.pid}}\\n')\n"
         "time.sleep(600)"
     )
-    script = "from pathlib import Path\nfrom hub_card import freeze\nfrom hub_card.check import use\n"
+    script = "from pathlib import Path\nfrom hub_card import freeze\nfrom hub_card.fresh_process import use\n"
     script += f"use(freeze(Path({str(folder)!r})), {snippet!r})"
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT)
     while parent.poll() is None and not (note.exists() and note.read_text().endswith("\n")):

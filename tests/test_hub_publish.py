@@ -26,8 +26,10 @@ from transformers import BitsAndBytesConfig
 from conversion import convert
 from hub_card import HubError, check, freeze, gather, plan, publish, write_card
 from hub_card.__main__ import main
-from hub_card.card import name_base, snippet_of
-from hub_card.check import ADAPTERS_OFFLINE, CHECKS
+from hub_card.card import name_base
+from hub_card.check import CHECKS
+from hub_card.fresh_process import ADAPTERS_OFFLINE
+from hub_card.snippet import snippet_of
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 

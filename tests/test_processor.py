@@ -23,7 +23,7 @@ def frames(picture):
 def test_placeholders_equal_features(count, processor, model, picture):
     inputs = processor(images=[picture("wide.png")] * count, text="<image>\n" * count + "What?", return_tensors="pt")
     placeholders = int((inputs["input_ids"] == processor.image_token_id).sum())
-    assert placeholders == count * model.config.tokens_per_image
+    assert placeholders == count * processor.tokens_per_image == count * model.config.tokens_per_image
     if count:
         features = model.get_image_features(inputs["pixel_values"]).pooler_output
         assert sum(len(tokens) for tokens in features) == placeholders

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""A small LLaVA-STF trained from nothing on pictures whose truth is known.
+"""Trains a small LLaVA-STF from scratch on generated pictures with known answers.
 
 python -m examples.shapes --help
 """

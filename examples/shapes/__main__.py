@@ -1,15 +1,15 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a small LLaVA-STF, trained from nothing.
+"""Runs the steps that make a small LLaVA-STF from scratch.
 
-python -m examples.shapes generate DATA --scenes N --seed S    pictures, questions and answers
-python -m examples.shapes tokenizer DATA OUT                   the language model's tokenizer
-python -m examples.shapes clip DATA TOKENIZER OUT              a miniature CLIP
-python -m examples.shapes language-model DATA TOKENIZER OUT    a small Llama
-python -m examples.shapes renew MODEL OUT                      new fusion modules
-python -m examples.shapes evaluate MODEL DATA                  right answers, by kind of question
-python -m examples.shapes make WORK OUT                        all of it: the model of this repository
-python -m examples.shapes ablation WORK OUT                    the same with other connectors, several seeds
+python -m examples.shapes generate DATA --scenes N --seed S    draws pictures, writes questions and answers
+python -m examples.shapes tokenizer DATA OUT                   trains the language model's tokenizer
+python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniature CLIP
+python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
+python -m examples.shapes renew MODEL OUT                      makes new fusion modules
+python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
+python -m examples.shapes make WORK OUT                        runs all steps: makes the model of this repository
+python -m examples.shapes ablation WORK OUT                    trains and tests with other connectors and several seeds
 """
 
 import argparse
@@ -45,9 +45,11 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("generate", help="draw pictures, ask and answer questions")
     data.add_argument("out", metavar="DATA", help="folder to write; must not exist, or be empty")
-    data.add_argument("--scenes", type=int, required=True, metavar="N", help="number of scenes to train on")
-    data.add_argument("--test-scenes", type=int, default=500, metavar="N", help="of other scenes (default: 500)")
-    data.add_argument("--turns", type=int, default=8, metavar="N", help="questions about a scene, at most (default: 8)")
+    data.add_argument("--scenes", type=int, required=True, metavar="N", help="number of training scenes")
+    data.add_argument("--test-scenes", type=int, default=500, metavar="N", help="number of test scenes (default: 500)")
+    data.add_argument(
+        "--turns", type=int, default=8, metavar="N", help="maximum of questions about a scene (default: 8)"
+    )
     data.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
     data.set_defaults(step=generate)
 
@@ -59,23 +61,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_training(commands, "clip", "train a CLIP on pictures and phrases", train_clip)
     _add_training(commands, "language-model", "train a Llama on the data's texts", train_language_model)
 
-    evaluation = commands.add_parser("evaluate", help="ask a checkpoint the test's questions")
+    evaluation = commands.add_parser("evaluate", help="ask a checkpoint the questions of the test set")
     evaluation.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     evaluation.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     evaluation.add_argument("--output", metavar="FILE", help="write the result as JSON; must not exist")
-    evaluation.add_argument("--new", action="store_true", help="ask the questions of the kind that is new to the model")
-    evaluation.add_argument("--batch-size", type=int, default=100, metavar="N", help="(default: 100)")
+    evaluation.add_argument(
+        "--new", action="store_true", help="ask the kind of question that the model has not learned"
+    )
+    evaluation.add_argument(
+        "--batch-size", type=int, default=100, metavar="N", help="questions of a batch (default: 100)"
+    )
     evaluation.set_defaults(step=evaluate)
 
     renewal = commands.add_parser("renew", help="put new fusion modules into a checkpoint")
     renewal.add_argument("checkpoint", metavar="MODEL", help="folder of a checkpoint")
     renewal.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    renewal.add_argument("--seed", type=int, default=0, help="of the new weights (default: 0)")
+    renewal.add_argument("--seed", type=int, default=0, help="seed of the new weights (default: 0)")
     renewal.set_defaults(step=renew)
 
     recipe = commands.add_parser("make", help="generate, train every part, and write a Hub folder")
     recipe.add_argument(
-        "work", metavar="WORK", help="folder for data and intermediate models; goes on where it stopped"
+        "work", metavar="WORK", help="folder for data and intermediate models; a stopped run continues there"
     )
     recipe.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
     for name in ("scenes", "test-scenes", "clip-steps", "language-model-steps", "seed"):
@@ -83,12 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     recipe.set_defaults(step=make)
 
     ablation = commands.add_parser("ablation", help="train and test with other connectors")
-    ablation.add_argument("work", metavar="WORK", help="folder that `make` worked in")
-    ablation.add_argument("out", metavar="OUT", help="folder for the results; goes on where it stopped")
+    ablation.add_argument("work", metavar="WORK", help="WORK folder of `make`")
+    ablation.add_argument("out", metavar="OUT", help="folder for the results; a stopped run continues there")
     for name in ("seeds", "captions", "rows"):
         ablation.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
     ablation.set_defaults(step=ablate)
-    run = commands.add_parser("ablation-run")  # one run of `ablation`, which starts it
+    run = commands.add_parser("ablation-run")  # `ablation` starts it for each of its runs
     for name in ("work", "file"):
         run.add_argument(name)
     for name in ("index", "seed", "captions", "rows"):
@@ -103,7 +109,7 @@ def _add_training(commands: argparse._SubParsersAction, name: str, summary: str,
     parser.add_argument("tokenizer", metavar="TOKENIZER", help="folder that `tokenizer` wrote")
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
     parser.add_argument("--steps", type=int, required=True, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="of weights and batches (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     parser.set_defaults(step=step)
 
 

@@ -1,11 +1,11 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's question in miniature: what do Multi-Block and Spatial Token Fusion gain or cost?
+"""Asks the paper's question in miniature: what do Multi-Block and Spatial Token Fusion gain or cost?
 
-Systems that differ in nothing but the connector go through the two stages, with the same rows in the same order, from
-the same tower and the same language model, with several seeds. The language model is the one that `make` ends with: it
-can look up and compare what tokens say, as Vicuna can, and in the minutes of a run it would not learn that. It learned
-that from tokens of MBTF + STF; the connectors themselves are all new.
+Systems that differ only in the connector train in both stages, on the same rows in the same order, from the same tower
+and language model, with several seeds. The language model is the final one of `make`: like Vicuna it can look up and
+compare the content of tokens, which it would not learn in the minutes of a run. It learned this from tokens of MBTF +
+STF; all connectors are new.
 """
 
 import copy
@@ -41,21 +41,21 @@ from .text import read_rows
 
 
 class PooledProjector(LlavaMultiModalProjector):
-    """LLaVA's projector on the mean of each window of patches."""
+    """Applies LLaVA's projector to the mean of each window of patches."""
 
     def __init__(self, config: LlavaSTFConfig):
         super().__init__(config)
         self.grid, self.window = config.grid_size, config.fusion_window
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) -> (B, T, D)."""
+        """Pools and projects: (B, N, C) -> (B, T, D)."""
         maps = features.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, C, G, G)
         pooled = nn.functional.avg_pool2d(maps, self.window)
         return super().forward(pooled.flatten(2).transpose(1, 2))
 
 
 class MixedProjector(nn.Sequential):
-    """Multi-Block Token Fusion, then LLaVA's projector on every patch. (B, N, L*C) -> (B, N, D)."""
+    """Applies Multi-Block Token Fusion, then LLaVA's projector to every patch: (B, N, L*C) -> (B, N, D)."""
 
     def __init__(self, config: LlavaSTFConfig):
         one_layer = copy.deepcopy(config)
@@ -65,7 +65,7 @@ class MixedProjector(nn.Sequential):
 
 @dataclass(frozen=True)
 class System:
-    """A connector between tower and language model."""
+    """Describes a connector between tower and language model."""
 
     name: str
     taps: tuple[int, ...]
@@ -73,7 +73,7 @@ class System:
     projector: Callable[[LlavaSTFConfig], nn.Module]
 
     def build(self, start: str | Path, seed: int) -> tuple[LlavaSTFForConditionalGeneration, LlavaSTFProcessor]:
-        """The checkpoint `start` with this connector, new: PyTorch's initialisation of a linear layer."""
+        """Loads the checkpoint `start` with this connector, newly initialised as PyTorch's linear layers."""
         settings = {"vision_feature_layer": list(self.taps), "fusion_window": self.window}
         config = LlavaSTFConfig.from_pretrained(start, **settings)
         trained = LlavaSTFForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
@@ -96,20 +96,20 @@ SYSTEMS = (
     System("MBTF + STF", TAPS, 2, LlavaSTFMultiModalProjector),
     System("MBTF + STF, window 4", TAPS, 4, LlavaSTFMultiModalProjector),
 )
-# What is compared: accuracy over all questions but captions, which are right as a whole only.
+# Captions are not compared, because they are right only as a whole.
 ASKED = tuple(kind for kind in KINDS if kind != "caption")
 
 
 def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 4800, rows: int = 2560) -> Path:
     """Trains and tests every system with every seed, and writes results.json, a table and a plot into `out`.
 
-    As many runs side by side as there are cores, a thread each. A run whose result is there is not done again.
+    It runs as many processes as there are cores, with one thread each. It skips runs that have a result.
 
     Args:
-        work: folder of `make`, with data, tower and language model.
+        work: the folder of `make` with data, tower and language model.
         out: folder for the results.
-        seeds: of connector and order.
-        captions, rows: to train on in stage 1, in stage 2.
+        seeds: number of seeds, which set connector and order.
+        captions, rows: number of rows in stage 1 and stage 2.
     """
     work, runs = Path(work).resolve(), Path(out).resolve() / "runs"
     runs.mkdir(parents=True, exist_ok=True)
@@ -135,8 +135,8 @@ def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 48
 
 
 def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: int) -> None:
-    """Trains and tests one system with one seed; what [`ablate`] starts."""
-    # Here, because all other commands do without TRL.
+    """Trains and tests one system with one seed; [`ablate`] starts it."""
+    # This import is here because only this command needs TRL.
     from training.data import load_rows
     from training.trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments
 
@@ -175,7 +175,7 @@ def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: in
 
 
 def report(out: Path) -> Path:
-    """results.json, results.md and results.png out of the runs in `out`/runs."""
+    """Writes results.json, results.md and results.png from the runs in `out`/runs."""
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "runs").glob("*.json"))]
     systems = {system.name: [run for run in runs if run["system"] == system.name] for system in SYSTEMS}
     accuracies = {
@@ -190,7 +190,7 @@ def report(out: Path) -> Path:
 
 
 def accuracy(run: dict, kinds: tuple[str, ...] | list[str] = ASKED) -> float:
-    """Right answers in percent, over seen and unseen pairs; the mean over the kinds."""
+    """Returns the right answers in percent, over seen and unseen pairs, as the mean over the kinds."""
     shares = []
     for kind in kinds:
         parts = run["kinds"][kind].values()
@@ -199,7 +199,7 @@ def accuracy(run: dict, kinds: tuple[str, ...] | list[str] = ASKED) -> float:
 
 
 def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[float]]]) -> str:
-    """Markdown: a row for each system, mean and standard deviation over the seeds."""
+    """Returns a Markdown table: a row for each system, with mean and standard deviation over the seeds."""
     kinds = [*ASKED, "all"]
     lines = [
         "| connector | tokens | " + " | ".join(kinds) + " | training, s | test, s |",
@@ -217,8 +217,8 @@ def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[f
 
 
 def draw(accuracies: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Bars of mean accuracy by kind and system; each seed is a point."""
-    from matplotlib.figure import Figure  # here, because all other commands do without it
+    """Draws bars of mean accuracy by kind and system; each seed is a point."""
+    from matplotlib.figure import Figure  # imported here because only this command needs it
 
     kinds = [*ASKED, "all"]
     figure = Figure(figsize=(13, 4.5), layout="constrained")

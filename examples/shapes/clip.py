@@ -1,11 +1,11 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""A miniature CLIP, trained by contrast between pictures and short captions.
+"""Trains a miniature CLIP by contrast between pictures and short captions.
 
-Two things differ from CLIP, because there are minutes instead of GPU years. A picture has many true captions and the
-contrast is with all false ones, among them those that differ in one word (NegCLIP, arXiv 2210.01936); and a caption is
-compared with the best token of a picture instead of the class token alone (FILIP, arXiv 2111.07783), so that each patch
-learns what it shows. The model is CLIP's own.
+The architecture is that of CLIP. Two things of the training differ, because it takes minutes instead of GPU years. A
+picture has many true captions, and the contrast is with all false ones, including those that differ in one word
+(NegCLIP, arXiv 2210.01936). A caption is compared with the best token of a picture instead of the class token (FILIP,
+arXiv 2111.07783), so that each patch learns what it shows.
 """
 
 import math
@@ -27,12 +27,12 @@ from .scenes import SIDE, Scene
 from .text import read_tokenizer
 from .training import DEVICE, save_log, train
 
-PATCH = 12  # pixels: a grid of 8 x 8, which windows of 2 and 4 divide
+PATCH = 12  # pixels; they give a grid of 8 x 8, which windows of 2 and 4 divide
 WIDTH, LAYERS, TEXT_LAYERS, HEADS, SHARED_WIDTH = 64, 5, 2, 4, 128
-# As long as those of the patch embeddings: at the 0.02 of CLIP's own initialisation a place takes far longer to learn.
+# Position embeddings are as long as patch embeddings: with CLIP's own 0.02 they take far longer to learn.
 POSITION_SCALE = 2.0
-SCALE = 10.0  # of the cosines, at the start
-READ_AT_ONCE = 500  # pictures
+SCALE = 10.0  # initial scale of the cosines
+READ_AT_ONCE = 500  # pictures of a batch
 
 
 def train_clip(
@@ -47,8 +47,8 @@ def train_clip(
 ) -> Path:
     """Trains a CLIP on the training pictures of `data` and writes it into `out`, which must not exist or be empty.
 
-    `out` is a CLIP folder of transformers (model and preprocessing) with the log of the training and, by kind of
-    caption, the share of test pictures whose true captions all suit better than its false ones.
+    `out` is a CLIP folder of transformers (model and preprocessing). The log of the training also has, by kind of
+    caption, the share of test pictures for which all true captions score higher than all false ones.
     """
     out = require_empty(out)
     torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def train_clip(
 def read_pictures(
     data: Path, split: str, image_processor: LlavaSTFImageProcessor, phrases: list[Phrase]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The pictures of a split, (P, 3, SIDE, SIDE) in float16, and which phrases are true of them, (P, phrases)."""
+    """Returns the pictures of a split, (P, 3, SIDE, SIDE) in float16, and which phrases are true, (P, phrases)."""
     scenes = read_scenes(data, split)
     names = list(scenes)
     pixels = []
@@ -91,7 +91,7 @@ def _truths(scene: Scene, phrases: list[Phrase]) -> list[bool]:
 
 
 def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
-    """An untrained CLIP; its texts end in a token behind the vocabulary, for `</s>` has the id 2, special to CLIP."""
+    """Builds an untrained CLIP; texts end in a new token, because CLIP treats the id 2 of `</s>` specially."""
     common = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS}
     text = {
         "vocab_size": len(tokenizer) + 1,
@@ -117,7 +117,7 @@ def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
 
 
 def waves(grid: int, width: int) -> torch.Tensor:
-    """Sines and cosines of a patch's row and column at several rates, (grid * grid, width)."""
+    """Returns sines and cosines of a patch's row and column at several rates, (grid * grid, width)."""
     rates = torch.pi / 2 * grid ** -torch.linspace(0, 1, width // 4)
     places = torch.cartesian_prod(*[torch.arange(grid) + 0.5] * 2)  # (grid * grid, 2)
     angles = (places.unsqueeze(-1) * rates).flatten(1)
@@ -131,7 +131,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, phrases: list[Phrase]) -> dict[st
 
 
 def similarity(model: CLIPModel, pixels: torch.Tensor, texts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Cosine between each text and the token of each picture that suits it best: (pictures, texts)."""
+    """Returns the cosine between each text and the best token of each picture, (pictures, texts)."""
     tokens = model.vision_model.post_layernorm(model.vision_model(pixels).last_hidden_state)  # (B, 1 + N, C)
     tokens = nn.functional.normalize(model.visual_projection(tokens), dim=-1)
     meanings = nn.functional.normalize(model.text_projection(model.text_model(**texts).pooler_output), dim=-1)
@@ -139,7 +139,7 @@ def similarity(model: CLIPModel, pixels: torch.Tensor, texts: dict[str, torch.Te
 
 
 def contrast(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """CLIP's loss, both ways, for many true captions: each against the false ones, each against other pictures."""
+    """Computes CLIP's loss for many true captions: against the false ones, and against other pictures."""
     false = logits.masked_fill(truth, -torch.inf)
     return sum(nn.functional.softplus(false.logsumexp(dim, keepdim=True) - logits)[truth].mean() for dim in (0, 1))
 
@@ -148,7 +148,7 @@ def contrast(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def measure(
     model: CLIPModel, pixels: torch.Tensor, truth: torch.Tensor, texts: dict[str, torch.Tensor], phrases: list[Phrase]
 ) -> dict[str, float]:
-    """Of each kind of phrase, the share of pictures whose true ones all suit better than all false ones."""
+    """Returns, by kind of phrase, the share of pictures for which all true ones score higher than all false ones."""
     batches = pixels.split(READ_AT_ONCE)
     cosines = torch.cat([similarity(model, batch.float().to(DEVICE), texts).cpu() for batch in batches])
     columns: dict[str, list[int]] = defaultdict(list)

@@ -25,15 +25,15 @@ def evaluate(
     batch_size: int = 100,
     name: str | None = None,
 ) -> dict:
-    """Answers every question of `data`/test.json greedily, each in a conversation of its own, and scores the answers.
+    """Answers every question of `data`/test.json greedily, each in a new conversation, and scores the answers.
 
     Args:
         model: folder or Hub id of a LLaVA-STF checkpoint.
         data: folder that `generate` made.
         output: file for the result as JSON; must not exist.
-        new: ask the questions of the new kind, `data`/new-test.json, instead.
-        batch_size: questions that are answered together.
-        name: what the result calls the model, such as its id on the Hub; by default `model`.
+        new: ask the questions of the new kind instead (`data`/new-test.json).
+        batch_size: number of questions that are answered together.
+        name: name of the model in the result, such as its id on the Hub; by default `model`.
 
     Returns:
         What [`score`] returns, and the same for a model card (`python -m hub_card render --results FILE`).
@@ -58,8 +58,8 @@ def evaluate(
 def ask(
     network: PreTrainedModel, processor: LlavaSTFProcessor, folder: Path, rows: list[dict], batch_size: int = 100
 ) -> dict[str, str]:
-    """The model's greedy answer to the first question of each row, by the row's id; pictures are in `folder`."""
-    # Answers of one length together: a batch is done when its longest answer is.
+    """Returns the greedy answer to the first question of each row, by the row's id; `folder` has the pictures."""
+    # Batches have answers of similar length, because the longest answer ends a batch.
     rows = sorted(rows, key=lambda row: len(row["conversations"][1]["value"]))
     answers: dict[str, str] = {}
     for start in tqdm(range(0, len(rows), batch_size), desc="questions", unit="batch"):
@@ -79,12 +79,12 @@ def ask(
 
 
 def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
-    """Right answers and questions of each kind, those about pairs that training never shows apart.
+    """Counts right answers and questions of each kind, separately for pairs that training never shows.
 
-    An answer is right if it is the true sentence; a caption may name the objects in another order.
+    An answer is right if it equals the true sentence; a caption may name the objects in another order.
 
     Returns:
-        `kinds`: of each kind `seen` and `unseen`, each with `right`, `questions` and, if there are any, `accuracy`;
+        `kinds`: for each kind `seen` and `unseen`, each with `right`, `questions` and, if there are any, `accuracy`;
         `mistakes`: id, expected and given answer.
 
     Raises:
@@ -112,7 +112,7 @@ def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
 
 
 def card_results(kinds: dict, model: str) -> dict:
-    """The accuracies in the form that `hub_card` reads: a benchmark for each kind, seen and unseen pairs apart."""
+    """Returns the accuracies in the form that `hub_card` reads: a benchmark per kind, and per seen or unseen pairs."""
     return {
         "source": {"name": "examples/shapes", "url": ""},
         "measured_by": "",
@@ -153,7 +153,7 @@ def _counts(marks: list[bool]) -> dict:
 
 
 def accuracy_table(kinds: dict) -> str:
-    """Markdown: a row for each kind, seen and unseen pairs apart."""
+    """Returns a Markdown table: a row for each kind, with seen and unseen pairs."""
     lines = [
         "| kind of question | seen pairs, right, % | of | unseen pairs, right, % | of |",
         "| --- | --: | --: | --: | --: |",

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a data set: pictures, conversations in LLaVA's JSON, and beside them the truth."""
+"""Writes a data set: pictures, conversations in LLaVA's JSON, and the true answers."""
 
 import json
 from collections.abc import Iterable
@@ -18,17 +18,17 @@ from .text import PLACEHOLDER, read_rows
 
 
 def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 8, seed: int = 0) -> Path:
-    """Draws `scenes` scenes to train on and `test_scenes` others to test with.
+    """Draws `scenes` training scenes and `test_scenes` other scenes for the test.
 
-    Writes into `out`, which must not exist or be empty, and appears complete or not at all:
+    It writes these files into `out`, which must not exist or be empty. The folder appears complete or not at all.
 
     - images/: a picture per scene, PNG
     - captions.json: picture and caption, for stage 1
     - train.json: picture and up to `turns` questions and answers, for stage 2
     - dialogues.json: picture, other questions, and at the end the caption, for a second part of stage 2
-    - text.json: the same scenes, the caption in place of the picture and other questions, for the language model
-    - test.json: one question of each kind per test scene, each a conversation of its own
-    - truth.jsonl: of each row of test.json, the kind and whether it is about a pair that training never shows
+    - text.json: the same scenes with the caption instead of the picture, and other questions, for the language model
+    - test.json: one question of each kind per test scene, each in its own conversation
+    - truth.jsonl: for each row of test.json the kind, and whether it is about a pair that training never shows
     - new-train.json, new-test.json, new-truth.jsonl: a kind of question that none of these ask, to fine-tune with
     - scenes.jsonl: the objects and the print of every scene, positions and radii in pixels
 
@@ -105,7 +105,7 @@ def _write_lines(file: Path, rows: Iterable[dict]) -> None:
 
 
 def read_scenes(data: str | Path, split: str) -> dict[str, Scene]:
-    """The scenes of a split, by the names of their pictures in images/."""
+    """Returns the scenes of a split, by the names of their pictures in images/."""
     rows = (row for row in read_rows(Path(data) / "scenes.jsonl") if row["split"] == split)
     return {row["id"]: Scene(_things(row), Print(**row["print"]) if row["print"] else None) for row in rows}
 

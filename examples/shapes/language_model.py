@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""A small Llama that reads and answers: a caption stands where the picture will be."""
+"""Trains a small Llama that reads and answers; a caption replaces the picture."""
 
 from pathlib import Path
 from random import Random
@@ -14,7 +14,7 @@ from .text import CHAT_TEMPLATE, CONTEXT, messages_of, read_rows, read_tokenizer
 from .training import DEVICE, save_log, train
 
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 344
-# Slower waves than Llama's: a question has to find what it names wherever that is, and heads are narrow here.
+# The base of the rotary waves is larger than Llama's: heads are narrow, and questions attend over any distance.
 ROPE_THETA = 1e6
 
 
@@ -56,7 +56,7 @@ def train_language_model(
 
 
 def build_language_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
-    """An untrained Llama; `<image>` is not in its vocabulary: the conversion adds it."""
+    """Builds an untrained Llama; its vocabulary has no `<image>`, which the conversion adds."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -65,7 +65,7 @@ def build_language_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
         num_attention_heads=HEADS,
         max_position_embeddings=CONTEXT,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        initializer_range=WIDTH**-0.5,  # Llama's 0.02 is for widths of thousands: here it learns far more slowly
+        initializer_range=WIDTH**-0.5,  # Llama's 0.02 suits widths of thousands; this model would learn more slowly
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Short captions for the contrast between pictures and texts: each is true of some pictures and false of others."""
+"""Makes short captions for the contrast between pictures and texts; each is true for some pictures only."""
 
 from dataclasses import dataclass
 from itertools import combinations, product
@@ -18,7 +18,7 @@ ATTRIBUTES = {
 
 @dataclass(frozen=True)
 class Phrase:
-    """Says of a picture that it has an object with these attributes, or so many of them, or this print."""
+    """States that a picture has an object with these attributes, or so many of them, or this printed text."""
 
     size: str | None = None
     colour: str | None = None
@@ -38,7 +38,7 @@ class Phrase:
 
     @property
     def kind(self) -> str:
-        """What it names: such as "place", or "colour + shape"."""
+        """Returns the attributes that it names, such as "place" or "colour + shape"."""
         return " + ".join(name for name, value in vars(self).items() if value is not None)
 
     @property
@@ -56,7 +56,7 @@ class Phrase:
 
 
 def all_phrases() -> list[Phrase]:
-    """One attribute, or two of one object; numbers of objects; prints. None names a held-out pair."""
+    """Returns phrases of one or two attributes, numbers of objects, and prints; none names a held-out pair."""
     phrases = [Phrase(**{name: value}) for name, values in ATTRIBUTES.items() for value in values]
     for first, second in combinations(ATTRIBUTES, 2):
         values = product(ATTRIBUTES[first], ATTRIBUTES[second])
@@ -66,7 +66,7 @@ def all_phrases() -> list[Phrase]:
         Phrase(number=number, **{name: value})
         for name in ("colour", "shape")
         for value in ATTRIBUTES[name]
-        for number in range(1, 4)  # more of one kind are rare
+        for number in range(1, 4)  # higher numbers are rare
     ]
     phrases += [Phrase(printed=text) for text in WORDS + NUMBERS]
     return [phrase for phrase in phrases if not phrase.held_out]

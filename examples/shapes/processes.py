@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Commands as processes of their own."""
+"""Starts commands as separate processes."""
 
 import os
 import subprocess
@@ -11,6 +11,6 @@ from conversion.convert import ROOT
 
 
 def start_module(*words: object, **options: Any) -> subprocess.Popen:
-    """Starts `python -m words...` with one thread: for models as small as these, more gain nothing."""
+    """Starts `python -m words...` with one thread; more threads do not help such small models."""
     command = [sys.executable, "-m", *map(str, words)]
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Captions, questions and their true answers. The caption of a scene says all that any question can ask."""
+"""Writes captions, questions and true answers. The caption of a scene contains all that a question can ask."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 CAPTION_REQUESTS = ("Describe the picture.", "What is in the picture?", "What does the picture show?")
-# Both spellings, so that the model knows both.
+# The data has both spellings, so that the model knows both.
 COLOUR_QUESTIONS = ("What color is the {}?", "What colour is the {}?", "Which color does the {} have?")
 SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape does the {} object have?")
 READ_QUESTIONS = ("What is written in the picture?", "Read the word or number.", "What does the text say?")
@@ -27,11 +27,11 @@ class Question:
     kind: str
     text: str
     answer: str
-    about: frozenset[tuple[str, str]]  # the colour-shape pairs that it is about
+    about: frozenset[tuple[str, str]]  # the colour-shape pairs in the question
 
     @property
     def unseen(self) -> bool:
-        """Whether it is about a pair that no training picture shows."""
+        """Returns whether the question is about a pair that no training picture shows."""
         return not self.about.isdisjoint(HELD_OUT_PAIRS)
 
 
@@ -40,7 +40,7 @@ def caption(scene: Scene, rng: Random) -> Question:
 
 
 def describe(scene: Scene) -> str:
-    """The objects from left to right, then the print."""
+    """Returns the caption: the objects from left to right, then the print."""
     things = [f"{article(f'{thing.size} {thing.name}')} {thing.place}" for thing in scene.things]
     total = counted(len(things), "object")
     if scene.print is None:
@@ -53,7 +53,7 @@ def count(scene: Scene, rng: Random) -> Question:
         return _count_of(rng.choice(ALL_QUESTIONS), "object", list(scene.things))
     part, values = rng.choice(((0, tuple(COLOURS)), (1, SHAPES)))
     present = Counter(thing.pair[part] for thing in scene.things)
-    # The number first, then something that is there so many times: else nearly all answers would be none or one.
+    # The number is drawn before the object: otherwise nearly all answers would be none or one.
     by_number: dict[int, list[str]] = {}
     for value in values:
         by_number.setdefault(present[value], []).append(value)
@@ -105,7 +105,10 @@ def is_there(scene: Scene, rng: Random) -> Question:
 
 
 def _absent_pair(present: set[tuple[str, str]], rng: Random) -> tuple[str, str]:
-    """Held out if one that is there is, as often as "yes" would be; half of the time its parts are there, apart."""
+    """Picks a pair that is not in the scene; about half have a colour and a shape of the scene.
+
+    It is held out as often as in questions with the answer "yes".
+    """
     unseen = rng.choice(sorted(present)) in HELD_OUT_PAIRS
     absent = [pair for pair in PAIRS if pair not in present and (pair in HELD_OUT_PAIRS) == unseen]
     colours, shapes = zip(*present, strict=True)
@@ -148,11 +151,11 @@ def read(scene: Scene, rng: Random) -> Question | None:
     if scene.print is not None:
         answer = f"The {kind_of_print(scene.print.text)} is {scene.print.text}."
         return Question("read", text, answer, frozenset())
-    # Rarely, so that this is not the answer to bet on.
+    # This is rare, so that it is not the best guess.
     return Question("read", text, "There is no text.", frozenset()) if rng.random() < 0.05 else None
 
 
-# A maker of questions gives none where the scene has no clear answer to its kind.
+# Each function returns None if the scene has no clear answer to its kind of question.
 KINDS: dict[str, Callable[[Scene, Random], Question | None]] = {
     "caption": caption,
     "count": count,
@@ -168,7 +171,7 @@ KINDS: dict[str, Callable[[Scene, Random], Question | None]] = {
 
 
 def furthest_left(scene: Scene) -> Question | None:
-    """Not among the kinds: what a trained model can be taught later."""
+    """Makes a question of the new kind, which a trained model can learn later."""
     first, *others = scene.things
     if not others or any(thing.column == first.column for thing in others):
         return None
@@ -182,7 +185,7 @@ def one_of_each(scene: Scene, rng: Random) -> list[Question]:
 
 
 def conversation(scene: Scene, turns: int, rng: Random) -> list[Question]:
-    """Up to `turns` different questions, no caption among them: it would answer all that follow."""
+    """Returns up to `turns` different questions without a caption, which would answer all later ones."""
     makers = [make for kind, make in KINDS.items() if kind != "caption"]
     rounds = (make(scene, rng) for _ in range(3) for make in rng.sample(makers, len(makers)))
     distinct = {question.text: question for question in rounds if question is not None}
@@ -192,7 +195,7 @@ def conversation(scene: Scene, turns: int, rng: Random) -> list[Question]:
 
 
 def _unique(scene: Scene, key: Callable[[Thing], object]) -> list[Thing]:
-    """The objects that one word, or pair of words, names without doubt."""
+    """Returns the objects that one word or pair of words names uniquely."""
     times = Counter(key(thing) for thing in scene.things)
     return [thing for thing in scene.things if times[key(thing)] == 1]
 

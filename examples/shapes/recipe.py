@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's recipe in miniature: from drawn pictures to a Hub folder, by the commands that one would give by hand."""
+"""Runs the paper's recipe in miniature, from drawn pictures to a Hub folder, by the usual commands."""
 
 import json
 import os
@@ -19,14 +19,14 @@ from .clip import LAYERS
 from .evaluate import evaluate
 from .processes import start_module
 
-# As the paper's: the first is LLaVA's, the last block but one; then shallower ones.
+# As in the paper, the first is LLaVA's, the last block but one; shallower ones follow.
 TAPS = tuple(range(LAYERS - 1, LAYERS - 5, -1))
 RECIPES = Path(__file__).parent / "recipes"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A training: its folder, its recipe, its rows, and what it changes of the recipe."""
+    """Describes a training: its folder, its recipe, its rows, and its changes of the recipe."""
 
     name: str
     recipe: str
@@ -38,20 +38,20 @@ class Stage:
         return RECIPES / f"{self.recipe}.yaml"
 
 
-# The language model learns to look up what vision tokens say: a large one can, a caption alone does not teach it. Fast
-# rates, at which the fusion modules forget what they are not asked for at first: these are thrown away.
+# The language model learns to look up the content of vision tokens. A large model can do this; captions alone do not
+# teach it. At these high rates the fusion modules forget what the rows do not ask, so they are replaced afterwards.
 WARM_UP = (
     Stage("warmup-captions", "stage1", "captions.json", ("--learning_rate", 2e-3)),
     Stage("warmup-questions", "stage2", "train.json", ("--learning_rate", 3e-3, "--projector_learning_rate", 3e-3)),
     Stage("warmup-dialogues", "stage2", "dialogues.json", ("--projector_learning_rate", 2e-3)),
 )
-# The paper's two stages, with new fusion modules.
+# These are the paper's two stages, with new fusion modules.
 STAGES = (Stage("stage1", "stage1", "captions.json"), Stage("stage2", "stage2", "dialogues.json"))
 AGAIN = (Stage("stage2-again", "stage2", "dialogues.json", ("--num_train_epochs", 0.5)),)
 LOGS = dict.fromkeys(("clip", "language-model"), "training_log.json")
 LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES + AGAIN}
 RENEWED = "renewed"  # the warm language model with new fusion modules
-REPO_ID = "YOUR-NAME/llava-stf-shapes"  # on the card, until it is published
+REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
 CARD = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
 
@@ -67,15 +67,15 @@ def make(
 ) -> Path:
     """Trains a small LLaVA-STF from nothing and writes it into `out`, which must not exist or be empty.
 
-    Each step writes a folder of its own into `work`. A step whose folder is complete is not done again, so that the
-    same command goes on where another one stopped.
+    Each step writes its own folder in `work`. Steps with a complete folder are skipped, so that the same command
+    continues a stopped run.
 
     Args:
         work: folder for data and intermediate models.
-        out: the Hub folder: float16 weights, code, processor, and beside them the logs and the evaluation.
-        scenes, test_scenes: to train on, to test with.
-        clip_steps, language_model_steps: of the two pre-trainings, which run side by side.
-        seed: of data, weights and order.
+        out: the Hub folder with float16 weights, code, processor, logs and evaluation.
+        scenes, test_scenes: number of training and test scenes.
+        clip_steps, language_model_steps: steps of the two pre-trainings, which run in parallel.
+        seed: seed of data, weights and order.
     """
     out, work = require_empty(out), Path(work).resolve()
     work.mkdir(parents=True, exist_ok=True)
@@ -106,14 +106,19 @@ def make(
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
         shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
     evaluate(out, data, out / "evaluation.json", name=REPO_ID)
-    card = start_module("hub_card", "render", out, *CARD, "--results", out / "evaluation.json")
-    if card.wait():
-        raise ValueError("The card could not be written, see above.")
+    render_card(out)
     return out
 
 
+def render_card(model: str | Path) -> None:
+    """Writes the card of the finished model into its folder."""
+    card = start_module("hub_card", "render", model, *CARD, "--results", Path(model) / "evaluation.json")
+    if card.wait():
+        raise ValueError("The card could not be written, see above.")
+
+
 def train(stages: tuple[Stage, ...], start: Path, data: Path, seed: int, timer: "Timer") -> Path:
-    """Trains stage after stage, each from the one before, and returns the folder of the last."""
+    """Trains the stages, each from the result of the one before; returns the folder of the last."""
     for stage in stages:
         out = start.parent / stage.name
         paths = ("--data_path", data / stage.rows, "--image_folder", data, "--output_dir", out)
@@ -124,7 +129,7 @@ def train(stages: tuple[Stage, ...], start: Path, data: Path, seed: int, timer: 
 
 
 def trainer(recipe: Path) -> tuple:
-    """What `python -m` starts a stage with: on a CPU a process for each core, up to eight, which share a batch."""
+    """Returns the arguments of `python -m` for a stage; on a CPU up to eight processes share a batch."""
     if torch.cuda.is_available():
         return ("training", "--config", recipe)
     processes = 2 ** min(3, len(os.sched_getaffinity(0)).bit_length() - 1)
@@ -135,19 +140,19 @@ def trainer(recipe: Path) -> tuple:
 
 
 def pack(trained: Path, folder: Path) -> None:
-    """A checkpoint in float16: half the size, and closer to the trained weights than bfloat16."""
+    """Saves a checkpoint in float16, which has half the size and is closer to the weights than bfloat16."""
     model = LlavaSTFForConditionalGeneration.from_pretrained(trained, dtype=torch.float16)
     save_checkpoint(folder, model, trained)
 
 
 class Timer:
-    """Runs steps as processes and notes how long each took, in a file that outlives an interruption."""
+    """Runs steps as processes, and records how long each took in a file that survives an interruption."""
 
     def __init__(self, file: Path):
         self.file = file
 
     def run(self, steps: dict[Path, tuple]) -> None:
-        """Runs side by side the commands whose folders are not there yet."""
+        """Runs in parallel the commands whose folders do not exist."""
         todo = {folder: command for folder, command in steps.items() if not _complete(folder)}
         started = time.perf_counter()
         running = {}
@@ -167,5 +172,5 @@ class Timer:
 
 
 def _complete(folder: Path) -> bool:
-    """A training's folder is complete when its config is there, which is written last; the others appear complete."""
+    """Returns whether a folder is complete. A training writes its config last; other folders appear complete."""
     return (folder / "config.json").exists() if folder.name.startswith(("warmup", "stage")) else folder.exists()

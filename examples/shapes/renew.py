@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""New fusion modules for a trained tower and language model."""
+"""Makes new fusion modules for a trained tower and language model."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def renew(checkpoint: str | Path, out: str | Path, seed: int = 0) -> Path:
 
 
 def initialise(connector: nn.Module, seed: int) -> None:
-    """PyTorch's initialisation of linear layers, as the original's."""
+    """Initialises linear layers as PyTorch and the original do."""
     torch.manual_seed(seed)
     for module in connector.modules():
         if isinstance(module, nn.Linear):

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Scenes: one to five objects, at times a printed word, on a background; how they are drawn and divided into splits."""
+"""Draws scenes of one to five objects, some with a printed word, and divides them into splits."""
 
 import math
 import zlib
@@ -10,8 +10,8 @@ from random import Random
 
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 96  # of a picture, in pixels
-OVERSAMPLING = 4  # drawn this much larger, then averaged: smooth edges
+SIDE = 96  # side of a picture, in pixels
+OVERSAMPLING = 4  # drawn this much larger, then averaged for smooth edges
 
 COLOURS = {
     "red": (215, 35, 35),
@@ -23,7 +23,7 @@ COLOURS = {
 }
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 PAIRS = tuple(product(COLOURS, SHAPES))
-# Each shape once: pictures of these pairs are in the test only.
+# Each shape occurs once; only the test has pictures of these pairs.
 HELD_OUT_PAIRS = (
     ("red", "triangle"),
     ("green", "cross"),
@@ -36,22 +36,22 @@ WORDS = ("box", "cat", "dog", "hat", "key", "map", "sun", "tea")
 NUMBERS = tuple(str(number) for number in range(1, 10))
 
 CELL = SIDE / 3  # a picture has 3 x 3 places
-# Centres keep this far from the borders between places and objects this far from each other, in pixels.
+# Least distance in pixels of centres from the borders between places, and of objects from each other.
 MARGIN, GAP = 4, 2
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
-ATTEMPTS = 50  # to place an object, before another scene is drawn
+ATTEMPTS = 50  # attempts to place an object before another scene is drawn
 
 SPLITS = ("train", "test")
-TEST_SHARE = 8  # one in so many contents is for the test
+TEST_SHARE = 8  # one in so many contents belongs to the test
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object; centre and radius in pixels."""
+    """Describes an object; centre and radius are in pixels."""
 
     colour: str
     shape: str
@@ -87,7 +87,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Print:
-    """A printed word or number; its box in pixels."""
+    """Describes a printed word or number; its box is in pixels."""
 
     text: str
     box: tuple[float, float, float, float]
@@ -100,18 +100,18 @@ class Scene:
 
     @property
     def content(self) -> str:
-        """All that a question can ask; pictures that differ only in background and exact pixels share it."""
+        """Returns all that a question can ask; it does not depend on background and exact pixels."""
         things = sorted((thing.name, thing.size, thing.place) for thing in self.things)
         return repr((things, self.print and self.print.text))
 
     @property
     def split(self) -> str:
-        """Decided by the content alone, so that no seed and no size of a data set can mix train and test."""
+        """Returns the split; it depends only on the content, so that no seed or size can mix train and test."""
         return "train" if zlib.crc32(self.content.encode()) % TEST_SHARE else "test"
 
 
 def draw_scene(split: str, rng: Random) -> Scene:
-    """A random scene of a split, `train` or `test`. Half of the test's scenes have a held-out pair."""
+    """Returns a random scene of a split, `train` or `test`; half of the test scenes have a held-out pair."""
     if split not in SPLITS:
         raise ValueError(f"The split is {split!r}, expected one of {', '.join(SPLITS)}.")
     held_out = split == "test" and rng.random() < 0.5
@@ -123,7 +123,7 @@ def draw_scene(split: str, rng: Random) -> Scene:
 
 
 def _random_scene(count: int, held_out: bool, rng: Random) -> Scene | None:
-    """A scene, or none if its objects found no room."""
+    """Returns a scene, or None if its objects do not fit."""
     boxes: list[tuple[float, float, float, float]] = []
     printed = _random_print(rng) if rng.random() < 0.35 else None
     if printed is not None:
@@ -140,7 +140,7 @@ def _random_scene(count: int, held_out: bool, rng: Random) -> Scene | None:
 
 
 def _random_pair(things: list[Thing], rng: Random) -> tuple[str, str]:
-    """One of the pairs that training knows; at times of the colour or the shape of an object that is there."""
+    """Returns a pair of the training; in half of the cases it shares colour or shape with an earlier object."""
     pairs = [pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]
     if things and rng.random() < 0.5:
         like, part = rng.choice(things).pair, rng.randrange(2)
@@ -160,7 +160,7 @@ def _random_thing(pair: tuple[str, str], boxes: list, rng: Random) -> Thing | No
 
 
 def _random_centre(radius: float, rng: Random) -> float:
-    """One coordinate: any of the three places first, so that all are equally frequent."""
+    """Returns one coordinate; it chooses the place first, so that all places are equally frequent."""
     cell = rng.randrange(3)
     low = max(cell * CELL + (MARGIN if cell else 0), radius)
     high = min((cell + 1) * CELL - (MARGIN if cell < 2 else 0), SIDE - radius)
@@ -179,7 +179,7 @@ def _overlap(a: tuple, b: tuple) -> bool:
 
 
 def draw_picture(scene: Scene, rng: Random) -> Image.Image:
-    """The picture of a scene, (SIDE, SIDE) in RGB; `rng` gives the background and the exact colours."""
+    """Draws a scene, (SIDE, SIDE) in RGB; `rng` sets the background and the exact colours."""
     background, ink = _background(rng)
     canvas = background.resize((SIDE * OVERSAMPLING,) * 2, Image.Resampling.BILINEAR)
     pen = ImageDraw.Draw(canvas)
@@ -201,7 +201,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, colour: tuple[int, ...])
     elif thing.shape == "ring":
         pen.ellipse((left, top, right, bottom), outline=colour, width=round(radius * 0.45))
     elif thing.shape == "square":
-        inset = radius * 0.12  # about the area of the circle
+        inset = radius * 0.12  # gives about the area of the circle
         pen.rectangle((left + inset, top + inset, right - inset, bottom - inset), fill=colour)
     elif thing.shape == "cross":
         arm = radius * 0.36
@@ -212,7 +212,7 @@ def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, colour: tuple[int, ...])
 
 
 def _background(rng: Random) -> tuple[Image.Image, tuple[int, ...]]:
-    """A pale or dark background in few pixels, to be blown up, and the colour of print that is read on it."""
+    """Returns a pale or dark background in few pixels, to be enlarged, and a readable colour of print."""
     pale = rng.random() < 0.7
     tone = rng.randint(185, 245) if pale else rng.randint(15, 60)
     tint = [rng.randint(-10, 10) for _ in range(3)]
@@ -232,7 +232,7 @@ def _near(colour: tuple[int, ...], rng: Random) -> tuple[int, ...]:
 
 
 def _glyphs(text: str) -> Image.Image:
-    """Print as a mask: Pillow's own bitmap font, the same on every machine, twice its size."""
+    """Returns print as a mask, in Pillow's own bitmap font at twice its size; it is equal on every machine."""
     font = ImageFont.load_default_imagefont()
     left, top, right, bottom = (int(side) for side in font.getbbox(text))
     mask = Image.new("L", (right - left, bottom - top))

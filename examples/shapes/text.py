@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The tokenizer, and how conversations become text."""
+"""Trains the tokenizer, and converts rows to conversations and text."""
 
 import json
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ CHAT_TEMPLATE = (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8")
 ROLES = {"human": "user", "gpt": "assistant"}
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-PLACEHOLDER = "<image>\n"  # where the picture is, in LLaVA's JSON
+PLACEHOLDER = "<image>\n"  # position of the picture in LLaVA's JSON
 CONTEXT = 512  # tokens; the longest conversation of the data has about 300
 
 
 def read_rows(file: Path) -> list[dict]:
-    """The rows of a JSON list or of JSON lines.
+    """Returns the rows of a JSON list or of JSON lines.
 
     Raises:
         ValueError: if there is no such file.
@@ -34,7 +34,7 @@ def read_rows(file: Path) -> list[dict]:
 
 
 def messages_of(row: dict, folder: Path | None = None) -> list[dict]:
-    """A row of LLaVA's JSON as the messages of a chat template; its picture is in `folder`."""
+    """Converts a row of LLaVA's JSON to the messages of a chat template; `folder` has its picture."""
     messages = []
     for turn in row["conversations"]:
         content = [{"type": "text", "text": turn["value"].removeprefix(PLACEHOLDER)}]
@@ -47,14 +47,14 @@ def messages_of(row: dict, folder: Path | None = None) -> list[dict]:
 def train_tokenizer(data: str | Path, out: str | Path, vocabulary: int = 1024) -> Path:
     """Trains a tokenizer of Llama's kind (BPE, bytes for unknown characters) on the conversations of a data set.
 
-    Writes into `out`, which must not exist or be empty, what `LlamaTokenizer` and our conversion read; `<image>` is
-    added by the conversion. The vocabulary ends up smaller than `vocabulary` if the texts have no more to merge.
+    It writes the files that `LlamaTokenizer` and our conversion read into `out`, which must not exist or be empty. The
+    conversion adds `<image>`. The vocabulary is smaller than `vocabulary` if the texts have no more pairs to merge.
     """
     out = require_empty(out)
     model = models.BPE(unk_token=SPECIAL_TOKENS["unk_token"], byte_fallback=True, fuse_unk=True)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    # No token spans two words, and a number is read digit by digit.
+    # No token spans two words, and each digit is a token.
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\p{L}+|▁?\p{N}|[^\p{L}\p{N}]"), "isolated")
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
@@ -77,5 +77,5 @@ def _texts(data: Path) -> Iterator[str]:
 
 
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The trained tokenizer with `<image>`, as every checkpoint made from it has it."""
+    """Loads the trained tokenizer with `<image>`, as in every checkpoint that is made from it."""
     return load_tokenizer(folder, CONTEXT)

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the two pre-trainings share: optimiser, schedule, progress and log."""
+"""Trains a module, for both pre-trainings: optimiser, schedule, progress and log."""
 
 import json
 import math
@@ -13,8 +13,8 @@ from torch import nn
 from tqdm import tqdm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WARMUP = 0.03  # of the steps
-LOG_EVERY = 20  # steps
+WARMUP = 0.03  # share of the steps
+LOG_EVERY = 20  # steps between two entries of the log
 
 
 def train(
@@ -22,11 +22,11 @@ def train(
 ) -> list[dict]:
     """Minimises what `loss` returns for the batch that it draws, with a warmup and half a cosine to zero.
 
-    The matrices of the layers follow Muon (https://kellerjordan.github.io/posts/muon): where minutes count, the tower
-    learns several times as fast as with AdamW. All else (embeddings, heads, vectors) follows AdamW.
+    Muon (https://kellerjordan.github.io/posts/muon) optimises the matrices of the layers: in short trainings the tower
+    learns several times as fast as with AdamW. AdamW optimises all else (embeddings, heads, vectors).
 
     Returns:
-        The log: step, seconds since the start and mean loss since the last entry.
+        The log with step, seconds since the start, and mean loss since the last entry.
     """
     matrices, others = [], []
     for name, weight in model.named_parameters():
