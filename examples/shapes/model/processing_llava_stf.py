@@ -705,7 +705,10 @@ def _eight_bits(arrays: list[np.ndarray]) -> list[np.ndarray]:
 
 
 def _scaled_floats(array: np.ndarray, layout: str | ChannelDimension | None, unchanged: bool) -> np.ndarray:
-    """Returns numbers that the caller has scaled (`do_rescale=False`) as (3, height, width); 0 to 1 if not `unchanged`."""
+    """Returns numbers that the caller has scaled (`do_rescale=False`) as (3, height, width).
+
+    They must be 0 to 1, unless they stay `unchanged` by padding and resizing.
+    """
     if not np.isfinite(array).all():
         raise ValueError("A picture has NaN or infinite pixels; expected finite numbers. Check how it was made.")
     if not (unchanged or (array.min() >= 0 and array.max() <= 1)):
