@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import LlamaConfig, PreTrainedConfig
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 
+from .checkpoints.folders import (
+    ADAPTER_CONFIG_FILE,
+    ORIGINAL_CONFIG_FILE,
+    TEMPLATES,
+    complete_or_absent,
+    require_empty,
+)
+from .checkpoints.weights import Weights, check_dtypes, compare, parse_size, read_folder, read_json, write_folder
 from .config import (
     INNER_TAPS,
     build_image_processor,
@@ -23,24 +30,13 @@ from .config import (
     preprocessor_file,
     read_vision_config,
 )
-from .convert import (
-    EMBEDDINGS,
-    HEAD,
-    LAYERS,
-    ORIGINAL_CONFIG_FILE,
-    TEMPLATES,
-    check_complete,
-    complete_or_absent,
-    empty_model,
-    print_shards,
-    require_empty,
-    tower_depth,
-)
 from .keys import TOWER_PREFIX, ConversionError, to_original
+from .locate import fetch
+from .plan import check_complete, empty_model
 from .settings import LANGUAGE, PREPROCESSOR, check_settings
-from .source import ADAPTER_CONFIG_FILE, fetch, read_tower
-from .tokenizer import IMAGE_TOKEN
-from .weights import Weight, Weights, check_dtypes, compare, parse_size, read_folder, read_json, write_folder
+from .source import LAYERS, read_tower, tower_depth
+from .vocabulary import EMBEDDINGS, HEAD, _first_rows, _refuse_growth, _rows_without_placeholder
+from .write import print_shards
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What the original's code reads, beside the language model's settings; a checkpoint that we converted has its own.
@@ -180,45 +176,6 @@ def _original_rope(rope: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if kind == "default" else {"type": kind, "factor": rope["factor"]},
     }
-
-
-def _rows_without_placeholder(config: LlavaSTFConfig) -> int:
-    rows = config.text_config.vocab_size
-    return rows - 1 if config.image_token_id == rows - 1 else rows
-
-
-def _refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
-    """Raises a [`ConversionError`] if the rows behind the original's are more than `<image>` and padding.
-
-    Nothing ever looks at the embeddings of those, so they are still alike, as the conversion made them.
-    """
-    table = weights[EMBEDDINGS]
-    if rows > table.shape[0]:
-        raise ConversionError(
-            f"{ORIGINAL_CONFIG_FILE} says `vocab_size` {rows}, but {EMBEDDINGS!r} has {table.shape[0]} rows."
-        )
-    added = table.load()[rows:]
-    tokens = _tokens_behind(folder / "tokenizer.json", rows)
-    if tokens or not torch.equal(added, added[:1].expand_as(added)):
-        raise ConversionError(
-            f"The tables have {table.shape[0]} rows, the original's {rows}, and what was added is more than "
-            f"{IMAGE_TOKEN} and padding{': ' if tokens else ''}{', '.join(tokens)}. The original's vocabulary has no "
-            "place for tokens behind its own; nothing was cut."
-        )
-
-
-def _tokens_behind(file: Path, rows: int) -> list[str]:
-    if not file.exists():
-        return []
-    try:
-        words = Tokenizer.from_file(str(file)).get_vocab()
-    except Exception as error:  # the tokenizers library raises nothing else
-        raise ConversionError(f"Cannot read {file}: {error}") from error
-    return sorted(word for word, index in words.items() if index >= rows and word != IMAGE_TOKEN)
-
-
-def _first_rows(table: Weight, rows: int) -> Weight:
-    return Weight((rows, *table.shape[1:]), table.dtype, lambda: table.load()[:rows], table.origin)
 
 
 def _with_whole_tower(weights: Weights, config: LlavaSTFConfig, clip_folder: Path | None) -> Weights:

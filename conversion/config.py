@@ -3,7 +3,6 @@
 """Our configuration and image processor, out of the original's configuration, the CLIP folder and the shapes."""
 
 from collections.abc import Callable
-from math import isqrt
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,10 +11,10 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 
+from .checkpoints.weights import Weights, matrix, read_json, section
+from .fusion import MBTF, _fusion_fields
 from .keys import ConversionError
 from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
-from .source import MBTF, STF
-from .weights import Weights, matrix, read_json, section
 
 Made = TypeVar("Made")
 
@@ -94,23 +93,6 @@ def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]
         )
     # -2 of CLIP's 24 layers, said absolutely: the tower may be stored without the layers behind it.
     return [tap % (depth + 1) for tap in taps]
-
-
-def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
-    block_hidden, block_in = matrix(weights, f"{MBTF}0.weight").shape
-    spatial_hidden, spatial_in = matrix(weights, f"{STF}0.weight").shape
-    taps, window = block_in // width, isqrt(spatial_in // width)
-    if block_in != taps * width or spatial_in != window**2 * width:
-        raise ConversionError(
-            f"{MBTF}0.weight takes {block_in} channels and {STF}0.weight {spatial_in}, but the vision tower has "
-            f"{width}: expected a multiple of that, and a square number of times."
-        )
-    return {
-        "taps": taps,
-        "fusion_window": window,
-        "block_fusion_hidden_size": None if block_hidden == 4 * width else block_hidden,
-        "spatial_fusion_hidden_size": None if spatial_hidden == 16 * width else spatial_hidden,
-    }
 
 
 def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:

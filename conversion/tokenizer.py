@@ -13,8 +13,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, proc
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from .checkpoints.weights import read_json, require_file
 from .keys import ConversionError
-from .weights import read_json, require_file
 
 IMAGE_TOKEN = "<image>"
 # In the order in which transformers 4.37 gives new ids to those that the vocabulary lacks.

@@ -18,8 +18,8 @@ from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
-from conversion.convert import name_auto_class
-from conversion.weights import Weights, read_file, read_folder
+from conversion.checkpoints.folders import name_auto_class
+from conversion.checkpoints.weights import Weights, read_file, read_folder
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 

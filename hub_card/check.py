@@ -20,7 +20,7 @@ from packaging import version
 from tqdm import tqdm
 
 from conversion import ConversionError
-from conversion.weights import check_finite
+from conversion.checkpoints.weights import check_finite
 from modeling_llava_stf import LlavaSTFProcessor
 from modeling_llava_stf.configuration_llava_stf import AUTO_MAP
 

@@ -16,11 +16,10 @@ from conftest import GOLDENS
 
 from conversion import ConversionError, convert
 from conversion.__main__ import main
-from conversion.weights import read_folder
+from conversion.checkpoints.weights import read_folder
 
 SHARD = "pytorch_model-00002-of-00003.bin"
 INDEX = "pytorch_model.bin.index.json"
-CONVERT = sys.modules["conversion.convert"]  # the package has a function of this name
 
 
 @pytest.fixture
@@ -171,19 +170,21 @@ def test_a_damaged_folder_ends_in_one_line(damage, folders, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("make_plan", ValueError),
-        ("build_config", TypeError),
-        ("build_text_config", RuntimeError),
-        ("load_tokenizer", KeyError),
-        ("check_complete", ZeroDivisionError),
-        ("write_folder", AttributeError),
+        ("convert.make_plan", ValueError),
+        ("plan.build_config", TypeError),
+        ("plan.build_text_config", RuntimeError),
+        ("plan.load_tokenizer", KeyError),
+        ("plan.check_complete", ZeroDivisionError),
+        ("write.write_folder", AttributeError),
     ],
 )
 def test_a_fault_of_ours_ends_in_a_traceback(place, error, folders, monkeypatch):
     def fault(*arguments, **options):
         raise error("ours")
 
-    monkeypatch.setattr(CONVERT, place, fault)
+    module, name = place.split(".")
+    # By the name of the module: the package has a function `convert`.
+    monkeypatch.setattr(sys.modules[f"conversion.{module}"], name, fault)
     monkeypatch.setattr(sys, "argv", ["conversion", *command(folders)])
     with pytest.raises(error, match="ours"):
         main()
@@ -194,7 +195,7 @@ def test_a_full_disk_ends_in_one_line(folders, monkeypatch, capsys):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(CONVERT, "write_folder", full)
+    monkeypatch.setattr("conversion.write.write_folder", full)
     monkeypatch.setattr(sys, "argv", ["conversion", *command(folders)])
     assert main() == 2
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
@@ -203,9 +204,9 @@ def test_a_full_disk_ends_in_one_line(folders, monkeypatch, capsys):
 
 SLOW_WORKER = """
 import sys, time
-from conversion import weights
+from conversion.checkpoints import weights
 from conversion.__main__ import main
-from conversion.weights import read_folder
+from conversion.checkpoints.weights import read_folder
 
 whole = weights.tensor_bytes
 weights.tensor_bytes = lambda tensor: (time.sleep(0.05), whole(tensor))[1]

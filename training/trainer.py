@@ -33,7 +33,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from conversion.convert import copy_licences, name_auto_class
+from conversion.checkpoints.folders import copy_licences, name_auto_class
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
 from .checkpoint import LENGTHS, OPTIMIZER, RUN, check_checkpoint, check_optimizer, rows_of

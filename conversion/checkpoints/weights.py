@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from .keys import ConversionError
+from ..keys import ConversionError
 
 LIBC, PAGE, MADV_WILLNEED = ctypes.CDLL(None), 4096, 3
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
