@@ -35,7 +35,7 @@ from .locate import fetch
 from .plan import check_complete, empty_model
 from .settings import LANGUAGE, PREPROCESSOR, check_settings
 from .source import LAYERS, read_tower, tower_depth
-from .vocabulary import EMBEDDINGS, HEAD, _first_rows, _refuse_growth, _rows_without_placeholder
+from .vocabulary import EMBEDDINGS, HEAD, first_rows, refuse_growth, rows_without_placeholder
 from .write import print_shards
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -99,9 +99,9 @@ def convert_back(
     check_dtypes(weights)
     original = _original_config(config, folder, vision_tower)
     original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")
-    _refuse_growth(weights, original["vocab_size"], folder)
+    refuse_growth(weights, original["vocab_size"], folder)
     for name in (EMBEDDINGS, HEAD):
-        weights[name] = _first_rows(weights[name], original["vocab_size"])
+        weights[name] = first_rows(weights[name], original["vocab_size"])
     weights = _with_whole_tower(to_original(weights), config, clip_folder)
     original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
     _check_pictures(original, config, folder, clip_folder)
@@ -158,7 +158,7 @@ def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | P
     else:
         original = {**NEW_CONFIG, "mm_hidden_size": config.vision_config.hidden_size}
         original["tokenizer_model_max_length"] = context_length(text)
-        original["vocab_size"] = _rows_without_placeholder(config)
+        original["vocab_size"] = rows_without_placeholder(config)
         original |= {"mm_vision_tower": str(vision_tower)} if vision_tower else {}
     rope = now.pop("rope_parameters", None)
     if rope is not None:

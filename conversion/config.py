@@ -3,16 +3,18 @@
 """Our configuration and image processor, out of the original's configuration, the CLIP folder and the shapes."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor, LlavaSTFProcessor
 
+from .checkpoints.folders import TEMPLATES
 from .checkpoints.weights import Weights, matrix, read_json, section
-from .fusion import MBTF, _fusion_fields
+from .fusion import MBTF, read_off
 from .keys import ConversionError
 from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
 
@@ -50,9 +52,8 @@ def build_config(
 
     Without fusion weights (an initialisation) they are the released model's.
     """
-    fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {}
-    taps = _taps(original, fusion.pop("taps", None), vision.num_hidden_layers)
-    return built(
+    make = partial(
+        built,
         LlavaSTFConfig,
         "The model",
         vision_config=vision,
@@ -61,10 +62,13 @@ def build_config(
         pad_token_id=text.pad_token_id,
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
-        vision_feature_layer=taps,
-        dtype=matrix(weights, "model.embed_tokens.weight").dtype,
-        **fusion,
     )
+    fusion = {}
+    if f"{MBTF}0.weight" in weights:
+        fusion = read_off(weights, make(vision_feature_layer=[0], fusion_window=1))
+    taps = _taps(original, fusion.pop("taps", None), vision.num_hidden_layers)
+    dtype = matrix(weights, "model.embed_tokens.weight").dtype
+    return make(vision_feature_layer=taps, dtype=dtype, **fusion)
 
 
 def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]:
@@ -212,6 +216,23 @@ def build_image_processor(
     processor = built(LlavaSTFImageProcessor, file, do_pad=original.get("image_aspect_ratio") == "pad", **carried)
     _check_side(file, processor, side)
     return processor, notes
+
+
+def build_processor(
+    config: LlavaSTFConfig, image_processor: LlavaSTFImageProcessor, tokenizer: PreTrainedTokenizerFast
+) -> LlavaSTFProcessor:
+    """The processor with the templates of chats and of stage 1."""
+    return LlavaSTFProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        fusion_window=config.fusion_window,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template={
+            "default": (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
+            "plain": (TEMPLATES / "plain.jinja").read_text(encoding="utf-8"),
+        },
+    )
 
 
 def preprocessor_file(folder: Path) -> Path:

@@ -3,14 +3,76 @@
 """Looks for everything that a conversion reads: on this machine or on the Hub."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import snapshot_download
 
 from .checkpoints.folders import ADAPTER_CONFIG_FILE, PROJECTOR_FILE
 from .checkpoints.weights import read_json
 from .keys import ConversionError
-from .source import Source
+from .options import Options
+
+
+@dataclass(frozen=True)
+class Places:
+    """The folders of a run: its own, that of its base, and where its tower and its tokenizer are to be found."""
+
+    run: Path
+    base: Path | None
+    options: Options
+
+    def tower(self, config: dict[str, Any], weights: bool) -> Path:
+        """The folder that describes the tower.
+
+        Args:
+            config: the run's settings, which may name the tower.
+            weights: whether the tower's weights are needed, too.
+        """
+        given, revision = self.options.vision_tower, self.options.vision_tower_revision
+        if given is not None:
+            return fetch(given, revision, weights=weights)
+        if "vision_config" in read_json(self.run / "config.json"):  # llava-hf describes its tower itself
+            return fetch(self.run, revision)
+        named = config.get("mm_vision_tower")
+        if not isinstance(named, str):
+            raise ConversionError(f"{self.run} names no vision tower: give its folder or Hub id with --vision-tower.")
+        for folder in (Path(named), self.run / named, self.run.parent / named):
+            if (folder / "config.json").exists():
+                return fetch(folder, revision)
+        try:
+            return fetch(named, revision, weights=weights)
+        except ConversionError as error:
+            raise ConversionError(f"The vision tower of the config: {error} Give it with --vision-tower.") from error
+
+    def tokenizer(self) -> Path:
+        """The folder of the tokenizer: the one that is asked for, else the run's, else the base's."""
+        folders = [folder for folder in (self.run, self.base) if folder is not None]
+        if self.options.tokenizer is not None:
+            folders = [fetch(self.options.tokenizer, self.options.tokenizer_revision)]
+        for folder in folders:
+            if (folder / "tokenizer_config.json").exists():
+                return folder
+        raise ConversionError(f"No tokenizer_config.json in {' or '.join(str(folder) for folder in folders)}.")
+
+
+def locate(source: str | Path, options: Options) -> Places:
+    """Finds the run and its base.
+
+    Raises:
+        ConversionError: if one of them is not there, if `source` holds several runs, or if a revision is asked for of
+            something that is not.
+    """
+    run = find_run(fetch(source, options.revision, options.subfolder))
+    for name in ("base", "tokenizer"):
+        revision = getattr(options, f"{name}_revision")
+        if getattr(options, name) is None and revision is not None:
+            raise ConversionError(f"--{name}-revision {revision} is given without --{name}.")
+    if options.base is None:
+        return Places(run, None, options)
+    revision = options.base_revision or _recorded_revision(run, options.base)
+    return Places(run, fetch(options.base, revision), options)
 
 
 def fetch(name: str | Path, revision: str | None = None, subfolder: str | None = None, weights: bool = True) -> Path:
@@ -74,36 +136,3 @@ def _recorded_revision(folder: Path, base: str | Path) -> str | None:
         return None
     settings = read_json(file)
     return settings.get("revision") if settings.get("base_model_name_or_path") == str(base) else None
-
-
-def _commits(**folders: Path | None) -> list[str]:
-    """Notes with the commits of what came from the Hub."""
-    found = {name: commit_of(folder) for name, folder in folders.items() if folder is not None}
-    return [f"{name.replace('_', ' ')}: commit {commit}" for name, commit in found.items() if commit is not None]
-
-
-def _tower_folder(run: Source, vision_tower: str | Path | None, revision: str | None, weights: bool) -> Path:
-    """The folder that describes the tower, and holds its weights where they are needed."""
-    if vision_tower is not None:
-        return fetch(vision_tower, revision, weights=weights)
-    if "vision_config" in read_json(run.folder / "config.json"):  # llava-hf describes its tower itself
-        return fetch(run.folder, revision)
-    named = run.config.get("mm_vision_tower")
-    if not isinstance(named, str):
-        raise ConversionError(f"{run.folder} names no vision tower: give its folder or Hub id with --vision-tower.")
-    for folder in (Path(named), run.folder / named, run.folder.parent / named):
-        if (folder / "config.json").exists():
-            return fetch(folder, revision)
-    try:
-        return fetch(named, revision, weights=weights)
-    except ConversionError as error:
-        raise ConversionError(f"The vision tower of the config: {error} Give it with --vision-tower.") from error
-
-
-def _tokenizer_folder(tokenizer: str | Path | None, revision: str | None, run: Source, base: Path | None) -> Path:
-    given = None if tokenizer is None else fetch(tokenizer, revision)
-    candidates = [given] if given else [folder for folder in (run.folder, base) if folder is not None]
-    for folder in candidates:
-        if (folder / "tokenizer_config.json").exists():
-            return folder
-    raise ConversionError(f"No tokenizer_config.json in {' or '.join(str(folder) for folder in candidates)}.")

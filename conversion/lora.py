@@ -16,7 +16,7 @@ from .settings import ADAPTER, check_settings, foreign_settings, require_positiv
 PEFT_PREFIX = "base_model.model."
 
 
-def _check_adapter_config(config: dict[str, Any], place: Path) -> None:
+def check_adapter_config(config: dict[str, Any], place: Path) -> None:
     missing = [name for name in ("r", "lora_alpha") if config.get(name) is None]
     # PEFT alone writes this file, so a setting that is unknown and says something belongs to a newer kind of adapter.
     special = foreign_settings(config, ADAPTER) + [name for name in unknown_settings(config, ADAPTER) if config[name]]
@@ -30,7 +30,7 @@ def _check_adapter_config(config: dict[str, Any], place: Path) -> None:
     require_positive(place, config, ["lora_alpha"])
 
 
-def _require_adapted(adapted: set[str], base: Weights, config: dict[str, Any], file: Path) -> None:
+def require_adapted(adapted: set[str], base: Weights, config: dict[str, Any], file: Path) -> None:
     """Raises a [`ConversionError`] if there is no matrix for a weight that the adapter's config names."""
     if not adapted:
         raise ConversionError(f"{file} holds no LoRA matrices: there is nothing to merge.")
@@ -90,8 +90,8 @@ def _merged(weight: Weight, down: Weight, up: Weight, scale: float) -> Weight:
     return Weight(weight.shape, weight.dtype, load, f"{weight.origin} + LoRA")
 
 
-def _adapter_weights(pairs: dict[str, tuple[Weight, Weight]]) -> Weights:
-    """LoRA matrices under PEFT's names for our modules."""
+def peft_weights(pairs: dict[str, tuple[Weight, Weight]]) -> Weights:
+    """The LoRA matrices under PEFT's names for our modules."""
     weights: Weights = {}
     for target, (down, up) in pairs.items():
         (name,) = to_hub({target: None})

@@ -1,159 +1,133 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What will be written: one step after the other, on names and shapes alone."""
+"""What will be written: a list of steps on weights and config, which look at names and shapes alone."""
 
+import copy
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import nn
 
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
-from .checkpoints.folders import TEMPLATES
 from .checkpoints.weights import Weights, check_dtypes
-from .config import build_config, build_image_processor, build_text_config, context_length, read_vision_config
-from .fusion import new_fusion
-from .keys import TOWER_PREFIX, ConversionError, to_hub
-from .locate import _commits, _recorded_revision, _tokenizer_folder, _tower_folder, commit_of, fetch, find_run
-from .lora import PEFT_PREFIX, _adapter_weights, lora_pairs, merge_lora
-from .source import LAYER, Source, _check_depth, _context_note, read_source, read_tower
-from .tokenizer import load_tokenizer
-from .vocabulary import _with_vocabulary
+from .fusion import CONNECTOR, new_fusion
+from .keys import ConversionError, to_hub
+from .lora import PEFT_PREFIX, lora_pairs, merge_lora, peft_weights
+from .options import Options
+from .source import LAYER, Run, Source
+from .vocabulary import add_rows
+
+Step = Callable[[Weights, LlavaSTFConfig], tuple[Weights, LlavaSTFConfig]]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Plan:
     """All that will be written, checked; the weights are still on disk."""
 
     source: Source
-    model: LlavaSTFForConditionalGeneration  # without weights
+    config: LlavaSTFConfig
     weights: Weights
-    processor: LlavaSTFProcessor
-    adapter: Weights | None
+    adapter: Weights  # empty, unless a LoRA run stays one
     notes: list[str]
 
 
-def make_plan(
-    source: str | Path,
-    *,
-    base: str | Path | None = None,
-    vision_tower: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    revision: str | None = None,
-    base_revision: str | None = None,
-    vision_tower_revision: str | None = None,
-    tokenizer_revision: str | None = None,
-    subfolder: str | None = None,
-    keep_adapter: bool = False,
-    keep_full_tower: bool = False,
-    init_fusion: bool = False,
-    taps: list[int] | None = None,
-    seed: int = 0,
-    dtype: torch.dtype | None = None,
-    pad_vocabulary: int = 1,
-) -> Plan:
-    """Reads and checks a run.
+def plan(source: Source, options: Options) -> Plan:
+    """Sends weights and config of a source through the steps.
 
-    Args:
-        source: folder or Hub id.
-        base: folder or Hub id of the language model that a projector or a LoRA run was trained on.
-        vision_tower: folder or Hub id of the CLIP model; by default the one that the source's config names.
-        tokenizer: folder of the tokenizer; by default the source's, else the base's.
-        revision: branch, tag or commit of the source, if that is a Hub id.
-        base_revision: of the base; by default the one that the adapter's config records for it.
-        vision_tower_revision: of the CLIP model.
-        tokenizer_revision: of the tokenizer.
-        subfolder: of a Hub id with several runs.
-        keep_adapter: keep a LoRA run as an adapter beside its converted base, instead of merging it.
-        keep_full_tower: keep the tower's layers behind the last tap; they never run.
-        init_fusion: begin a training: tower and language model are taken, the fusion modules are new.
-        taps: blocks of the tower that new fusion modules mix, in their order; by default the released model's.
-        seed: of the new fusion modules.
-        dtype: of all weights; by default each weight's own.
-        pad_vocabulary: pad the vocabulary tables to a multiple of this.
+    Raises:
+        ConversionError: if the weights do not fit each other or the model.
     """
-    folder = find_run(fetch(source, revision, subfolder))
-    for option, name, given in (("base", base, base_revision), ("tokenizer", tokenizer, tokenizer_revision)):
-        if name is None and given is not None:
-            raise ConversionError(f"--{option}-revision {given} is given without --{option}.")
-    base_folder = None if base is None else fetch(base, base_revision or _recorded_revision(folder, base))
-    run = read_source(folder, base_folder, init_fusion)
-    if taps is not None:
-        if not init_fusion:
-            raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
-        run.config["mm_vision_select_layer"] = taps
-    notes = [f"{run.folder}: {run.kind}", *run.notes]
-    weights = run.weights
-    has_tower = any(key.startswith(TOWER_PREFIX) for key in weights)
-    if not has_tower and run.config.get("unfreeze_mm_vision_tower"):
-        raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
-    clip_folder = _tower_folder(run, vision_tower, vision_tower_revision, weights=not has_tower)
-    if keep_adapter and run.adapter is None:
-        raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
-    if not has_tower:
-        weights = weights | read_tower(clip_folder)
-        notes.append(f"vision tower: {clip_folder}")
-    notes += _commits(source=folder, base=base_folder, vision_tower=clip_folder)
-    adapter = None
-    if run.adapter is not None and run.adapter_config is not None:
-        run.adapter_config["revision"] = None if base_folder is None else commit_of(base_folder)
-        if keep_adapter:
-            adapter = _adapter_weights(lora_pairs(run.adapter, weights, run.adapter_config))
-        else:
-            weights = merge_lora(weights, run.adapter, run.adapter_config)
+    weights, config = source.weights, source.config
+    for step in steps(source, options).values():
+        weights, config = step(weights, config)
+    adapter = _adapter(source, weights, options.dtype) if options.keep_adapter else {}
+    return Plan(source, config, weights, adapter, [*source.notes, *_notes(source, options, config)])
 
-    text = build_text_config(run.config, run.folder / "config.json")
-    context = context_length(text)
-    notes += _context_note(run, context)
-    tokenizer_folder = _tokenizer_folder(tokenizer, tokenizer_revision, run, base_folder)
-    notes += _commits(tokenizer=tokenizer_folder if tokenizer else None)
-    text_tokenizer = load_tokenizer(tokenizer_folder, context)
-    text.pad_token_id = text_tokenizer.pad_token_id
-    image_token_id = text_tokenizer.image_token_id
-    vision, vision_notes = read_vision_config(clip_folder)
-    _check_depth(weights, vision.num_hidden_layers, clip_folder)
-    config = build_config(run.config, weights, vision, text, image_token_id)
-    image_processor, image_notes = build_image_processor(run.config, clip_folder, vision.image_size)
-    notes += vision_notes + image_notes
-    if init_fusion:
-        weights = weights | new_fusion(config, seed)
-        notes.append(f"THE FUSION MODULES ARE NEW (seed {seed}): train them before you ask this model anything")
-    if not keep_full_tower and config.vision_config.num_hidden_layers > max(config.taps):
-        config.vision_config.num_hidden_layers = max(config.taps)
-        weights = _without_unused_layers(weights, config)
-        notes.append(f"the tower's layers behind the last tap, {max(config.taps)}, are left out: they are never used")
-    weights, note = _with_vocabulary(to_hub(weights), config, len(text_tokenizer), pad_vocabulary)
-    notes.append(note)
+
+def steps(source: Source, options: Options) -> dict[str, Step]:
+    """The steps in their order. The weights have the original's names before `names`, and ours behind it."""
+    tokens = len(source.processor.tokenizer)
+    return {
+        "lora": partial(_lora, run=source.run, keep=options.keep_adapter),
+        "fusion": partial(_fusion, new=options.init_fusion, seed=options.seed),
+        "tower": partial(_tower, full=options.keep_full_tower),
+        "names": _names,
+        "vocabulary": partial(add_rows, tokens=tokens, multiple=options.pad_vocabulary),
+        "dtype": partial(_dtype, dtype=options.dtype),
+        "complete": _complete,
+    }
+
+
+def _lora(weights: Weights, config: LlavaSTFConfig, run: Run, keep: bool) -> tuple[Weights, LlavaSTFConfig]:
+    """Merges a LoRA run into its base, unless it is kept."""
+    if run.adapter is None or run.adapter_config is None or keep:
+        return weights, config
+    check_dtypes(run.adapter)
+    return merge_lora(weights, run.adapter, run.adapter_config), config
+
+
+def _fusion(weights: Weights, config: LlavaSTFConfig, new: bool, seed: int) -> tuple[Weights, LlavaSTFConfig]:
+    return weights | new_fusion(config, seed) if new else weights, config
+
+
+def _tower(weights: Weights, config: LlavaSTFConfig, full: bool) -> tuple[Weights, LlavaSTFConfig]:
+    """Leaves out the tower's layers behind the last tap."""
+    depth = max(config.taps)
+    if full or config.vision_config.num_hidden_layers <= depth:
+        return weights, config
+    config = copy.deepcopy(config)
+    config.vision_config.num_hidden_layers = depth
+    used = {key: weight for key, weight in weights.items() if not (layer := LAYER.match(key)) or int(layer[1]) < depth}
+    return used, config
+
+
+def _names(weights: Weights, config: LlavaSTFConfig) -> tuple[Weights, LlavaSTFConfig]:
+    return to_hub(weights), config
+
+
+def _dtype(weights: Weights, config: LlavaSTFConfig, dtype: torch.dtype | None) -> tuple[Weights, LlavaSTFConfig]:
+    """Gives all weights a dtype, and the sub-models' configs the model's, as `save_pretrained` writes it."""
+    config = copy.deepcopy(config)
     if dtype is not None:
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
-        adapter = None if adapter is None else {name: weight.to(dtype) for name, weight in adapter.items()}
         config.dtype = dtype
-    config.text_config.dtype = config.vision_config.dtype = config.dtype  # as `save_pretrained` writes it
-    if adapter is not None:
-        adapter |= {PEFT_PREFIX + name: weight for name, weight in weights.items() if ".multi_modal_projector." in name}
-    check_dtypes(weights | (run.adapter or {}))
-
-    model = empty_model(config, weights)
-    check_complete(weights, model)
-    processor = LlavaSTFProcessor(
-        image_processor=image_processor,
-        tokenizer=text_tokenizer,
-        patch_size=config.vision_config.patch_size,
-        fusion_window=config.fusion_window,
-        vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template={
-            "default": (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
-            "plain": (TEMPLATES / "plain.jinja").read_text(encoding="utf-8"),
-        },
-    )
-    return Plan(run, model, weights, processor, adapter, notes)
+    config.text_config.dtype = config.vision_config.dtype = config.dtype
+    return weights, config
 
 
-def _without_unused_layers(weights: Weights, config: LlavaSTFConfig) -> Weights:
+def _complete(weights: Weights, config: LlavaSTFConfig) -> tuple[Weights, LlavaSTFConfig]:
+    """Checks that the weights are those of the model."""
+    check_dtypes(weights)
+    check_complete(weights, empty_model(config, weights))
+    return weights, config
+
+
+def _adapter(source: Source, weights: Weights, dtype: torch.dtype | None) -> Weights:
+    """The weights of a LoRA run that is kept: its matrices, and the fusion modules, which PEFT saves whole."""
+    run = source.run
+    assert run.adapter is not None and run.adapter_config is not None  # `read` refuses another run
+    check_dtypes(run.adapter)
+    matrices = peft_weights(lora_pairs(run.adapter, source.weights, run.adapter_config))
+    fusion = {PEFT_PREFIX + name: weight for name, weight in weights.items() if name.startswith(CONNECTOR)}
+    return {name: weight.to(dtype or weight.dtype) for name, weight in matrices.items()} | fusion
+
+
+def _notes(source: Source, options: Options, config: LlavaSTFConfig) -> list[str]:
+    """What the steps changed, in words."""
+    notes = []
+    if options.init_fusion:
+        notes.append(f"THE FUSION MODULES ARE NEW (seed {options.seed}): train them before you ask this model anything")
     depth = config.vision_config.num_hidden_layers
-    return {key: weight for key, weight in weights.items() if not (found := LAYER.match(key)) or int(found[1]) < depth}
+    if depth != source.config.vision_config.num_hidden_layers:
+        notes.append(f"the tower's layers behind the last tap, {depth}, are left out: they are never used")
+    rows, needed = source.config.text_config.vocab_size, config.text_config.vocab_size
+    added = f"{needed - rows} added to each table, the mean of the others" if needed > rows else "none added"
+    image_token = f"<image> is {config.image_token_id}"
+    return [*notes, f"vocabulary: {image_token}, {rows} rows in the source, {added}; no other id changes"]
 
 
 def empty_model(config: LlavaSTFConfig, weights: Weights) -> LlavaSTFForConditionalGeneration:

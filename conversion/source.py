@@ -1,18 +1,31 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the original trainer wrote, told apart by its files, as one set of weights under the original's names."""
+"""Reads what the original trainer wrote, under the original's names, with its tower and its tokenizer."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.folders import ADAPTER_CONFIG_FILE, NON_LORA_FILE, PROJECTOR_FILE
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
+
+from .checkpoints.folders import ADAPTER_CONFIG_FILE, ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE
 from .checkpoints.weights import Weights, read_file, read_folder, read_json, section
+from .config import (
+    build_config,
+    build_image_processor,
+    build_processor,
+    build_text_config,
+    context_length,
+    read_vision_config,
+)
 from .fusion import MBTF, STF
 from .keys import TOWER_PREFIX, ConversionError
-from .lora import PEFT_PREFIX, _check_adapter_config, _require_adapted, lora_target
+from .locate import Places, commit_of
+from .lora import PEFT_PREFIX, check_adapter_config, lora_target, require_adapted
+from .options import Options
 from .settings import LANGUAGE, check_settings
+from .tokenizer import load_tokenizer
 
 LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
@@ -27,9 +40,9 @@ LLAVA_HF_KEYS = (
 )
 
 
-@dataclass
-class Source:
-    """One run: what it is, its folder and config, and its weights under the original's names."""
+@dataclass(frozen=True)
+class Run:
+    """What the trainer wrote: its kind, its config, and its weights, which may lack the vision tower."""
 
     kind: str
     folder: Path
@@ -40,7 +53,74 @@ class Source:
     adapter_config: dict[str, Any] | None = None
 
 
-def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
+@dataclass(frozen=True)
+class Source:
+    """All that is converted. The weights are still on disk, under the original's names."""
+
+    run: Run
+    weights: Weights  # with the tower's
+    config: LlavaSTFConfig  # of these weights
+    processor: LlavaSTFProcessor
+    notes: list[str]
+
+
+def read(places: Places, options: Options) -> Source:
+    """Reads a run with its tower and its tokenizer, and builds our config and processor.
+
+    Raises:
+        ConversionError: if a file is missing or damaged, if a setting is one that this model does not compute, or if
+            an option does not fit this kind of run.
+    """
+    run = read_run(places.run, places.base, options.init_fusion)
+    _refuse_options(run, options)
+    tower, weights = _with_tower(run, places)
+    settings = run.config if options.taps is None else {**run.config, "mm_vision_select_layer": options.taps}
+    text = build_text_config(settings, run.folder / "config.json")
+    context = context_length(text)
+    tokenizer_folder = places.tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder, context)
+    text.pad_token_id = tokenizer.pad_token_id
+    vision, vision_notes = read_vision_config(tower)
+    _check_depth(weights, vision.num_hidden_layers, tower)
+    config = build_config(settings, weights, vision, text, tokenizer.image_token_id)
+    image_processor, image_notes = build_image_processor(settings, tower, vision.image_size)
+    notes = [
+        f"{run.folder}: {run.kind}",
+        *run.notes,
+        *([] if weights is run.weights else [f"vision tower: {tower}"]),
+        *_commits(source=places.run, base=places.base, vision_tower=tower),
+        *_context_note(run, context),
+        *_commits(tokenizer=tokenizer_folder if options.tokenizer else None),
+        *vision_notes,
+        *image_notes,
+    ]
+    return Source(run, weights, config, build_processor(config, image_processor, tokenizer), notes)
+
+
+def _refuse_options(run: Run, options: Options) -> None:
+    if options.taps is not None and not options.init_fusion:
+        raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
+    if options.keep_adapter and run.adapter is None:
+        raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
+
+
+def _with_tower(run: Run, places: Places) -> tuple[Path, Weights]:
+    """The folder that describes the tower, and the run's weights with those of the tower."""
+    if any(key.startswith(TOWER_PREFIX) for key in run.weights):
+        return places.tower(run.config, weights=False), run.weights
+    if run.config.get("unfreeze_mm_vision_tower"):
+        raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
+    folder = places.tower(run.config, weights=True)
+    return folder, run.weights | read_tower(folder)
+
+
+def _commits(**folders: Path | None) -> list[str]:
+    """Notes with the commits of what came from the Hub."""
+    found = {name: commit_of(folder) for name, folder in folders.items() if folder is not None}
+    return [f"{name.replace('_', ' ')}: commit {commit}" for name, commit in found.items() if commit is not None]
+
+
+def read_run(folder: Path, base: Path | None, init_fusion: bool) -> Run:
     """Reads a run of any kind.
 
     Args:
@@ -55,12 +135,13 @@ def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
         config, notes = _language_config(config, place)
     notes += check_settings(place, config, LANGUAGE)
     if (folder / ADAPTER_CONFIG_FILE).exists():
-        return _read_lora(folder, config, _base(base, folder, config, "a LoRA run"), notes)
+        weights = _base(base, folder, config, "a LoRA run")
+        return _read_lora(folder, config, weights, notes, None if base is None else commit_of(base))
     if (folder / PROJECTOR_FILE).exists():
         projector = read_file(folder / PROJECTOR_FILE)
         _require_fusion(projector, folder / PROJECTOR_FILE)
         weights = _base(base, folder, config, "a stage-1 projector") | projector
-        return Source("stage-1 projector", folder, config, weights, notes)
+        return Run("stage-1 projector", folder, config, weights, notes)
     weights = read_folder(folder)
     _refuse_tiles(weights, folder)
     if base is not None:
@@ -68,9 +149,9 @@ def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
     if init_fusion and any(key.startswith(MBTF) for key in weights):
         raise ConversionError(f"{folder} has fusion weights; --init-fusion would throw them away. Leave it out.")
     if init_fusion:
-        return Source("initialisation", folder, config, _initialisation(weights), notes)
+        return Run("initialisation", folder, config, _initialisation(weights), notes)
     _require_fusion(weights, folder)
-    return Source("full fine-tune", folder, config, weights, notes)
+    return Run("full fine-tune", folder, config, weights, notes)
 
 
 def _refuse_tiles(weights: Weights, folder: Path) -> None:
@@ -105,11 +186,12 @@ def _base(base: Path | None, folder: Path, config: dict[str, Any], kind: str) ->
     return {key: weight for key, weight in read_folder(base).items() if not key.startswith((MBTF, STF))}
 
 
-def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[str]) -> Source:
+def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[str], commit: str | None) -> Run:
+    """Reads the adapter and the fusion modules beside it; `commit` is that of the base, if it came from the Hub."""
     place = folder / ADAPTER_CONFIG_FILE
     adapter_config = read_json(place)
-    _check_adapter_config(adapter_config, place)
-    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    check_adapter_config(adapter_config, place)
+    files = [folder / name for name in (ADAPTER_FILE, "adapter_model.bin")]
     file = next((file for file in files if file.exists()), None)
     if file is None:
         raise ConversionError(f"{folder} has {ADAPTER_CONFIG_FILE}, but no adapter_model.safetensors or .bin.")
@@ -119,8 +201,8 @@ def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[
     for key in adapter:
         if lora_target(key) not in base:
             raise ConversionError(f"{file}: {key!r} has no counterpart in the base model.")
-    _require_adapted({lora_target(key) for key in adapter}, base, adapter_config, file)
-    return Source("LoRA run", folder, config, base | rest, notes, adapter, adapter_config)
+    require_adapted({lora_target(key) for key in adapter}, base, adapter_config, file)
+    return Run("LoRA run", folder, config, base | rest, notes, adapter, {**adapter_config, "revision": commit})
 
 
 def read_tower(folder: Path) -> Weights:
@@ -160,7 +242,7 @@ def _language_config(config: dict[str, Any], place: Path) -> tuple[dict[str, Any
     return {**kept, "mm_vision_tower": config.get("mm_vision_tower"), "image_aspect_ratio": "pad"}, notes
 
 
-def _context_note(run: Source, context: int) -> list[str]:
+def _context_note(run: Run, context: int) -> list[str]:
     length = run.config.get("tokenizer_model_max_length")
     if not isinstance(length, int) or length >= context:
         return []

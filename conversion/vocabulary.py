@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The vocabulary tables: the row of `<image>` and padding, added and taken back."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -17,13 +18,19 @@ from .tokenizer import IMAGE_TOKEN
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
-def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, vocabulary: int, multiple: int) -> tuple[Weights, str]:
+def add_rows(weights: Weights, config: LlavaSTFConfig, tokens: int, multiple: int) -> tuple[Weights, LlavaSTFConfig]:
     """Gives `<image>`, and what else the tokenizer has beyond both tables, a row there: the mean of the others.
 
     The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest. Padding,
     where asked for, gets the same row.
+
+    Args:
+        weights: those of the model, under our names.
+        config: says how many rows the tables have.
+        tokens: size of the tokenizer's vocabulary.
+        multiple: number that the rows are padded to a multiple of.
     """
-    rows, image_token_id = matrix(weights, EMBEDDINGS).shape[0], config.image_token_id
+    rows = matrix(weights, EMBEDDINGS).shape[0]
     if multiple < 1:
         raise ConversionError(f"--pad-vocabulary is {multiple}, expected a positive number.")
     for name in (EMBEDDINGS, HEAD):
@@ -32,12 +39,10 @@ def _with_vocabulary(weights: Weights, config: LlavaSTFConfig, vocabulary: int, 
                 f"{name!r} has {weights[name].shape[0]} rows, but config.json says `vocab_size` "
                 f"{config.text_config.vocab_size}."
             )
-    needed = -(-max(rows, vocabulary) // multiple) * multiple
+    needed = -(-max(rows, tokens) // multiple) * multiple
+    config = copy.deepcopy(config)
     config.text_config.vocab_size = needed
-    weights = {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}
-    added = f"{needed - rows} added to each table, the mean of the others" if needed > rows else "none added"
-    note = f"vocabulary: <image> is {image_token_id}, {rows} rows in the source, {added}; no other id changes"
-    return weights, note
+    return {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}, config
 
 
 def _with_mean_rows(table: Weight, rows: int) -> Weight:
@@ -53,12 +58,12 @@ def _with_mean_rows(table: Weight, rows: int) -> Weight:
     return Weight((rows, *table.shape[1:]), table.dtype, load, f"{table.origin} + mean")
 
 
-def _rows_without_placeholder(config: LlavaSTFConfig) -> int:
+def rows_without_placeholder(config: LlavaSTFConfig) -> int:
     rows = config.text_config.vocab_size
     return rows - 1 if config.image_token_id == rows - 1 else rows
 
 
-def _refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
+def refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
     """Raises a [`ConversionError`] if the rows behind the original's are more than `<image>` and padding.
 
     Nothing ever looks at the embeddings of those, so they are still alike, as the conversion made them.
@@ -88,5 +93,5 @@ def _tokens_behind(file: Path, rows: int) -> list[str]:
     return sorted(word for word, index in words.items() if index >= rows and word != IMAGE_TOKEN)
 
 
-def _first_rows(table: Weight, rows: int) -> Weight:
+def first_rows(table: Weight, rows: int) -> Weight:
     return Weight((rows, *table.shape[1:]), table.dtype, lambda: table.load()[:rows], table.origin)

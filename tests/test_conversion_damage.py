@@ -170,10 +170,10 @@ def test_a_damaged_folder_ends_in_one_line(damage, folders, monkeypatch, capsys)
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("convert.make_plan", ValueError),
-        ("plan.build_config", TypeError),
-        ("plan.build_text_config", RuntimeError),
-        ("plan.load_tokenizer", KeyError),
+        ("convert.plan", ValueError),
+        ("source.build_config", TypeError),
+        ("source.build_text_config", RuntimeError),
+        ("source.load_tokenizer", KeyError),
         ("plan.check_complete", ZeroDivisionError),
         ("write.write_folder", AttributeError),
     ],

@@ -24,8 +24,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 NON_LORA_FILE = "non_lora_trainables.bin"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
-UNFINISHED = ".partial"  # ends the name of a folder that is being written, and of no other
-CARD = """---
+UNFINISHED = ".partial"  # ends the name of a folder or file that is being written, and of no other
+NOTE = """---
 library_name: transformers
 pipeline_tag: image-text-to-text
 tags:
@@ -45,6 +45,11 @@ The code in this folder is under Apache-2.0 (LICENSE). The weights stay under th
 
 
 def require_empty(destination: str | Path) -> Path:
+    """The absolute path of a folder that may be written.
+
+    Raises:
+        ConversionError: if it is there and not empty, or has the name of something unfinished.
+    """
     destination = Path(destination).resolve()
     if destination.name.endswith(UNFINISHED):
         raise ConversionError(f"{destination} has the name of an unfinished folder (*{UNFINISHED}). Choose another.")
@@ -54,26 +59,38 @@ def require_empty(destination: str | Path) -> Path:
 
 
 @contextmanager
-def complete_or_absent(destination: Path) -> Iterator[Path]:
-    """A sibling folder to write into, renamed to the destination at the end.
+def complete_or_absent(destination: Path, file: bool = False) -> Iterator[Path]:
+    """A sibling to write to, renamed to the destination at the end: an empty folder, or the free name of a file.
 
     Its name says for which destination, on which host and in which process it is written: what a killed run of this
     host left for this destination is removed.
+
+    Args:
+        destination: a folder that is empty or absent, or a file, which is written over.
+        file: whether the destination is a file.
     """
     destination.parent.mkdir(parents=True, exist_ok=True)
     prefix = f".{destination.name}@{socket.gethostname()}@"
     for left in destination.parent.glob(f"{glob.escape(prefix)}*{UNFINISHED}"):
         process = left.name.removeprefix(prefix).removesuffix(UNFINISHED)
         if process == str(os.getpid()) or (process.isdecimal() and not _runs(int(process))):
-            shutil.rmtree(left, ignore_errors=True)
+            _remove(left)
     unfinished = destination.with_name(f"{prefix}{os.getpid()}{UNFINISHED}")
-    unfinished.mkdir()
+    if not file:
+        unfinished.mkdir()
     try:
         yield unfinished
         os.replace(unfinished, destination)
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        _remove(unfinished)
         raise
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _runs(process: int) -> bool:
@@ -84,6 +101,11 @@ def _runs(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def write_note(folder: Path, kind: str, tokens: int) -> None:
+    """Writes a note in place of a card: what the weights were made from, and how many tokens an image takes."""
+    (folder / "README.md").write_text(NOTE.format(kind=kind, tokens=tokens), encoding="utf-8")
 
 
 def save_checkpoint(folder: Path, model: LlavaSTFForConditionalGeneration, processor: str | Path) -> None:
