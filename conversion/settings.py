@@ -58,6 +58,7 @@ LANGUAGE = Table(
         "mm_hidden_size",
         "mm_projector_lr",
         "mm_vision_tower_lr",
+        "pretrain_mm_mlp_adapter",
         "tokenizer_model_max_length",
         "tokenizer_padding_side",
         "tune_mm_mlp_adapter",
@@ -133,8 +134,9 @@ PREPROCESSOR = Table(
         "image_processor_type": (
             *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "LlavaSTFImageProcessor"),
             *("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil"),
+            "CLIPFeatureExtractor",  # its name before transformers 4.26
         ),
-        "feature_extractor_type": ("CLIPFeatureExtractor",),
+        "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
         **dict.fromkeys(("do_center_crop", "do_normalize", "do_rescale", "do_resize"), (True, False)),
         "resample": (3, 0, 1, 2, 4, 5),
     },

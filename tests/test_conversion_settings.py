@@ -756,3 +756,17 @@ def test_way_back_dry_run_shows_what_would_be_written(tmp_path, checkpoint):
     assert "would write config.json, tokenizer.model, tokenizer_config.json, special_tokens_map.json\n" in result.stdout
     assert "would write model.safetensors: " in result.stdout and "420 tensors" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+# Files of released models
+
+
+def test_settings_of_released_models_make_no_noise(tmp_path, capsys):
+    """Keys of the configs of LLaVA-1.5 (7B and 13B) that no golden has, and CLIP's preprocessor of transformers 4.25."""
+    trainer = {"freeze_mm_vision_resampler": False, "tune_mm_vision_resampler": False, "mm_resampler_type": None}
+    extra = {"image_grid_pinpoints": None, "pretrain_mm_mlp_adapter": "mm_projector.bin", "max_length": 4096}
+    source = with_settings(tmp_path, rope_theta=..., unfreeze_mm_vision_tower=False, **trainer, **extra)
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": "CLIPFeatureExtractor"}
+    clip = with_settings(tmp_path, "clip", "preprocessor_config.json", size=56, crop_size=56, **old)
+    convert(source, tmp_path / "out", vision_tower=clip)
+    assert "not carried over" not in capsys.readouterr().out
