@@ -20,6 +20,8 @@ IMAGE_TOKEN = "<image>"
 # In the order in which transformers 4.37 gives new ids to those that the vocabulary lacks.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# What a converted tokenizer does, with the only values of the settings for it; a missing one is the same.
+REQUIRED = {"add_bos_token": True, "add_eos_token": False, "split_special_tokens": False, "sp_model_kwargs": {}}
 PROBES = 5000
 # Flags of added tokens, by their ids.
 Added = dict[int, dict[str, Any]]
@@ -44,10 +46,9 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
             the original.
     """
     settings = read_json(folder / "tokenizer_config.json")
+    _require_settings(settings, folder)
     named, special = _special_tokens(folder, settings)
     added = _added_tokens(folder, settings)
-    if not isinstance(settings.get("legacy"), (bool, type(None))):
-        raise ConversionError(f"{folder}: `legacy` of the tokenizer is {settings['legacy']!r}, expected true or false.")
     # transformers 4.37, which wrote the original's files, takes a missing flag as True.
     legacy = settings.get("legacy") in (None, True)
     if (folder / "tokenizer.json").exists():
@@ -63,6 +64,7 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
     else:
         raise ConversionError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
 
+    _require_pieces(named, model, added, folder)
     backend = _assemble(model, added, special, legacy, folder)
     bos = named["bos_token"]
     backend.post_processor = processors.TemplateProcessing(
@@ -76,6 +78,25 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _require_settings(settings: dict[str, Any], folder: Path) -> None:
+    if not isinstance(settings.get("legacy"), (bool, type(None))):
+        raise ConversionError(f"{folder}: `legacy` of the tokenizer is {settings['legacy']!r}, expected true or false.")
+    for name, expected in REQUIRED.items():
+        if settings.get(name) not in (None, expected):
+            raise ConversionError(
+                f"{folder}: `{name}` of the tokenizer is {settings[name]!r}, expected {expected!r}: a converted one "
+                "does nothing else."
+            )
+
+
+def _require_pieces(named: dict[str, str], model: Any, added: Added, folder: Path) -> None:
+    """Raises a [`ConversionError`] for a BOS, EOS or unknown token that the model has never seen."""
+    known = {token["content"] for token in added.values()}
+    for name in LLAMA_TOKENS:
+        if named[name] not in known and model.token_to_id(named[name]) is None:
+            raise ConversionError(f"{folder}: the {name} {named[name]!r} is no token of the vocabulary.")
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
