@@ -25,7 +25,7 @@ from .locate import Places, commit_of
 from .lora import PEFT_PREFIX, check_adapter_config, lora_target, require_adapted
 from .options import Options
 from .settings import LANGUAGE, check_settings
-from .tokenizer import load_tokenizer
+from .tokenizer import load_tokenizer, two_tokenizers
 
 LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
@@ -91,6 +91,7 @@ def read(places: Places, options: Options) -> Source:
         *_commits(source=places.run, base=places.base, vision_tower=tower),
         *_context_note(run, context),
         *_commits(tokenizer=tokenizer_folder if options.tokenizer else None),
+        *two_tokenizers(tokenizer_folder),
         *vision_notes,
         *image_notes,
     ]

@@ -380,6 +380,24 @@ def test_a_tokenizer_json_is_used_as_it_is(mode, tmp_path):
     assert tokenizer.tokenize("x</s>a")[-1] == ("▁a" if mode == "legacy_true" else "a")
 
 
+def test_two_tokenizers_that_disagree_are_named(mode, tmp_path, capsys):
+    """The original reads the tokenizer.model; transformers 5 saves a tokenizer.json with other merges beside it."""
+    source = shutil.copytree(GOLDENS / "original", tmp_path / "source")
+    tokenizer_folder(source, legacy=mode == "legacy_true")
+    right = load_tokenizer(source, 4096).backend_tokenizer
+    for merges, save in (("scores", right.save), ("ids", saved_by_transformers(source))):
+        save(str(source / "tokenizer.json"))
+        convert(source, tmp_path / merges, vision_tower=GOLDENS / "clip")
+        noted = (
+            "tokenizer.json is used, but the original reads the tokenizer.model beside it" in capsys.readouterr().out
+        )
+        assert noted is (merges == "ids")
+
+
+def saved_by_transformers(folder):
+    return LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save
+
+
 def test_a_converted_tokenizer_can_be_converted_again(mode, converted, mode_processor):
     again = load_tokenizer(converted, 4096)
     for text in [*RECORDED["texts"], *(row["text"] for row in PROMPTS["raw"])]:
