@@ -99,6 +99,7 @@ def one_file(key, tensor):
     return pytest.param(damage, id=f"{key} {None if tensor is None else tuple(tensor.shape)}")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 499723\n"
 MATRICES = ("model.embed_tokens", "lm_head", "model.mm_projector_crosslayer.0", "model.mm_projector.0")
 
 DAMAGE = [
@@ -118,6 +119,7 @@ DAMAGE = [
     bytes_in("original/config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}", "number"),
     bytes_in("original/config.json", "{}".encode("utf-16"), "utf-16"),
     bytes_in("clip/config.json", b"[]", "list"),
+    bytes_in("clip/model.safetensors", POINTER, "pointer"),
     # Wrong types, and sizes that no weights have.
     setting("num_hidden_layers", 20000),
     setting("num_hidden_layers", "2"),
@@ -165,6 +167,13 @@ def test_a_damaged_folder_ends_in_one_line(damage, folders, monkeypatch, capsys)
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ") and len(error) < 600
     assert sorted(folders.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", [SHARD, "tokenizer.model", "config.json"])
+def test_a_pointer_of_git_lfs_is_called_by_its_name(name, folders):
+    (folders / "original" / name).write_bytes(POINTER)
+    with pytest.raises(ConversionError, match=rf"{name} is a pointer of Git LFS, .* git lfs pull"):
+        convert(folders / "original", folders / "out", vision_tower=folders / "clip")
 
 
 @pytest.mark.parametrize(
