@@ -106,6 +106,7 @@ def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
     require_positive(place, original, names, whole=True)
     require_positive(place, original, ["rms_norm_eps", "rope_theta"])
     require_activation(place, original)
+    _check_tokens(original, place)
     fields = {**_known_fields(LlamaConfig, original), "rope_parameters": _rope_parameters(original, place)}
     text = built(LlamaConfig, place, **fields)
     if text.num_attention_heads % text.num_key_value_heads:
@@ -114,6 +115,16 @@ def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
             f"`num_attention_heads`, {text.num_attention_heads}."
         )
     return text
+
+
+def _check_tokens(original: dict[str, Any], place: Path) -> None:
+    """Raises a [`ConversionError`] for a BOS or EOS without a row in the tables; a padding id may have none."""
+    rows = original.get("vocab_size") or LlamaConfig().vocab_size
+    for name in ("bos_token_id", "eos_token_id"):
+        value = original.get(name)
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None and not (type(token_id) is int and 0 <= token_id < rows):
+                raise ConversionError(f"{place}: `{name}` is {value!r}, expected ids from 0 to {rows - 1}.")
 
 
 def _rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:

@@ -194,12 +194,13 @@ def unknown_settings(settings: Mapping[str, Any], table: Table) -> list[str]:
 
 
 def require_positive(place: Path | str, settings: Mapping[str, Any], names: Iterable[str], whole: bool = False) -> None:
-    """Raises a [`ConversionError`] for a number that is there, but is not finite, positive and (if `whole`) integer."""
+    """Raises a [`ConversionError`] for a number that is there, but is not positive, too large, or not a whole one."""
     for name in names:
         value = settings.get(name)
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
-            kind = "a positive whole number" if whole else "a positive, finite number"
+        limit = 2**30 if whole else 1e30  # torch cannot compute with larger sizes
+        if value is not None and not (number and 0 < value < limit):
+            kind = f"a positive {'whole number' if whole else 'number'} below {limit}"
             raise ConversionError(f"{place}: `{name}` is {value!r}, expected {kind}.")
 
 

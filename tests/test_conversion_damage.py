@@ -119,11 +119,17 @@ DAMAGE = [
     bytes_in("original/config.json", b'{"hidden_size": ' + b"9" * 5000 + b"}", "number"),
     bytes_in("original/config.json", "{}".encode("utf-16"), "utf-16"),
     bytes_in("clip/config.json", b"[]", "list"),
-    bytes_in("clip/model.safetensors", POINTER, "pointer"),
     # Wrong types, and sizes that no weights have.
     setting("num_hidden_layers", 20000),
     setting("num_hidden_layers", "2"),
     setting("num_hidden_layers", 10**12),
+    setting("hidden_size", 4 * 10**15),
+    setting("rope_theta", 10**400),
+    setting("rope_scaling", {"type": "linear", "factor": 10**400}),
+    setting("bos_token_id", 9999),
+    setting("eos_token_id", -1),
+    setting("eos_token_id", [2, 420]),
+    setting("eos_token_id", True),
     setting("hidden_size", None),
     setting("hidden_size", 0),
     setting("num_attention_heads", [4]),
@@ -172,7 +178,7 @@ def test_a_damaged_folder_ends_in_one_line(damage, folders, monkeypatch, capsys)
 @pytest.mark.parametrize("name", [SHARD, "tokenizer.model", "config.json"])
 def test_a_pointer_of_git_lfs_is_called_by_its_name(name, folders):
     (folders / "original" / name).write_bytes(POINTER)
-    with pytest.raises(ConversionError, match=rf"{name} is a pointer of Git LFS, .* git lfs pull"):
+    with pytest.raises(ConversionError, match=rf"{name} is a pointer of Git LFS, .*git lfs pull"):
         convert(folders / "original", folders / "out", vision_tower=folders / "clip")
 
 
