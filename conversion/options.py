@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from .keys import ConversionError
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -32,6 +34,9 @@ class Options:
         dry_run: only print what would be written.
         verify: read the result again and compare a checksum of each tensor with its source.
         outputs: recorded outputs to compare logits with (see [`check_logits`]).
+
+    Raises:
+        ConversionError: for a seed or a multiple that is out of bounds.
     """
 
     base: str | Path | None = None
@@ -53,3 +58,9 @@ class Options:
     dry_run: bool = False
     verify: bool = False
     outputs: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63 - 4:  # torch's largest; each of the four layers has its own
+            raise ConversionError(f"--seed is {self.seed}, expected a number from 0 to 2**63 - 5.")
+        if not 1 <= self.pad_vocabulary <= 2**16:
+            raise ConversionError(f"--pad-vocabulary is {self.pad_vocabulary}, expected a number from 1 to {2**16}.")

@@ -50,13 +50,12 @@ def plan(source: Source, options: Options) -> Plan:
 
 def steps(source: Source, options: Options) -> dict[str, Step]:
     """The steps in their order. The weights have the original's names before `names`, and ours behind it."""
-    tokens = len(source.processor.tokenizer)
     return {
         "lora": partial(_lora, run=source.run, keep=options.keep_adapter),
         "fusion": partial(_fusion, new=options.init_fusion, seed=options.seed),
         "tower": partial(_tower, full=options.keep_full_tower),
         "names": _names,
-        "vocabulary": partial(add_rows, tokens=tokens, multiple=options.pad_vocabulary),
+        "vocabulary": partial(add_rows, tokenizer=source.processor.tokenizer, multiple=options.pad_vocabulary),
         "dtype": partial(_dtype, dtype=options.dtype),
         "complete": _complete,
     }

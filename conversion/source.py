@@ -79,7 +79,6 @@ def read(places: Places, options: Options) -> Source:
     context = context_length(text)
     tokenizer_folder = places.tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder, context)
-    text.pad_token_id = tokenizer.pad_token_id
     vision, vision_notes = read_vision_config(tower)
     _check_depth(weights, vision.num_hidden_layers, tower)
     config = build_config(settings, weights, vision, text, tokenizer.image_token_id)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from modeling_llava_stf import LlavaSTFConfig
 
@@ -18,7 +19,9 @@ from .tokenizer import IMAGE_TOKEN
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
-def add_rows(weights: Weights, config: LlavaSTFConfig, tokens: int, multiple: int) -> tuple[Weights, LlavaSTFConfig]:
+def add_rows(
+    weights: Weights, config: LlavaSTFConfig, tokenizer: PreTrainedTokenizerFast, multiple: int
+) -> tuple[Weights, LlavaSTFConfig]:
     """Gives `<image>`, and what else the tokenizer has beyond both tables, a row there: the mean of the others.
 
     The placeholder's embedding is never used, and its logit, the mean of all logits, is never the highest. Padding,
@@ -27,21 +30,21 @@ def add_rows(weights: Weights, config: LlavaSTFConfig, tokens: int, multiple: in
     Args:
         weights: those of the model, under our names.
         config: says how many rows the tables have.
-        tokens: size of the tokenizer's vocabulary.
+        tokenizer: says how many tokens there are, and which pads.
         multiple: number that the rows are padded to a multiple of.
     """
     rows = matrix(weights, EMBEDDINGS).shape[0]
-    if multiple < 1:
-        raise ConversionError(f"--pad-vocabulary is {multiple}, expected a positive number.")
     for name in (EMBEDDINGS, HEAD):
         if matrix(weights, name).shape[0] != config.text_config.vocab_size:
             raise ConversionError(
                 f"{name!r} has {weights[name].shape[0]} rows, but config.json says `vocab_size` "
                 f"{config.text_config.vocab_size}."
             )
-    needed = -(-max(rows, tokens) // multiple) * multiple
+    needed = -(-max(rows, len(tokenizer)) // multiple) * multiple
     config = copy.deepcopy(config)
     config.text_config.vocab_size = needed
+    # Only now, for the tokenizer's may have had no row; transformers warns of that.
+    config.pad_token_id = config.text_config.pad_token_id = tokenizer.pad_token_id
     return {**weights, **{name: _with_mean_rows(weights[name], needed) for name in (EMBEDDINGS, HEAD)}}, config
 
 

@@ -762,7 +762,7 @@ def test_way_back_dry_run_shows_what_would_be_written(tmp_path, checkpoint):
 
 
 def test_settings_of_released_models_make_no_noise(tmp_path, capsys):
-    """Keys of the configs of LLaVA-1.5 (7B and 13B) that no golden has, and CLIP's preprocessor of transformers 4.25."""
+    """Keys of the configs of LLaVA-1.5 (7B and 13B) that no golden has, and an old CLIP preprocessor."""
     trainer = {"freeze_mm_vision_resampler": False, "tune_mm_vision_resampler": False, "mm_resampler_type": None}
     extra = {"image_grid_pinpoints": None, "pretrain_mm_mlp_adapter": "mm_projector.bin", "max_length": 4096}
     source = with_settings(tmp_path, rope_theta=..., unfreeze_mm_vision_tower=False, **trainer, **extra)
@@ -770,3 +770,11 @@ def test_settings_of_released_models_make_no_noise(tmp_path, capsys):
     clip = with_settings(tmp_path, "clip", "preprocessor_config.json", size=56, crop_size=56, **old)
     convert(source, tmp_path / "out", vision_tower=clip)
     assert "not carried over" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option", [{"seed": -1}, {"seed": 2**64}, {"pad_vocabulary": 0}, {"pad_vocabulary": 10**12}], ids=str
+)
+def test_numbers_of_the_command_are_bounded(option, tmp_path):
+    name = list(option)[0].replace("_", "-")
+    refused(f"--{name} is .*, expected a number from", tmp_path, BASE, init_fusion=True, **option)

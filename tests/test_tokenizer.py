@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import random
 import shutil
 import sys
@@ -421,7 +422,7 @@ def test_a_tokenizer_json_of_another_kind_is_refused(change, message, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["original", "pretrain", "lora"])
-def test_tokens_beyond_the_tables_get_the_mean_row(source, tmp_path):
+def test_tokens_beyond_the_tables_get_the_mean_row(source, tmp_path, caplog, monkeypatch):
     """As llava-hf's tokenizer, which has `<image>` 32000 and `<pad>` 32001, on tables of 32000 rows."""
     words = shutil.copytree(GOLDENS / "original", tmp_path / "words", ignore=shutil.ignore_patterns("pytorch*"))
     write(words, "added_tokens.json", {"<image>": 420, "<pad>": 421})
@@ -430,7 +431,9 @@ def test_tokens_beyond_the_tables_get_the_mean_row(source, tmp_path):
     write(words, "tokenizer_config.json", settings)
     write(words, "special_tokens_map.json", {"pad_token": "<pad>"})
     base = None if source == "original" else GOLDENS / "base"
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     folder = convert(GOLDENS / source, tmp_path / "out", tokenizer=words, base=base)
+    assert "unexpected behavior" not in caplog.text  # transformers' words on an id that has no row
     model = LlavaSTFForConditionalGeneration.from_pretrained(folder)
     assert (model.config.image_token_id, model.config.text_config.pad_token_id) == (420, 421)
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):
