@@ -384,7 +384,7 @@ def test_adapters_that_would_be_misread_are_refused(edit, settings, message, kee
         ("original", ["--keep-adapter"], "leave out --keep-adapter"),
         ("original", ["--init-fusion"], "--init-fusion would throw them away"),
         ("original", ["--max-shard-size", "much"], "'much' is no size"),
-        ("original", ["--pad-vocabulary", "0"], "expected a positive number"),
+        ("original", ["--pad-vocabulary", "0"], "expected a number from 1 to 65536"),
         ("original", ["--outputs", "nowhere"], "nowhere is not a file"),
         ("original", ["--to-original", "--dtype", "float16"], "does not go with --dtype"),
     ],
