@@ -38,7 +38,8 @@ def require_adapted(adapted: set[str], base: Weights, config: dict[str, Any], fi
     layers = [layers] if isinstance(layers, int) else layers
     if not isinstance(layers, (list, type(None))):
         raise ConversionError(f"{ADAPTER_CONFIG_FILE}: `layers_to_transform` is {layers!r}, expected layer numbers.")
-    for key in base if isinstance(targets, list) else ():
+    # With a pattern, or with modules that are left out, PEFT's own rules decide.
+    for key in base if isinstance(targets, list) and not config.get("exclude_modules") else ():
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
         if match is None or not (layers is None or int(match[1]) in layers):
             continue

@@ -142,7 +142,7 @@ PREPROCESSOR = Table(
     },
 )
 ADAPTER = Table(
-    carried=frozenset({"layers_to_transform", "lora_alpha", "r", "target_modules", "use_rslora"}),
+    carried=frozenset({"exclude_modules", "layers_to_transform", "lora_alpha", "r", "target_modules", "use_rslora"}),
     harmless=frozenset(
         {"auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern", "lora_dropout", "peft_version"}
         | {"corda_config", "eva_config", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size"}
@@ -156,7 +156,6 @@ ADAPTER = Table(
         "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
         "alpha_pattern": ({},),
         "rank_pattern": ({},),
-        "exclude_modules": ([], ""),
         "layer_replication": ([],),
         "lora_bias": (False,),
         "modules_to_save": ([],),

@@ -94,6 +94,7 @@ def _write_adapter(folder: Path, destination: Path, plan: Plan) -> None:
         **plan.source.run.adapter_config,
         "base_model_name_or_path": str(destination.resolve() / "base"),
         "target_modules": sorted(adapted),
+        "exclude_modules": None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "modules_to_save": ["multi_modal_projector"],

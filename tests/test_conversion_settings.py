@@ -778,3 +778,12 @@ def test_settings_of_released_models_make_no_noise(tmp_path, capsys):
 def test_numbers_of_the_command_are_bounded(option, tmp_path):
     name = list(option)[0].replace("_", "-")
     refused(f"--{name} is .*, expected a number from", tmp_path, BASE, init_fusion=True, **option)
+
+
+def test_an_adapter_that_leaves_modules_out_is_plain(tmp_path):
+    """PEFT 0.14 and newer can keep LoRA out of the vision tower by this setting; the matrices say what was adapted."""
+    lora = with_settings(tmp_path, "lora", "adapter_config.json", exclude_modules=["vision_tower"])
+    merged = convert(lora, tmp_path / "merged", base=BASE, vision_tower=CLIP)
+    assert_same(tensors(merged), tensors(convert(GOLDENS / "lora", tmp_path / "plain", base=BASE, vision_tower=CLIP)))
+    kept = convert(lora, tmp_path / "kept", base=BASE, vision_tower=CLIP, keep_adapter=True)
+    assert json.loads((kept / "adapter_config.json").read_text())["exclude_modules"] is None
