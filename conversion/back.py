@@ -99,7 +99,7 @@ def convert_back(
     check_dtypes(weights)
     original = _original_config(config, folder, vision_tower)
     original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")
-    refuse_growth(weights, original["vocab_size"], folder)
+    refuse_growth(weights, original["vocab_size"], folder, config.text_config.pad_token_id)
     for name in (EMBEDDINGS, HEAD):
         weights[name] = first_rows(weights[name], original["vocab_size"])
     weights = _with_whole_tower(to_original(weights), config, clip_folder)
@@ -138,7 +138,13 @@ def _read_config(folder: Path) -> LlavaSTFConfig:
         raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
     if settings.get("quantization_config"):
         raise ConversionError(f"{place}: the weights are quantised (`quantization_config`), expected whole ones.")
-    return built(LlavaSTFConfig.from_pretrained, place, pretrained_model_name_or_path=folder)
+    config = built(LlavaSTFConfig.from_pretrained, place, pretrained_model_name_or_path=folder)
+    if config.projector_hidden_act != "gelu":
+        raise ConversionError(
+            f"{place}: `projector_hidden_act` is {config.projector_hidden_act!r}, expected 'gelu' (`mlp2x_gelu`): the "
+            "original's code has no other."
+        )
+    return config
 
 
 def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | Path | None) -> dict[str, Any]:

@@ -66,7 +66,7 @@ def rows_without_placeholder(config: LlavaSTFConfig) -> int:
     return rows - 1 if config.image_token_id == rows - 1 else rows
 
 
-def refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
+def refuse_growth(weights: Weights, rows: int, folder: Path, pad_token_id: int | None) -> None:
     """Raises a [`ConversionError`] if the rows behind the original's are more than `<image>` and padding.
 
     Nothing ever looks at the embeddings of those, so they are still alike, as the conversion made them.
@@ -77,7 +77,7 @@ def refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
             f"{ORIGINAL_CONFIG_FILE} says `vocab_size` {rows}, but {EMBEDDINGS!r} has {table.shape[0]} rows."
         )
     added = table.load()[rows:]
-    tokens = _tokens_behind(folder / "tokenizer.json", rows)
+    tokens = _tokens_behind(folder / "tokenizer.json", rows, pad_token_id)
     if tokens or not torch.equal(added, added[:1].expand_as(added)):
         raise ConversionError(
             f"The tables have {table.shape[0]} rows, the original's {rows}, and what was added is more than "
@@ -86,14 +86,16 @@ def refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
         )
 
 
-def _tokens_behind(file: Path, rows: int) -> list[str]:
+def _tokens_behind(file: Path, rows: int, pad_token_id: int | None) -> list[str]:
+    """Tokens with an id from `rows` on, but for `<image>` and the padding token, which the model never reads."""
     if not file.exists():
         return []
     try:
         words = Tokenizer.from_file(str(file)).get_vocab()
     except Exception as error:  # the tokenizers library raises nothing else
         raise ConversionError(f"Cannot read {file}: {error}") from error
-    return sorted(word for word, index in words.items() if index >= rows and word != IMAGE_TOKEN)
+    unread = {words.get(IMAGE_TOKEN), pad_token_id}
+    return sorted(word for word, index in words.items() if index >= rows and index not in unread)
 
 
 def first_rows(table: Weight, rows: int) -> Weight:

@@ -787,3 +787,17 @@ def test_an_adapter_that_leaves_modules_out_is_plain(tmp_path):
     assert_same(tensors(merged), tensors(convert(GOLDENS / "lora", tmp_path / "plain", base=BASE, vision_tower=CLIP)))
     kept = convert(lora, tmp_path / "kept", base=BASE, vision_tower=CLIP, keep_adapter=True)
     assert json.loads((kept / "adapter_config.json").read_text())["exclude_modules"] is None
+
+
+def test_way_back_refuses_another_activation(tmp_path, checkpoint):
+    folder = ours(tmp_path, checkpoint)
+    edit_config(folder, projector_hidden_act="relu")
+    back_refused("`projector_hidden_act` is 'relu', expected 'gelu'", tmp_path, folder)
+
+
+def test_way_back_drops_a_padding_token_that_the_conversion_added(tmp_path):
+    """As with the tokenizer of llava-hf, whose `<pad>` is behind the tables of the original."""
+    source = with_settings(tmp_path, file="tokenizer_config.json", pad_token="<pad>")
+    out = convert(source, tmp_path / "out", vision_tower=CLIP)
+    assert LlavaSTFConfig.from_pretrained(out).pad_token_id == 420
+    assert_same(tensors(convert_back(out, tmp_path / "back", vision_tower=CLIP)), tensors(GOLDENS / "original"))
