@@ -93,18 +93,7 @@ def convert_back(
     folder = fetch(source, revision)
     clip_folder = _fetch_named("vision-tower", vision_tower, vision_tower_revision)
     tokenizer_folder = _fetch_named("tokenizer", tokenizer, tokenizer_revision)
-    config = _read_config(folder)
-    weights = read_folder(folder)
-    check_complete(weights, empty_model(config, weights))
-    check_dtypes(weights)
-    original = _original_config(config, folder, vision_tower)
-    original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")
-    refuse_growth(weights, original["vocab_size"], folder, config.text_config.pad_token_id)
-    for name in (EMBEDDINGS, HEAD):
-        weights[name] = first_rows(weights[name], original["vocab_size"])
-    weights = _with_whole_tower(to_original(weights), config, clip_folder)
-    original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
-    _check_pictures(original, config, folder, clip_folder)
+    original, weights = _in_original_layout(folder, clip_folder, vision_tower)
     files = _tokenizer_files(tokenizer_folder)
     if dry_run:
         for name, weight in weights.items():
@@ -121,6 +110,25 @@ def convert_back(
             compare(read_folder(unfinished), weights, zlib.crc32)
             print(f"- verified: {len(weights)} tensors have the checksums of their sources")
     return destination
+
+
+def _in_original_layout(
+    folder: Path, clip_folder: Path | None, vision_tower: str | Path | None
+) -> tuple[dict[str, Any], Weights]:
+    """The config and the weights in the original's words."""
+    config = _read_config(folder)
+    weights = read_folder(folder)
+    check_complete(weights, empty_model(config, weights))
+    check_dtypes(weights)
+    original = _original_config(config, folder, vision_tower)
+    original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")
+    refuse_growth(weights, original["vocab_size"], folder, config.text_config.pad_token_id)
+    for name in (EMBEDDINGS, HEAD):
+        weights[name] = first_rows(weights[name], original["vocab_size"])
+    weights = _with_whole_tower(to_original(weights), config, clip_folder)
+    original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
+    _check_pictures(original, config, folder, clip_folder)
+    return original, weights
 
 
 def _fetch_named(option: str, name: str | Path | None, revision: str | None) -> Path | None:
