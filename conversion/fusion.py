@@ -31,6 +31,7 @@ class Layer(NamedTuple):
 
 
 def empty_connector(config: LlavaSTFConfig) -> LlavaSTFMultiModalProjector:
+    """The connector without memory for its weights."""
     with torch.device("meta"):
         return LlavaSTFMultiModalProjector(config)
 
