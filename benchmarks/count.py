@@ -19,6 +19,7 @@ from typing import Any
 
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
 
+from conversion import fusion
 from modeling_llava_stf import LlavaSTFConfig
 
 BYTES = 2  # bytes of a number in bfloat16
@@ -87,13 +88,19 @@ def vision_parts(config: Config) -> list[Part]:
     parts = [Part("vision tower", tower, embedding + vision.num_hidden_layers * per_layer)]
     text_width = config.text_config.hidden_size
     if isinstance(config, LlavaSTFConfig):
-        block, spatial = config.fusion_widths
-        mbtf = len(config.taps) * width * block + block * width
-        stf = config.fusion_window**2 * width * spatial + spatial * text_width
-        tokens = config.tokens_per_image
-        return [*parts, Part("MBTF", 2 * patches * mbtf, mbtf), Part("STF", 2 * tokens * stf, stf)]
+        return [*parts, *_fusion_parts(config)]
     projector = width * text_width + text_width**2
     return [*parts, Part("projector", 2 * patches * projector, projector)]
+
+
+def _fusion_parts(config: LlavaSTFConfig) -> list[Part]:
+    layers = fusion.counted(config)
+    parts = []
+    for name, module in (("MBTF", "block_fusion"), ("STF", "spatial_fusion")):
+        inside = [layer for key, layer in layers.items() if key.startswith(module)]
+        flops = 2 * sum(layer.rows * layer.weights for layer in inside)
+        parts.append(Part(name, flops, sum(layer.weights for layer in inside)))
+    return parts
 
 
 def decoder_weights(config: Config) -> int:

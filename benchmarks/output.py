@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conversion.checkpoints.folders import complete_or_absent
+
 
 def require_absent(file: Path | None, parser: argparse.ArgumentParser) -> None:
     """Ends the command before it measures anything if `file` exists."""
@@ -15,7 +17,5 @@ def require_absent(file: Path | None, parser: argparse.ArgumentParser) -> None:
 
 
 def write(result: dict[str, Any], file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(".partial")  # the suffix is not .json, because `report.py` would read it as a result
-    unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    with complete_or_absent(file, file=True) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

@@ -38,6 +38,7 @@ from transformers import (
 from benchmarks import machine, output
 from benchmarks.count import clip
 from benchmarks.systems import configs
+from conversion.checkpoints.folders import TEMPLATES
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import (
     LlavaSTFConfig,
@@ -49,7 +50,7 @@ from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.trainer import measure_tflops, training_flops
 
 ROOT = Path(__file__).resolve().parents[1]
-TEMPLATE = (ROOT / "conversion" / "chat_templates" / "vicuna_v1.jinja").read_text(encoding="utf-8")
+TEMPLATE = (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8")
 LORA = LoraConfig(
     r=128,
     lora_alpha=256,

@@ -11,24 +11,14 @@ SOURCE is a folder or a Hub id; what it holds is told from its files. DESTINATIO
 """
 
 import argparse
+import inspect
 import sys
 
 import torch
 
 from . import ConversionError, convert, convert_back
 
-WAY_BACK = (
-    "source",
-    "destination",
-    "vision_tower",
-    "tokenizer",
-    "revision",
-    "vision_tower_revision",
-    "tokenizer_revision",
-    "max_shard_size",
-    "verify",
-    "dry_run",
-)
+WAY_BACK = inspect.signature(convert_back).parameters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

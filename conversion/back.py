@@ -9,11 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from transformers import LlamaConfig, PreTrainedConfig
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 
+from .checkpoints.folders import (
+    ADAPTER_CONFIG_FILE,
+    ORIGINAL_CONFIG_FILE,
+    TEMPLATES,
+    complete_or_absent,
+    require_empty,
+)
+from .checkpoints.weights import Weights, check_dtypes, compare, parse_size, read_folder, read_json, write_folder
 from .config import (
     INNER_TAPS,
     build_image_processor,
@@ -23,24 +30,13 @@ from .config import (
     preprocessor_file,
     read_vision_config,
 )
-from .convert import (
-    EMBEDDINGS,
-    HEAD,
-    LAYERS,
-    ORIGINAL_CONFIG_FILE,
-    TEMPLATES,
-    check_complete,
-    complete_or_absent,
-    empty_model,
-    print_shards,
-    require_empty,
-    tower_depth,
-)
 from .keys import TOWER_PREFIX, ConversionError, to_original
+from .locate import fetch
+from .plan import check_complete, empty_model
 from .settings import LANGUAGE, PREPROCESSOR, check_settings
-from .source import ADAPTER_CONFIG_FILE, fetch, read_tower
-from .tokenizer import IMAGE_TOKEN
-from .weights import Weight, Weights, check_dtypes, compare, parse_size, read_folder, read_json, write_folder
+from .source import LAYERS, read_tower, tower_depth
+from .vocabulary import EMBEDDINGS, HEAD, first_rows, refuse_growth, rows_without_placeholder
+from .write import print_shards
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # What the original's code reads, beside the language model's settings; a checkpoint that we converted has its own.
@@ -97,18 +93,7 @@ def convert_back(
     folder = fetch(source, revision)
     clip_folder = _fetch_named("vision-tower", vision_tower, vision_tower_revision)
     tokenizer_folder = _fetch_named("tokenizer", tokenizer, tokenizer_revision)
-    config = _read_config(folder)
-    weights = read_folder(folder)
-    check_complete(weights, empty_model(config, weights))
-    check_dtypes(weights)
-    original = _original_config(config, folder, vision_tower)
-    original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")
-    _refuse_growth(weights, original["vocab_size"], folder)
-    for name in (EMBEDDINGS, HEAD):
-        weights[name] = _first_rows(weights[name], original["vocab_size"])
-    weights = _with_whole_tower(to_original(weights), config, clip_folder)
-    original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
-    _check_pictures(original, config, folder, clip_folder)
+    original, weights = _in_original_layout(folder, clip_folder, vision_tower)
     files = _tokenizer_files(tokenizer_folder)
     if dry_run:
         for name, weight in weights.items():
@@ -127,6 +112,25 @@ def convert_back(
     return destination
 
 
+def _in_original_layout(
+    folder: Path, clip_folder: Path | None, vision_tower: str | Path | None
+) -> tuple[dict[str, Any], Weights]:
+    """The config and the weights in the original's words."""
+    config = _read_config(folder)
+    weights = read_folder(folder)
+    check_complete(weights, empty_model(config, weights))
+    check_dtypes(weights)
+    original = _original_config(config, folder, vision_tower)
+    original["dtype" if "dtype" in original else "torch_dtype"] = str(weights[EMBEDDINGS].dtype).removeprefix("torch.")
+    refuse_growth(weights, original["vocab_size"], folder, config.text_config.pad_token_id)
+    for name in (EMBEDDINGS, HEAD):
+        weights[name] = first_rows(weights[name], original["vocab_size"])
+    weights = _with_whole_tower(to_original(weights), config, clip_folder)
+    original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
+    _check_pictures(original, config, folder, clip_folder)
+    return original, weights
+
+
 def _fetch_named(option: str, name: str | Path | None, revision: str | None) -> Path | None:
     if name is None and revision is not None:
         raise ConversionError(f"--{option}-revision {revision} is given without --{option}.")
@@ -142,7 +146,13 @@ def _read_config(folder: Path) -> LlavaSTFConfig:
         raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
     if settings.get("quantization_config"):
         raise ConversionError(f"{place}: the weights are quantised (`quantization_config`), expected whole ones.")
-    return built(LlavaSTFConfig.from_pretrained, place, pretrained_model_name_or_path=folder)
+    config = built(LlavaSTFConfig.from_pretrained, place, pretrained_model_name_or_path=folder)
+    if config.projector_hidden_act != "gelu":
+        raise ConversionError(
+            f"{place}: `projector_hidden_act` is {config.projector_hidden_act!r}, expected 'gelu' (`mlp2x_gelu`): the "
+            "original's code has no other."
+        )
+    return config
 
 
 def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | Path | None) -> dict[str, Any]:
@@ -162,7 +172,7 @@ def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | P
     else:
         original = {**NEW_CONFIG, "mm_hidden_size": config.vision_config.hidden_size}
         original["tokenizer_model_max_length"] = context_length(text)
-        original["vocab_size"] = _rows_without_placeholder(config)
+        original["vocab_size"] = rows_without_placeholder(config)
         original |= {"mm_vision_tower": str(vision_tower)} if vision_tower else {}
     rope = now.pop("rope_parameters", None)
     if rope is not None:
@@ -180,45 +190,6 @@ def _original_rope(rope: dict[str, Any]) -> dict[str, Any]:
         "rope_theta": rope["rope_theta"],
         "rope_scaling": None if kind == "default" else {"type": kind, "factor": rope["factor"]},
     }
-
-
-def _rows_without_placeholder(config: LlavaSTFConfig) -> int:
-    rows = config.text_config.vocab_size
-    return rows - 1 if config.image_token_id == rows - 1 else rows
-
-
-def _refuse_growth(weights: Weights, rows: int, folder: Path) -> None:
-    """Raises a [`ConversionError`] if the rows behind the original's are more than `<image>` and padding.
-
-    Nothing ever looks at the embeddings of those, so they are still alike, as the conversion made them.
-    """
-    table = weights[EMBEDDINGS]
-    if rows > table.shape[0]:
-        raise ConversionError(
-            f"{ORIGINAL_CONFIG_FILE} says `vocab_size` {rows}, but {EMBEDDINGS!r} has {table.shape[0]} rows."
-        )
-    added = table.load()[rows:]
-    tokens = _tokens_behind(folder / "tokenizer.json", rows)
-    if tokens or not torch.equal(added, added[:1].expand_as(added)):
-        raise ConversionError(
-            f"The tables have {table.shape[0]} rows, the original's {rows}, and what was added is more than "
-            f"{IMAGE_TOKEN} and padding{': ' if tokens else ''}{', '.join(tokens)}. The original's vocabulary has no "
-            "place for tokens behind its own; nothing was cut."
-        )
-
-
-def _tokens_behind(file: Path, rows: int) -> list[str]:
-    if not file.exists():
-        return []
-    try:
-        words = Tokenizer.from_file(str(file)).get_vocab()
-    except Exception as error:  # the tokenizers library raises nothing else
-        raise ConversionError(f"Cannot read {file}: {error}") from error
-    return sorted(word for word, index in words.items() if index >= rows and word != IMAGE_TOKEN)
-
-
-def _first_rows(table: Weight, rows: int) -> Weight:
-    return Weight((rows, *table.shape[1:]), table.dtype, lambda: table.load()[:rows], table.origin)
 
 
 def _with_whole_tower(weights: Weights, config: LlavaSTFConfig, clip_folder: Path | None) -> Weights:

@@ -3,19 +3,20 @@
 """Our configuration and image processor, out of the original's configuration, the CLIP folder and the shapes."""
 
 from collections.abc import Callable
-from math import isqrt
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig
+from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor, LlavaSTFProcessor
 
+from .checkpoints.folders import TEMPLATES
+from .checkpoints.weights import Weights, matrix, read_json, section
+from .fusion import MBTF, read_off
 from .keys import ConversionError
 from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
-from .source import MBTF, STF
-from .weights import Weights, matrix, read_json, section
 
 Made = TypeVar("Made")
 
@@ -51,9 +52,8 @@ def build_config(
 
     Without fusion weights (an initialisation) they are the released model's.
     """
-    fusion = _fusion_fields(weights, vision.hidden_size) if f"{MBTF}0.weight" in weights else {}
-    taps = _taps(original, fusion.pop("taps", None), vision.num_hidden_layers)
-    return built(
+    make = partial(
+        built,
         LlavaSTFConfig,
         "The model",
         vision_config=vision,
@@ -62,10 +62,13 @@ def build_config(
         pad_token_id=text.pad_token_id,
         bos_token_id=text.bos_token_id,
         eos_token_id=text.eos_token_id,
-        vision_feature_layer=taps,
-        dtype=matrix(weights, "model.embed_tokens.weight").dtype,
-        **fusion,
     )
+    fusion = {}
+    if f"{MBTF}0.weight" in weights:
+        fusion = read_off(weights, make(vision_feature_layer=[0], fusion_window=1))
+    taps = _taps(original, fusion.pop("taps", None), vision.num_hidden_layers)
+    dtype = matrix(weights, "model.embed_tokens.weight").dtype
+    return make(vision_feature_layer=taps, dtype=dtype, **fusion)
 
 
 def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]:
@@ -96,23 +99,6 @@ def _taps(original: dict[str, Any], number: int | None, depth: int) -> list[int]
     return [tap % (depth + 1) for tap in taps]
 
 
-def _fusion_fields(weights: Weights, width: int) -> dict[str, Any]:
-    block_hidden, block_in = matrix(weights, f"{MBTF}0.weight").shape
-    spatial_hidden, spatial_in = matrix(weights, f"{STF}0.weight").shape
-    taps, window = block_in // width, isqrt(spatial_in // width)
-    if block_in != taps * width or spatial_in != window**2 * width:
-        raise ConversionError(
-            f"{MBTF}0.weight takes {block_in} channels and {STF}0.weight {spatial_in}, but the vision tower has "
-            f"{width}: expected a multiple of that, and a square number of times."
-        )
-    return {
-        "taps": taps,
-        "fusion_window": window,
-        "block_fusion_hidden_size": None if block_hidden == 4 * width else block_hidden,
-        "spatial_fusion_hidden_size": None if spatial_hidden == 16 * width else spatial_hidden,
-    }
-
-
 def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
     """The language model's configuration, out of a flat one; `place` is the file, for errors."""
     sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -120,6 +106,7 @@ def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
     require_positive(place, original, names, whole=True)
     require_positive(place, original, ["rms_norm_eps", "rope_theta"])
     require_activation(place, original)
+    _check_tokens(original, place)
     fields = {**_known_fields(LlamaConfig, original), "rope_parameters": _rope_parameters(original, place)}
     text = built(LlamaConfig, place, **fields)
     if text.num_attention_heads % text.num_key_value_heads:
@@ -128,6 +115,16 @@ def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
             f"`num_attention_heads`, {text.num_attention_heads}."
         )
     return text
+
+
+def _check_tokens(original: dict[str, Any], place: Path) -> None:
+    """Raises a [`ConversionError`] for a BOS or EOS without a row in the tables; a padding id may have none."""
+    rows = original.get("vocab_size") or LlamaConfig().vocab_size
+    for name in ("bos_token_id", "eos_token_id"):
+        value = original.get(name)
+        for token_id in value if isinstance(value, list) else [value]:
+            if token_id is not None and not (type(token_id) is int and 0 <= token_id < rows):
+                raise ConversionError(f"{place}: `{name}` is {value!r}, expected ids from 0 to {rows - 1}.")
 
 
 def _rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:
@@ -230,6 +227,23 @@ def build_image_processor(
     processor = built(LlavaSTFImageProcessor, file, do_pad=original.get("image_aspect_ratio") == "pad", **carried)
     _check_side(file, processor, side)
     return processor, notes
+
+
+def build_processor(
+    config: LlavaSTFConfig, image_processor: LlavaSTFImageProcessor, tokenizer: PreTrainedTokenizerFast
+) -> LlavaSTFProcessor:
+    """The processor with the templates of chats and of stage 1."""
+    return LlavaSTFProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=config.vision_config.patch_size,
+        fusion_window=config.fusion_window,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        chat_template={
+            "default": (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
+            "plain": (TEMPLATES / "plain.jinja").read_text(encoding="utf-8"),
+        },
+    )
 
 
 def preprocessor_file(folder: Path) -> Path:

@@ -58,6 +58,7 @@ LANGUAGE = Table(
         "mm_hidden_size",
         "mm_projector_lr",
         "mm_vision_tower_lr",
+        "pretrain_mm_mlp_adapter",
         "tokenizer_model_max_length",
         "tokenizer_padding_side",
         "tune_mm_mlp_adapter",
@@ -133,14 +134,15 @@ PREPROCESSOR = Table(
         "image_processor_type": (
             *("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil", "LlavaSTFImageProcessor"),
             *("LlavaImageProcessor", "LlavaImageProcessorFast", "LlavaImageProcessorPil"),
+            "CLIPFeatureExtractor",  # its name before transformers 4.26
         ),
-        "feature_extractor_type": ("CLIPFeatureExtractor",),
+        "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
         **dict.fromkeys(("do_center_crop", "do_normalize", "do_rescale", "do_resize"), (True, False)),
         "resample": (3, 0, 1, 2, 4, 5),
     },
 )
 ADAPTER = Table(
-    carried=frozenset({"layers_to_transform", "lora_alpha", "r", "target_modules", "use_rslora"}),
+    carried=frozenset({"exclude_modules", "layers_to_transform", "lora_alpha", "r", "target_modules", "use_rslora"}),
     harmless=frozenset(
         {"auto_mapping", "base_model_name_or_path", "inference_mode", "layers_pattern", "lora_dropout", "peft_version"}
         | {"corda_config", "eva_config", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size"}
@@ -154,7 +156,6 @@ ADAPTER = Table(
         "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
         "alpha_pattern": ({},),
         "rank_pattern": ({},),
-        "exclude_modules": ([], ""),
         "layer_replication": ([],),
         "lora_bias": (False,),
         "modules_to_save": ([],),
@@ -192,12 +193,13 @@ def unknown_settings(settings: Mapping[str, Any], table: Table) -> list[str]:
 
 
 def require_positive(place: Path | str, settings: Mapping[str, Any], names: Iterable[str], whole: bool = False) -> None:
-    """Raises a [`ConversionError`] for a number that is there, but is not finite, positive and (if `whole`) integer."""
+    """Raises a [`ConversionError`] for a number that is there, but is not positive, too large, or not a whole one."""
     for name in names:
         value = settings.get(name)
         number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
-            kind = "a positive whole number" if whole else "a positive, finite number"
+        limit = 2**30 if whole else 1e30  # torch cannot compute with larger sizes
+        if value is not None and not (number and 0 < value < limit):
+            kind = f"a positive {'whole number' if whole else 'number'} below {limit}"
             raise ConversionError(f"{place}: `{name}` is {value!r}, expected {kind}.")
 
 

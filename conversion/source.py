@@ -1,26 +1,36 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What the original trainer wrote, told apart by its files, as one set of weights under the original's names."""
+"""Reads what the original trainer wrote, under the original's names, with its tower and its tokenizer."""
 
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import snapshot_download
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
 
+from .checkpoints.folders import ADAPTER_CONFIG_FILE, ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE
+from .checkpoints.weights import Weights, read_file, read_folder, read_json, section
+from .config import (
+    build_config,
+    build_image_processor,
+    build_processor,
+    build_text_config,
+    context_length,
+    read_vision_config,
+)
+from .fusion import MBTF, STF
 from .keys import TOWER_PREFIX, ConversionError
-from .settings import ADAPTER, LANGUAGE, check_settings, foreign_settings, require_positive, unknown_settings
-from .weights import Weight, Weights, read_file, read_folder, read_json, section
+from .locate import Places, commit_of
+from .lora import PEFT_PREFIX, check_adapter_config, lora_target, require_adapted
+from .options import Options
+from .settings import LANGUAGE, check_settings
+from .tokenizer import load_tokenizer, two_tokenizers
 
-PROJECTOR_FILE = "mm_projector.bin"
-ADAPTER_CONFIG_FILE = "adapter_config.json"
-NON_LORA_FILE = "non_lora_trainables.bin"
-PEFT_PREFIX = "base_model.model."
+LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
+LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
 # A CLIP tower that transformers 5 saved alone has no `vision_model.` in front of these.
 TOWER_PARTS = ("embeddings.", "pre_layrnorm.", "encoder.", "post_layernorm.")
-MBTF, STF = "model.mm_projector_crosslayer.", "model.mm_projector."
 # llava-hf's names of what an initialisation takes from it, as patterns, in the original's words.
 LLAVA_HF_KEYS = (
     (r"(?:model\.)?language_model\.lm_head\.(.+)", r"lm_head.\1"),
@@ -30,9 +40,9 @@ LLAVA_HF_KEYS = (
 )
 
 
-@dataclass
-class Source:
-    """One run: what it is, its folder and config, and its weights under the original's names."""
+@dataclass(frozen=True)
+class Run:
+    """What the trainer wrote: its kind, its config, and its weights, which may lack the vision tower."""
 
     kind: str
     folder: Path
@@ -43,61 +53,74 @@ class Source:
     adapter_config: dict[str, Any] | None = None
 
 
-def fetch(name: str | Path, revision: str | None = None, subfolder: str | None = None, weights: bool = True) -> Path:
-    """A local folder as it is, or the files of a Hub repository, downloaded (without weights, where not needed)."""
-    folder = Path(name)
-    if folder.is_dir() and revision is not None:
-        raise ConversionError(f"{folder} is a folder here, which has no revision {revision!r}: leave it out.")
-    if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
-            raise ConversionError(f"{str(name)!r} is neither a folder here nor the id of a Hub repository.")
-        patterns = ["*.json", "*.model", *(["*.bin", "*.safetensors"] if weights else [])]
-        if subfolder:
-            patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
-        try:
-            folder = Path(snapshot_download(str(name), revision=revision, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise ConversionError(f"{str(name)!r} is no folder here, and the Hub says: {reason}") from error
-    folder = folder / subfolder if subfolder else folder
-    if not folder.is_dir():
-        raise ConversionError(f"{folder} is not a folder.")
-    return folder
+@dataclass(frozen=True)
+class Source:
+    """All that is converted. The weights are still on disk, under the original's names."""
+
+    run: Run
+    weights: Weights  # with the tower's
+    config: LlavaSTFConfig  # of these weights
+    processor: LlavaSTFProcessor
+    notes: list[str]
 
 
-def commit_of(folder: Path) -> str | None:
-    """The commit of a folder in the cache of the Hub's client (`snapshots/COMMIT`); None for any other folder."""
-    match = re.search(r"/snapshots/([0-9a-f]{40})(?:/|$)", folder.as_posix())
-    return match[1] if match else None
+def read(places: Places, options: Options) -> Source:
+    """Reads a run with its tower and its tokenizer, and builds our config and processor.
 
-
-def find_run(folder: Path) -> Path:
-    """The folder itself, or the one run in the folders below it (the nested layout of the authors' repository).
-
-    Of several runs the only complete model is taken; a projector or an adapter beside it is left.
+    Raises:
+        ConversionError: if a file is missing or damaged, if a setting is one that this model does not compute, or if
+            an option does not fit this kind of run.
     """
-    if _has_run(folder):
-        return folder
-    runs = [path.parent for path in sorted(folder.rglob("config.json")) if _has_run(path.parent)]
-    whole = [run for run in runs if not any((run / name).exists() for name in (PROJECTOR_FILE, ADAPTER_CONFIG_FILE))]
-    chosen = whole if len(whole) == 1 else runs
-    if len(chosen) == 1:
-        return chosen[0]
-    if not runs:
-        raise ConversionError(f"{folder} holds no run: no config.json with weights beside it, nor in a folder below.")
-    names = ", ".join(str(run.relative_to(folder)) for run in runs)
-    raise ConversionError(f"{folder} holds several runs ({names}): name one of them (--subfolder for a Hub id).")
+    run = read_run(places.run, places.base, options.init_fusion)
+    _refuse_options(run, options)
+    tower, weights = _with_tower(run, places)
+    settings = run.config if options.taps is None else {**run.config, "mm_vision_select_layer": options.taps}
+    text = build_text_config(settings, run.folder / "config.json")
+    context = context_length(text)
+    tokenizer_folder = places.tokenizer()
+    tokenizer = load_tokenizer(tokenizer_folder, context)
+    vision, vision_notes = read_vision_config(tower)
+    _check_depth(weights, vision.num_hidden_layers, tower)
+    config = build_config(settings, weights, vision, text, tokenizer.image_token_id)
+    image_processor, image_notes = build_image_processor(settings, tower, vision.image_size)
+    notes = [
+        f"{run.folder}: {run.kind}",
+        *run.notes,
+        *([] if weights is run.weights else [f"vision tower: {tower}"]),
+        *_commits(source=places.run, base=places.base, vision_tower=tower),
+        *_context_note(run, context),
+        *_commits(tokenizer=tokenizer_folder if options.tokenizer else None),
+        *two_tokenizers(tokenizer_folder),
+        *vision_notes,
+        *image_notes,
+    ]
+    return Source(run, weights, config, build_processor(config, image_processor, tokenizer), notes)
 
 
-def _has_run(folder: Path) -> bool:
-    weights = ("*.safetensors", "*.bin", "*.index.json")
-    config = folder / "config.json"
-    if not config.exists() or str(read_json(config).get("model_type")).startswith("clip"):
-        return False
-    return any(next(folder.glob(pattern), None) for pattern in weights)
+def _refuse_options(run: Run, options: Options) -> None:
+    if options.taps is not None and not options.init_fusion:
+        raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
+    if options.keep_adapter and run.adapter is None:
+        raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
 
 
-def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
+def _with_tower(run: Run, places: Places) -> tuple[Path, Weights]:
+    """The folder that describes the tower, and the run's weights with those of the tower."""
+    if any(key.startswith(TOWER_PREFIX) for key in run.weights):
+        return places.tower(run.config, weights=False), run.weights
+    if run.config.get("unfreeze_mm_vision_tower"):
+        raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
+    folder = places.tower(run.config, weights=True)
+    return folder, run.weights | read_tower(folder)
+
+
+def _commits(**folders: Path | None) -> list[str]:
+    """Notes with the commits of what came from the Hub."""
+    found = {name: commit_of(folder) for name, folder in folders.items() if folder is not None}
+    return [f"{name.replace('_', ' ')}: commit {commit}" for name, commit in found.items() if commit is not None]
+
+
+def read_run(folder: Path, base: Path | None, init_fusion: bool) -> Run:
     """Reads a run of any kind.
 
     Args:
@@ -112,12 +135,13 @@ def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
         config, notes = _language_config(config, place)
     notes += check_settings(place, config, LANGUAGE)
     if (folder / ADAPTER_CONFIG_FILE).exists():
-        return _read_lora(folder, config, _base(base, folder, config, "a LoRA run"), notes)
+        weights = _base(base, folder, config, "a LoRA run")
+        return _read_lora(folder, config, weights, notes, None if base is None else commit_of(base))
     if (folder / PROJECTOR_FILE).exists():
         projector = read_file(folder / PROJECTOR_FILE)
         _require_fusion(projector, folder / PROJECTOR_FILE)
         weights = _base(base, folder, config, "a stage-1 projector") | projector
-        return Source("stage-1 projector", folder, config, weights, notes)
+        return Run("stage-1 projector", folder, config, weights, notes)
     weights = read_folder(folder)
     _refuse_tiles(weights, folder)
     if base is not None:
@@ -125,9 +149,9 @@ def read_source(folder: Path, base: Path | None, init_fusion: bool) -> Source:
     if init_fusion and any(key.startswith(MBTF) for key in weights):
         raise ConversionError(f"{folder} has fusion weights; --init-fusion would throw them away. Leave it out.")
     if init_fusion:
-        return Source("initialisation", folder, config, _initialisation(weights), notes)
+        return Run("initialisation", folder, config, _initialisation(weights), notes)
     _require_fusion(weights, folder)
-    return Source("full fine-tune", folder, config, weights, notes)
+    return Run("full fine-tune", folder, config, weights, notes)
 
 
 def _refuse_tiles(weights: Weights, folder: Path) -> None:
@@ -162,11 +186,12 @@ def _base(base: Path | None, folder: Path, config: dict[str, Any], kind: str) ->
     return {key: weight for key, weight in read_folder(base).items() if not key.startswith((MBTF, STF))}
 
 
-def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[str]) -> Source:
+def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[str], commit: str | None) -> Run:
+    """Reads the adapter and the fusion modules beside it; `commit` is that of the base, if it came from the Hub."""
     place = folder / ADAPTER_CONFIG_FILE
     adapter_config = read_json(place)
-    _check_adapter_config(adapter_config, place)
-    files = [folder / name for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    check_adapter_config(adapter_config, place)
+    files = [folder / name for name in (ADAPTER_FILE, "adapter_model.bin")]
     file = next((file for file in files if file.exists()), None)
     if file is None:
         raise ConversionError(f"{folder} has {ADAPTER_CONFIG_FILE}, but no adapter_model.safetensors or .bin.")
@@ -176,82 +201,8 @@ def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[
     for key in adapter:
         if lora_target(key) not in base:
             raise ConversionError(f"{file}: {key!r} has no counterpart in the base model.")
-    _require_adapted({lora_target(key) for key in adapter}, base, adapter_config, file)
-    return Source("LoRA run", folder, config, base | rest, notes, adapter, adapter_config)
-
-
-def _check_adapter_config(config: dict[str, Any], place: Path) -> None:
-    missing = [name for name in ("r", "lora_alpha") if config.get(name) is None]
-    # PEFT alone writes this file, so a setting that is unknown and says something belongs to a newer kind of adapter.
-    special = foreign_settings(config, ADAPTER) + [name for name in unknown_settings(config, ADAPTER) if config[name]]
-    if missing or special:
-        found = ", ".join(f"{name} {config[name]!r}" for name in special) or f"no {' and no '.join(missing)}"
-        raise ConversionError(
-            f"{place}: expected plain LoRA with `r` and `lora_alpha`, which is all that is merged, found {found}."
-        )
-    check_settings(place, config, ADAPTER)
-    require_positive(place, config, ["r"], whole=True)
-    require_positive(place, config, ["lora_alpha"])
-
-
-def _require_adapted(adapted: set[str], base: Weights, config: dict[str, Any], file: Path) -> None:
-    """Raises a [`ConversionError`] if there is no matrix for a weight that the adapter's config names."""
-    if not adapted:
-        raise ConversionError(f"{file} holds no LoRA matrices: there is nothing to merge.")
-    targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    if not isinstance(layers, (list, type(None))):
-        raise ConversionError(f"{ADAPTER_CONFIG_FILE}: `layers_to_transform` is {layers!r}, expected layer numbers.")
-    for key in base if isinstance(targets, list) else ():
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
-        if match is None or not (layers is None or int(match[1]) in layers):
-            continue
-        if any(match[2] == target or match[2].endswith(f".{target}") for target in targets) and key not in adapted:
-            raise ConversionError(f"{file} has no LoRA matrices for {key!r}, which `target_modules` names.")
-
-
-def lora_target(key: str) -> str:
-    """The weight that an adapter's matrix belongs to, under the original's name."""
-    match = re.fullmatch(rf"{re.escape(PEFT_PREFIX)}(.+)\.lora_[AB](?:\.default)?\.weight", key)
-    if match is None:
-        raise ConversionError(f"The adapter weight {key!r} is not a LoRA matrix.")
-    return match[1] + ".weight"
-
-
-def lora_pairs(adapter: Weights, weights: Weights, config: dict[str, Any]) -> dict[str, tuple[Weight, Weight]]:
-    """The matrices A and B of each adapted weight, checked against it."""
-    found: dict[str, dict[str, Weight]] = {}
-    for key, weight in adapter.items():
-        pair, side = found.setdefault(lora_target(key), {}), "A" if ".lora_A." in key else "B"
-        if side in pair:
-            raise ConversionError(f"The adapter has two matrices {side} of {lora_target(key)!r}.")
-        pair[side] = weight
-    for target, pair in found.items():
-        if pair.keys() != {"A", "B"}:
-            raise ConversionError(f"The adapter has only the matrix {min(pair)} of {target!r}.")
-        rows, *columns = weights[target].shape
-        expected = (config["r"], *columns), (rows, config["r"])
-        if (pair["A"].shape, pair["B"].shape) != expected:
-            raise ConversionError(
-                f"The LoRA matrices of {target!r} have the shapes {pair['A'].shape} and {pair['B'].shape}, expected "
-                f"{expected[0]} and {expected[1]}."
-            )
-    return {target: (pair["A"], pair["B"]) for target, pair in found.items()}
-
-
-def merge_lora(weights: Weights, adapter: Weights, config: dict[str, Any]) -> Weights:
-    """`W + scale * B @ A` for each adapted weight, computed in float32 when it is written, in the weight's dtype."""
-    pairs = lora_pairs(adapter, weights, config)
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    return weights | {target: _merged(weights[target], *pair, scale) for target, pair in pairs.items()}
-
-
-def _merged(weight: Weight, down: Weight, up: Weight, scale: float) -> Weight:
-    def load() -> torch.Tensor:
-        update = torch.mm(up.load().float(), down.load().float()).mul_(scale)
-        return update.add_(weight.load()).to(weight.dtype)
-
-    return Weight(weight.shape, weight.dtype, load, f"{weight.origin} + LoRA")
+    require_adapted({lora_target(key) for key in adapter}, base, adapter_config, file)
+    return Run("LoRA run", folder, config, base | rest, notes, adapter, {**adapter_config, "revision": commit})
 
 
 def read_tower(folder: Path) -> Weights:
@@ -289,3 +240,22 @@ def _language_config(config: dict[str, Any], place: Path) -> tuple[dict[str, Any
     notes = [f"{place}: not taken, with the projector: {', '.join(dropped)}"] if dropped else []
     kept = {name: value for name, value in text.items() if name not in dropped}
     return {**kept, "mm_vision_tower": config.get("mm_vision_tower"), "image_aspect_ratio": "pad"}, notes
+
+
+def _context_note(run: Run, context: int) -> list[str]:
+    length = run.config.get("tokenizer_model_max_length")
+    if not isinstance(length, int) or length >= context:
+        return []
+    return [f"the original cuts a prompt at {length} tokens (tokenizer_model_max_length); here it may have {context}"]
+
+
+def _check_depth(weights: Weights, depth: int, clip_folder: Path) -> None:
+    """Raises a [`ConversionError`] if the tower has not the depth that its config says: taps count from its end."""
+    found = tower_depth(weights)
+    if found != depth:
+        raise ConversionError(f"{clip_folder}: `num_hidden_layers` is {depth}, but the tower's weights have {found}.")
+
+
+def tower_depth(weights: Weights) -> int:
+    """Layers of the tower, under the original's names."""
+    return 1 + max((int(found[1]) for key in weights if (found := LAYER.match(key))), default=-1)

@@ -13,13 +13,15 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, proc
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
+from .checkpoints.weights import read_json, require_file
 from .keys import ConversionError
-from .weights import read_json, require_file
 
 IMAGE_TOKEN = "<image>"
 # In the order in which transformers 4.37 gives new ids to those that the vocabulary lacks.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+# What a converted tokenizer does, with the only values of the settings for it; a missing one is the same.
+REQUIRED = {"add_bos_token": True, "add_eos_token": False, "split_special_tokens": False, "sp_model_kwargs": {}}
 PROBES = 5000
 # Flags of added tokens, by their ids.
 Added = dict[int, dict[str, Any]]
@@ -44,10 +46,9 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
             the original.
     """
     settings = read_json(folder / "tokenizer_config.json")
+    _require_settings(settings, folder)
     named, special = _special_tokens(folder, settings)
     added = _added_tokens(folder, settings)
-    if not isinstance(settings.get("legacy"), (bool, type(None))):
-        raise ConversionError(f"{folder}: `legacy` of the tokenizer is {settings['legacy']!r}, expected true or false.")
     # transformers 4.37, which wrote the original's files, takes a missing flag as True.
     legacy = settings.get("legacy") in (None, True)
     if (folder / "tokenizer.json").exists():
@@ -63,6 +64,7 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
     else:
         raise ConversionError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
 
+    _require_pieces(named, model, added, folder)
     backend = _assemble(model, added, special, legacy, folder)
     bos = named["bos_token"]
     backend.post_processor = processors.TemplateProcessing(
@@ -76,6 +78,25 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
         model_max_length=model_max_length,
         clean_up_tokenization_spaces=False,
     )
+
+
+def _require_settings(settings: dict[str, Any], folder: Path) -> None:
+    if not isinstance(settings.get("legacy"), (bool, type(None))):
+        raise ConversionError(f"{folder}: `legacy` of the tokenizer is {settings['legacy']!r}, expected true or false.")
+    for name, expected in REQUIRED.items():
+        if settings.get(name) not in (None, expected):
+            raise ConversionError(
+                f"{folder}: `{name}` of the tokenizer is {settings[name]!r}, expected {expected!r}: a converted one "
+                "does nothing else."
+            )
+
+
+def _require_pieces(named: dict[str, str], model: Any, added: Added, folder: Path) -> None:
+    """Raises a [`ConversionError`] for a BOS, EOS or unknown token that the model has never seen."""
+    known = {token["content"] for token in added.values()}
+    for name in LLAMA_TOKENS:
+        if named[name] not in known and model.token_to_id(named[name]) is None:
+            raise ConversionError(f"{folder}: the {name} {named[name]!r} is no token of the vocabulary.")
 
 
 def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
@@ -153,6 +174,25 @@ def _read_tokenizer_model(file: Path, cut: set[str]) -> BPE:
         file: the tokenizer.model.
         cut: the tokens at which a text is cut before sentencepiece sees it.
     """
+    sentencepiece, proto = _read_sentencepiece(file, cut)
+    model = BPE(
+        vocab={piece.piece: index for index, piece in enumerate(proto.pieces)},
+        merges=merges_of(_scores(proto)),
+        unk_token=proto.pieces[sentencepiece.unk_id()].piece,
+        fuse_unk=True,
+        byte_fallback=proto.trainer_spec.byte_fallback,
+    )
+    difference = _compare(model, sentencepiece, _scores(proto))
+    if difference:
+        raise ConversionError(
+            f"{file}: {difference}. Usual causes: pieces with equal scores, or a piece with a character that is no "
+            "piece itself; Llama's vocabulary has neither."
+        )
+    return model
+
+
+def _read_sentencepiece(file: Path, cut: set[str]) -> tuple[Any, Any]:
+    """The processor of a tokenizer.model and its proto, with Llama's settings."""
     require_file(file)
     try:
         from sentencepiece import SentencePieceProcessor
@@ -170,18 +210,33 @@ def _read_tokenizer_model(file: Path, cut: set[str]) -> BPE:
             piece.type = piece.CONTROL
     sentencepiece.LoadFromSerializedProto(proto.SerializeToString())
     _require_llama(file, proto)
-    scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
-    if not scores:
+    if not _scores(proto):
         raise ConversionError(f"The tokenizer {file} has no words: it is damaged or not Llama's.")
-    model = BPE(
-        vocab={piece.piece: index for index, piece in enumerate(proto.pieces)},
-        merges=merges_of(scores),
-        unk_token=proto.pieces[sentencepiece.unk_id()].piece,
-        fuse_unk=True,
-        byte_fallback=proto.trainer_spec.byte_fallback,
-    )
-    _compare(model, sentencepiece, scores, file)
-    return model
+    return sentencepiece, proto
+
+
+def _scores(proto: Any) -> dict[str, float]:
+    return {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
+
+
+def two_tokenizers(folder: Path) -> list[str]:
+    """A note where a folder's tokenizer.json, which is used, is not that of the tokenizer.model, the original's."""
+    file, original = folder / "tokenizer.json", folder / "tokenizer.model"
+    if not (file.exists() and original.exists()):
+        return []
+    source = _read_tokenizer_json(file)
+    cut = {token["content"] for token in json.loads(source.to_str())["added_tokens"]}
+    try:
+        sentencepiece, proto = _read_sentencepiece(original, cut)
+        difference = _compare(source.model, sentencepiece, _scores(proto))
+    except ConversionError as error:
+        difference = str(error)
+    if difference is None:
+        return []
+    return [
+        f"{file} is used, but the original reads the {original.name} beside it, which says otherwise: {difference}. "
+        f"If the model was trained with {original.name}, convert without {file.name}"
+    ]
 
 
 def _require_llama(file: Path, proto: Any) -> None:
@@ -221,7 +276,7 @@ def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [(piece[:-end], piece[-end:]) for _, end, piece in sorted(pairs)]
 
 
-def _compare(model: BPE, sentencepiece: Any, scores: dict[str, float], file: Path) -> None:
+def _compare(model: BPE, sentencepiece: Any, scores: dict[str, float]) -> str | None:
     """Compares ids on the pieces and on random rows of them, of all and of those whose score others share."""
     alike, generator = Counter(scores.values()), random.Random(0)
     pools = [list(scores), [piece for piece, score in scores.items() if alike[score] > 1]]
@@ -230,11 +285,9 @@ def _compare(model: BPE, sentencepiece: Any, scores: dict[str, float], file: Pat
     tokenizer.normalizer = _normalizer([], [], legacy=True)
     for text, expected, fast in zip(texts, sentencepiece.encode(texts), tokenizer.encode_batch(texts), strict=True):
         if fast.ids != expected:
-            raise ConversionError(
-                f"{file}: a fast tokenizer reads {text!r} as {fast.tokens}, sentencepiece as "
-                f"{sentencepiece.id_to_piece(expected)}. Usual causes: pieces with equal scores, or a piece with a "
-                "character that is no piece itself; Llama's vocabulary has neither."
-            )
+            pieces = sentencepiece.id_to_piece(expected)
+            return f"a fast tokenizer reads {text!r} as {fast.tokens}, sentencepiece as {pieces}"
+    return None
 
 
 def _assemble(model: Any, added: Added, special: list[str], legacy: bool, folder: Path) -> Tokenizer:

@@ -8,8 +8,8 @@ import torch
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
+from .checkpoints.weights import read_file, read_json
 from .keys import ConversionError
-from .weights import read_file, read_json
 
 TOLERANCE = 1e-4
 Case = dict[str, torch.Tensor]

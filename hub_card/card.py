@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
-from conversion.convert import name_auto_class
-from conversion.weights import Weights, read_file, read_folder
+from conversion.checkpoints.folders import name_auto_class
+from conversion.checkpoints.weights import Weights, read_file, read_folder
+from conversion.fusion import token_grid
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
@@ -116,6 +117,7 @@ class Card:
             versions=pinned_versions(),
             method=METHOD_PICTURE,
             example=EXAMPLE_PICTURE,
+            side=token_grid(self.config) if self.config else None,
             not_quantised=json.dumps(NOT_QUANTISED),
         )
         return f"{card}\n"

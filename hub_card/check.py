@@ -14,7 +14,7 @@ from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from conversion import ConversionError
-from conversion.weights import check_finite
+from conversion.checkpoints.weights import check_finite
 from modeling_llava_stf.configuration_llava_stf import AUTO_MAP
 
 from .card import (

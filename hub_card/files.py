@@ -20,6 +20,8 @@ from typing import BinaryIO
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from conversion.checkpoints.folders import TEMPLATES as CHAT_TEMPLATES
+
 from .card import ADAPTER_CONFIG_FILE, ROOT
 from .kinds import MOST_BYTES, is_pickle
 from .secrets import secrets_in
@@ -261,7 +263,7 @@ def _copy(frozen: Frozen, name: str, kind: str, file: BinaryIO) -> str:
 def own_code(name: str) -> list[bytes]:
     """Returns this package's content for a file of code: the file of that name, or all chat templates."""
     package = [ROOT / "modeling_llava_stf" / name] if re.fullmatch(r"\w+_llava_stf\.py", name) else []
-    templates = (ROOT / "conversion" / "chat_templates").glob("*.jinja") if name.endswith(".jinja") else []
+    templates = CHAT_TEMPLATES.glob("*.jinja") if name.endswith(".jinja") else []
     return [path.read_bytes() for path in (*package, *templates) if path.is_file()]
 
 

@@ -4,6 +4,7 @@
 
 from PIL import Image, ImageDraw, ImageFont
 
+from conversion.fusion import token_grid
 from modeling_llava_stf import LlavaSTFConfig
 
 SIZE = (1200, 430)
@@ -15,7 +16,7 @@ TOP, SIDE = 92, 210  # position and size of the three grids
 def draw_method(config: LlavaSTFConfig) -> Image.Image:
     """Draws patch grid, blocks, fused grid and tokens of `config` from left to right, 1200 x 430 pixels."""
     grid, window, taps = config.grid_size, config.fusion_window, config.taps
-    tokens = grid // window
+    tokens = token_grid(config)
     pen = _Pen(SIZE)
     pen.text((600, 30), f"One picture: {grid**2} patches in, {config.tokens_per_image} vision tokens out", 24)
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 
 from conversion import ConversionError, convert, convert_back, to_hub, to_original
 from conversion.__main__ import main
+from conversion.checkpoints.weights import Weight, read_folder, write_folder
 from conversion.keys import KEY_MAP
-from conversion.weights import Weight, read_folder, write_folder
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 TABLES = ("lm_head.weight", "model.language_model.embed_tokens.weight")
@@ -384,7 +384,7 @@ def test_adapters_that_would_be_misread_are_refused(edit, settings, message, kee
         ("original", ["--keep-adapter"], "leave out --keep-adapter"),
         ("original", ["--init-fusion"], "--init-fusion would throw them away"),
         ("original", ["--max-shard-size", "much"], "'much' is no size"),
-        ("original", ["--pad-vocabulary", "0"], "expected a positive number"),
+        ("original", ["--pad-vocabulary", "0"], "expected a number from 1 to 65536"),
         ("original", ["--outputs", "nowhere"], "nowhere is not a file"),
         ("original", ["--to-original", "--dtype", "float16"], "does not go with --dtype"),
     ],
@@ -811,7 +811,8 @@ def test_killed_at_any_moment_nothing_is_half_written(tmp_path, checkpoint):
 
 FORKING_WORKER = """
 import os, sys, time
-from conversion import convert, weights
+from conversion import convert
+from conversion.checkpoints import weights
 
 whole = weights.tensor_bytes
 weights.tensor_bytes = lambda tensor: (time.sleep(0.001), whole(tensor))[1]

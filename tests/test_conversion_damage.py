@@ -16,11 +16,10 @@ from conftest import GOLDENS
 
 from conversion import ConversionError, convert
 from conversion.__main__ import main
-from conversion.weights import read_folder
+from conversion.checkpoints.weights import read_folder
 
 SHARD = "pytorch_model-00002-of-00003.bin"
 INDEX = "pytorch_model.bin.index.json"
-CONVERT = sys.modules["conversion.convert"]  # the package has a function of this name
 
 
 @pytest.fixture
@@ -100,6 +99,7 @@ def one_file(key, tensor):
     return pytest.param(damage, id=f"{key} {None if tensor is None else tuple(tensor.shape)}")
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:9e55\nsize 499723\n"
 MATRICES = ("model.embed_tokens", "lm_head", "model.mm_projector_crosslayer.0", "model.mm_projector.0")
 
 DAMAGE = [
@@ -123,6 +123,13 @@ DAMAGE = [
     setting("num_hidden_layers", 20000),
     setting("num_hidden_layers", "2"),
     setting("num_hidden_layers", 10**12),
+    setting("hidden_size", 4 * 10**15),
+    setting("rope_theta", 10**400),
+    setting("rope_scaling", {"type": "linear", "factor": 10**400}),
+    setting("bos_token_id", 9999),
+    setting("eos_token_id", -1),
+    setting("eos_token_id", [2, 420]),
+    setting("eos_token_id", True),
     setting("hidden_size", None),
     setting("hidden_size", 0),
     setting("num_attention_heads", [4]),
@@ -168,22 +175,31 @@ def test_a_damaged_folder_ends_in_one_line(damage, folders, monkeypatch, capsys)
     assert sorted(folders.iterdir()) == before
 
 
+@pytest.mark.parametrize("name", [SHARD, "tokenizer.model", "config.json"])
+def test_a_pointer_of_git_lfs_is_called_by_its_name(name, folders):
+    (folders / "original" / name).write_bytes(POINTER)
+    with pytest.raises(ConversionError, match=rf"{name} is a pointer of Git LFS, .*git lfs pull"):
+        convert(folders / "original", folders / "out", vision_tower=folders / "clip")
+
+
 @pytest.mark.parametrize(
     ("place", "error"),
     [
-        ("make_plan", ValueError),
-        ("build_config", TypeError),
-        ("build_text_config", RuntimeError),
-        ("load_tokenizer", KeyError),
-        ("check_complete", ZeroDivisionError),
-        ("write_folder", AttributeError),
+        ("convert.plan", ValueError),
+        ("source.build_config", TypeError),
+        ("source.build_text_config", RuntimeError),
+        ("source.load_tokenizer", KeyError),
+        ("plan.check_complete", ZeroDivisionError),
+        ("write.write_folder", AttributeError),
     ],
 )
 def test_a_fault_of_ours_ends_in_a_traceback(place, error, folders, monkeypatch):
     def fault(*arguments, **options):
         raise error("ours")
 
-    monkeypatch.setattr(CONVERT, place, fault)
+    module, name = place.split(".")
+    # By the name of the module: the package has a function `convert`.
+    monkeypatch.setattr(sys.modules[f"conversion.{module}"], name, fault)
     monkeypatch.setattr(sys, "argv", ["conversion", *command(folders)])
     with pytest.raises(error, match="ours"):
         main()
@@ -194,7 +210,7 @@ def test_a_full_disk_ends_in_one_line(folders, monkeypatch, capsys):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(CONVERT, "write_folder", full)
+    monkeypatch.setattr("conversion.write.write_folder", full)
     monkeypatch.setattr(sys, "argv", ["conversion", *command(folders)])
     assert main() == 2
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err
@@ -203,9 +219,9 @@ def test_a_full_disk_ends_in_one_line(folders, monkeypatch, capsys):
 
 SLOW_WORKER = """
 import sys, time
-from conversion import weights
+from conversion.checkpoints import weights
 from conversion.__main__ import main
-from conversion.weights import read_folder
+from conversion.checkpoints.weights import read_folder
 
 whole = weights.tensor_bytes
 weights.tensor_bytes = lambda tensor: (time.sleep(0.05), whole(tensor))[1]

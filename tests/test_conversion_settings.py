@@ -756,3 +756,48 @@ def test_way_back_dry_run_shows_what_would_be_written(tmp_path, checkpoint):
     assert "would write config.json, tokenizer.model, tokenizer_config.json, special_tokens_map.json\n" in result.stdout
     assert "would write model.safetensors: " in result.stdout and "420 tensors" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+# Files of released models
+
+
+def test_settings_of_released_models_make_no_noise(tmp_path, capsys):
+    """Keys of the configs of LLaVA-1.5 (7B and 13B) that no golden has, and an old CLIP preprocessor."""
+    trainer = {"freeze_mm_vision_resampler": False, "tune_mm_vision_resampler": False, "mm_resampler_type": None}
+    extra = {"image_grid_pinpoints": None, "pretrain_mm_mlp_adapter": "mm_projector.bin", "max_length": 4096}
+    source = with_settings(tmp_path, rope_theta=..., unfreeze_mm_vision_tower=False, **trainer, **extra)
+    old = {"feature_extractor_type": "CLIPFeatureExtractor", "image_processor_type": "CLIPFeatureExtractor"}
+    clip = with_settings(tmp_path, "clip", "preprocessor_config.json", size=56, crop_size=56, **old)
+    convert(source, tmp_path / "out", vision_tower=clip)
+    assert "not carried over" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "option", [{"seed": -1}, {"seed": 2**64}, {"pad_vocabulary": 0}, {"pad_vocabulary": 10**12}], ids=str
+)
+def test_numbers_of_the_command_are_bounded(option, tmp_path):
+    name = list(option)[0].replace("_", "-")
+    refused(f"--{name} is .*, expected a number from", tmp_path, BASE, init_fusion=True, **option)
+
+
+def test_an_adapter_that_leaves_modules_out_is_plain(tmp_path):
+    """PEFT 0.14 and newer can keep LoRA out of the vision tower by this setting; the matrices say what was adapted."""
+    lora = with_settings(tmp_path, "lora", "adapter_config.json", exclude_modules=["vision_tower"])
+    merged = convert(lora, tmp_path / "merged", base=BASE, vision_tower=CLIP)
+    assert_same(tensors(merged), tensors(convert(GOLDENS / "lora", tmp_path / "plain", base=BASE, vision_tower=CLIP)))
+    kept = convert(lora, tmp_path / "kept", base=BASE, vision_tower=CLIP, keep_adapter=True)
+    assert json.loads((kept / "adapter_config.json").read_text())["exclude_modules"] is None
+
+
+def test_way_back_refuses_another_activation(tmp_path, checkpoint):
+    folder = ours(tmp_path, checkpoint)
+    edit_config(folder, projector_hidden_act="relu")
+    back_refused("`projector_hidden_act` is 'relu', expected 'gelu'", tmp_path, folder)
+
+
+def test_way_back_drops_a_padding_token_that_the_conversion_added(tmp_path):
+    """As with the tokenizer of llava-hf, whose `<pad>` is behind the tables of the original."""
+    source = with_settings(tmp_path, file="tokenizer_config.json", pad_token="<pad>")
+    out = convert(source, tmp_path / "out", vision_tower=CLIP)
+    assert LlavaSTFConfig.from_pretrained(out).pad_token_id == 420
+    assert_same(tensors(convert_back(out, tmp_path / "back", vision_tower=CLIP)), tensors(GOLDENS / "original"))

@@ -355,7 +355,7 @@ FAULTS = {
     "truncated": (lambda f: truncate(f / "model.safetensors"), "weights: Cannot read"),
     "not downloaded": (
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-        "weights: Cannot read",
+        "is a pointer of Git LFS, not the file itself",
     ),
     "old weights": (
         lambda f: shutil.copy(f / "model.safetensors", f / "model-00001-of-00002.safetensors"),

@@ -15,6 +15,7 @@ import torch
 from conftest import GOLDENS
 from safetensors.torch import load, load_file, save_file
 
+from conversion.checkpoints.folders import TEMPLATES as CHAT_TEMPLATES
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 ROOT = Path(__file__).parents[1]
@@ -257,7 +258,7 @@ def test_references_to_another_repository_are_not_kept(saved_by_package, tmp_pat
 
 def test_chat_templates_are_files(saved_by_package, processor):
     for saved, source in TEMPLATES.items():
-        template = (ROOT / "conversion" / "chat_templates" / source).read_text(encoding="utf-8")
+        template = (CHAT_TEMPLATES / source).read_text(encoding="utf-8")
         assert (saved_by_package / saved).read_text(encoding="utf-8") == template
     for name in ("tokenizer_config.json", "processor_config.json"):
         assert "chat_template" not in json.loads((saved_by_package / name).read_text(encoding="utf-8"))

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import random
 import shutil
 import sys
@@ -352,6 +353,12 @@ def test_added_tokens_in_a_file_of_their_own(mode, tmp_path):
         ({"added_tokens_decoder": [1]}, "the added tokens are"),
         ({"added_tokens_decoder": {"516": 5}}, "the added tokens are"),
         ({"bos_token": None}, "names no bos_token"),
+        ({"bos_token": "<bos>"}, "the bos_token '<bos>' is no token of the vocabulary"),
+        ({"eos_token": "<|im_end|>"}, "the eos_token '<.im_end.>' is no token"),
+        ({"add_bos_token": False}, "`add_bos_token` of the tokenizer is False, expected True"),
+        ({"add_eos_token": True}, "`add_eos_token` of the tokenizer is True"),
+        ({"split_special_tokens": True}, "`split_special_tokens` of the tokenizer is True"),
+        ({"sp_model_kwargs": {"enable_sampling": True, "alpha": 0.1}}, "`sp_model_kwargs` of the tokenizer"),
         ({"eos_token": ["</s>"]}, "a special token of the tokenizer is"),
         ({"legacy": "yes"}, "`legacy` of the tokenizer is 'yes'"),
         ({"additional_special_tokens": "<a>"}, "expected a list of tokens"),
@@ -372,6 +379,24 @@ def test_a_tokenizer_json_is_used_as_it_is(mode, tmp_path):
     assert tokenizer.tokenize("a  b") == saved.tokenize("a  b") == ["▁a", "▁▁", "b"]
     # The file alone says whether the text behind a special token begins anew.
     assert tokenizer.tokenize("x</s>a")[-1] == ("▁a" if mode == "legacy_true" else "a")
+
+
+def test_two_tokenizers_that_disagree_are_named(mode, tmp_path, capsys):
+    """The original reads the tokenizer.model; transformers 5 saves a tokenizer.json with other merges beside it."""
+    source = shutil.copytree(GOLDENS / "original", tmp_path / "source")
+    tokenizer_folder(source, legacy=mode == "legacy_true")
+    right = load_tokenizer(source, 4096).backend_tokenizer
+    for merges, save in (("scores", right.save), ("ids", saved_by_transformers(source))):
+        save(str(source / "tokenizer.json"))
+        convert(source, tmp_path / merges, vision_tower=GOLDENS / "clip")
+        noted = (
+            "tokenizer.json is used, but the original reads the tokenizer.model beside it" in capsys.readouterr().out
+        )
+        assert noted is (merges == "ids")
+
+
+def saved_by_transformers(folder):
+    return LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save
 
 
 def test_a_converted_tokenizer_can_be_converted_again(mode, converted, mode_processor):
@@ -397,7 +422,7 @@ def test_a_tokenizer_json_of_another_kind_is_refused(change, message, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["original", "pretrain", "lora"])
-def test_tokens_beyond_the_tables_get_the_mean_row(source, tmp_path):
+def test_tokens_beyond_the_tables_get_the_mean_row(source, tmp_path, caplog, monkeypatch):
     """As llava-hf's tokenizer, which has `<image>` 32000 and `<pad>` 32001, on tables of 32000 rows."""
     words = shutil.copytree(GOLDENS / "original", tmp_path / "words", ignore=shutil.ignore_patterns("pytorch*"))
     write(words, "added_tokens.json", {"<image>": 420, "<pad>": 421})
@@ -406,7 +431,9 @@ def test_tokens_beyond_the_tables_get_the_mean_row(source, tmp_path):
     write(words, "tokenizer_config.json", settings)
     write(words, "special_tokens_map.json", {"pad_token": "<pad>"})
     base = None if source == "original" else GOLDENS / "base"
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     folder = convert(GOLDENS / source, tmp_path / "out", tokenizer=words, base=base)
+    assert "unexpected behavior" not in caplog.text  # transformers' words on an id that has no row
     model = LlavaSTFForConditionalGeneration.from_pretrained(folder)
     assert (model.config.image_token_id, model.config.text_config.pad_token_id) == (420, 421)
     for table in (model.get_input_embeddings().weight, model.get_output_embeddings().weight):

@@ -10,7 +10,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from conversion.convert import complete_or_absent, require_empty, save_checkpoint
+from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 from .checkpoint import readable

@@ -33,7 +33,9 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_
 from transformers.utils import logging
 from trl import SFTConfig, SFTTrainer
 
-from conversion.convert import copy_licences, name_auto_class
+from conversion import fusion
+from conversion.checkpoints.folders import copy_licences, name_auto_class
+from modeling_llava_stf import LlavaSTFConfig
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
 from .checkpoint import LENGTHS, OPTIMIZER, RUN, check_checkpoint, check_optimizer, rows_of
@@ -673,6 +675,7 @@ def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: fl
     (but in the frozen tower), and two for the weight's own, if it is trained. Attention scores are left out.
     """
     config: Any = model.config
+    fused = fusion.counted(config) if isinstance(config, LlavaSTFConfig) else {}
     patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     flops = 0.0
     for name, layer in model.named_modules():
@@ -680,8 +683,9 @@ def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: fl
             continue
         learns = layer.weight.requires_grad
         passes = 2 + 2 * (TOWER not in name or learns) + 2 * learns
-        if "spatial_fusion" in name:
-            positions = images * config.tokens_per_image
+        in_fusion = next((counted for key, counted in fused.items() if key in name), None)
+        if in_fusion is not None:
+            positions = images * in_fusion.rows
         elif TOWER in name or CONNECTOR in name:
             positions = images * patches
         else:

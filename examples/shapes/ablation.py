@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
+from conversion.checkpoints.folders import complete_or_absent
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import (
     LlavaSTFMultiModalProjector,
@@ -169,9 +170,8 @@ def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: in
         "seconds": seconds,
         "kinds": score(answers, questions, truth)["kinds"],
     }
-    unfinished = target.with_suffix(".partial")
-    unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(target)
+    with complete_or_absent(target, file=True) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def report(out: Path) -> Path:

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast
 
-from conversion.convert import complete_or_absent, require_empty
+from conversion.checkpoints.folders import complete_or_absent, require_empty
 from modeling_llava_stf import LlavaSTFImageProcessor
 
 from .generate import read_scenes

@@ -10,7 +10,7 @@ from random import Random
 
 from tqdm import tqdm
 
-from conversion.convert import complete_or_absent, require_empty
+from conversion.checkpoints.folders import complete_or_absent, require_empty
 
 from .questions import Question, caption, conversation, describe, furthest_left, one_of_each
 from .scenes import Print, Scene, Thing, draw_picture, draw_scene

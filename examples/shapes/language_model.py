@@ -8,7 +8,7 @@ from random import Random
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-from conversion.convert import complete_or_absent, require_empty
+from conversion.checkpoints.folders import complete_or_absent, require_empty
 
 from .text import CHAT_TEMPLATE, CONTEXT, messages_of, read_rows, read_tokenizer
 from .training import DEVICE, save_log, train

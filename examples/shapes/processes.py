@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from conversion.convert import ROOT
+from conversion.checkpoints.folders import ROOT
 
 
 def start_module(*words: object, **options: Any) -> subprocess.Popen:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from conversion.convert import complete_or_absent, require_empty, save_checkpoint
+from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 from .clip import LAYERS

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from conversion.convert import complete_or_absent, require_empty, save_checkpoint
+from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 

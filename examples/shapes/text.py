@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from conversion.convert import TEMPLATES, complete_or_absent, require_empty
+from conversion.checkpoints.folders import TEMPLATES, complete_or_absent, require_empty
 from conversion.tokenizer import load_tokenizer
 
 CHAT_TEMPLATE = (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8")

@@ -17,9 +17,10 @@ import torch
 from safetensors import safe_open
 from tqdm import tqdm
 
-from .keys import ConversionError
+from ..keys import ConversionError
 
 LIBC, PAGE, MADV_WILLNEED = ctypes.CDLL(None), 4096, 3
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -63,9 +64,17 @@ def matrix(weights: Weights, name: str) -> Weight:
 
 
 def require_file(path: Path) -> None:
-    """Raises a [`ConversionError`] for a pipe, a folder or a device, which would be read without end or not at all."""
-    if path.exists() and not path.is_file():
+    """Raises a [`ConversionError`] for a pipe, a folder or a device, which would be read without end or not at all.
+
+    So it does for the pointer that a clone without Git LFS has in a file's place.
+    """
+    if not path.exists():
+        return
+    if not path.is_file():
         raise ConversionError(f"{path} is not a file, but a folder, a pipe or a device.")
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise ConversionError(f"{path} is a pointer of Git LFS, not the file itself: fetch it (git lfs pull).")
 
 
 def read_json(path: Path) -> dict[str, Any]:
