@@ -13,8 +13,9 @@ from trl import ModelConfig, SFTConfig
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 from training import LlavaSTFTrainingArguments, settings
-from training.__main__ import DataArguments, main
-from training.settings import BY_US, DECIDING, NEEDS, PATTERNS, RANGES, REFUSED, UNCHANGED, Parser
+from training.__main__ import main
+from training.arguments import DataArguments, Parser
+from training.settings import BY_US, DECIDING, NEEDS, PATTERNS, RANGES, REFUSED, UNCHANGED
 
 KINDS = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
 STOCK = {option.name for kind in (SFTConfig, ModelConfig) for option in dataclasses.fields(kind) if option.init}
@@ -287,7 +288,7 @@ def test_a_fault_of_ours_is_a_traceback(command, monkeypatch):
     def fault(*args, **kwargs):
         raise TypeError("ours")
 
-    monkeypatch.setattr("training.__main__.load_model", fault)
+    monkeypatch.setattr("training.run.load_model", fault)
     with pytest.raises(TypeError, match="ours"):
         command()
 

@@ -14,9 +14,10 @@ from trl import ModelConfig
 from conversion import to_original
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training import DataError, LlavaSTFTrainer, LlavaSTFTrainingArguments
-from training.__main__ import load_model
+from training.arguments import accumulation_steps
+from training.run import load_model
 from training.sampler import ModalityLengthSampler, modality_length_order
-from training.trainer import accumulation_steps, training_flops
+from training.throughput import training_flops
 
 CONNECTOR = "multi_modal_projector"
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}

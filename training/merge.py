@@ -13,7 +13,7 @@ from transformers.utils.hub import extract_commit_hash
 from conversion.convert import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
-from .checkpoint import readable
+from .saving import readable
 
 
 def merge(adapter: str, destination: str, base: str | None = None, base_revision: str | None = None) -> Path:

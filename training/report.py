@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from torch import nn
 
-from .data import Report
+from .checks import Report
 from .trainer import LlavaSTFTrainer
 
 matplotlib.use("Agg")  # draws to files, with or without a screen

@@ -4,198 +4,53 @@
 
 import copy
 import json
-import math
 import os
 import re
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import IterableDataset
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
 from transformers.dynamic_module_utils import custom_object_save
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from trl import SFTTrainer
 
 from conversion.convert import copy_licences, name_auto_class
-from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
-from .checkpoint import LENGTHS, OPTIMIZER, RUN, check_checkpoint, check_optimizer, rows_of
-from .data import Collator, DataError
+from .arguments import CONNECTOR, TOWER, LlavaSTFTrainingArguments, launched_processes
+from .batches import Collator
+from .rows import DataError
 from .sampler import ModalityLengthSampler
-from .settings import DECIDING, check_settings
+from .saving import (
+    ADAPTER,
+    CARD,
+    LENGTHS,
+    OPTIMIZER,
+    RUN,
+    UNFINISHED,
+    SaveError,
+    _replace,
+    base_commit,
+    check_checkpoint,
+    check_optimizer,
+    rows_of,
+    way_back,
+)
+from .settings import DECIDING
+from .throughput import measure_tflops, now, training_flops
+from .upstream import NoEndlessEpochs, SamplerEpoch, image_token_masked, own_class, without_adapter
 
 logger = logging.get_logger(__name__)
-
-CONNECTOR = "multi_modal_projector"
-TOWER = "vision_tower"
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- llava_stf
----
-
-# LLaVA-STF, trained with TRL
-
-This is a note, not yet a model card: `python -m hub_card render` writes one, before you publish.
-"""
-# In the output folder while something is being saved. The leading underscore keeps it from being pushed.
-UNFINISHED = "_unfinished"
-# What decides the numbers of a LoRA run, of its `adapter_config.json`.
-ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
-
-
-class SaveError(RuntimeError):
-    """A checkpoint could not be saved; what was saved before is as it was."""
-
-
-@dataclass
-class LlavaSTFTrainingArguments(SFTConfig):
-    """TRL's `SFTConfig` with the settings of LLaVA's recipe.
-
-    Options that would not act, or have no possible value, are refused (see `training.settings`).
-
-    Raises:
-        ValueError: if an option is refused, or the global batch is no multiple of what the devices take in one step.
-    """
-
-    trainable: str | None = field(
-        default=None,
-        metadata={
-            "help": "Regular expression: parameters whose name it matches are trained, all others are frozen. By "
-            "default all but the vision tower. Not with LoRA, which has `lora_target_modules` and "
-            "`lora_modules_to_save`."
-        },
-    )
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the fusion modules; by default `learning_rate`."},
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of one optimizer step, on all devices together. `gradient_accumulation_steps` follows from "
-            "it, so that a recipe is the same on any number of devices."
-        },
-    )
-    gradient_accumulation_steps: int = field(
-        default=1,
-        metadata={"help": "Micro-batches of one optimizer step; not beside `global_batch_size`, which says them."},
-    )
-    group_by_modality_length: bool = field(
-        default=False,
-        metadata={"help": "Make each global batch of rows with images or of text rows, of similar lengths."},
-    )
-    loss_reduction: str = field(
-        default="token",
-        metadata={
-            "help": "'token': mean over all trained tokens of a global batch. 'microbatch': mean of the means of its "
-            "micro-batches, as the original.",
-            "choices": ["token", "microbatch"],
-        },
-    )
-    chat_template_name: str = field(
-        default="default",
-        metadata={"help": "Chat template of the processor to train with: 'default' (vicuna_v1), or 'plain' (stage 1)."},
-    )
-    peak_tflops: float | None = field(
-        default=None,
-        metadata={
-            "help": "TFLOP/s of one device, to measure model FLOPs utilisation (MFU) by. By default the speed of a "
-            "large matrix product, measured at the start."
-        },
-    )
-    image_aspect_ratio: str = field(
-        default="pad",
-        metadata={
-            "help": "'pad': pictures are padded to a square, as the processor does. 'square': they are cut to one, as "
-            "in the original's stage 1.",
-            "choices": ["pad", "square"],
-        },
-    )
-    do_exif_transpose: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Turn photos upright, as their EXIF orientation says; the original does not. By default as the "
-            "model's processor does. What is trained with is saved with the model."
-        },
-    )
-    alpha_background: str | None = field(
-        default=None,
-        metadata={
-            "help": "Colour to paint behind transparent pixels, such as 'white'; the original drops transparency. By "
-            "default as the model's processor does. What is trained with is saved with the model."
-        },
-    )
-    max_length: int | None = field(
-        default=2048,
-        metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
-    )
-    assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the answers only."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Not needed: batches without images send a blank one through the tower and the fusion."},
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.global_batch_size is not None:
-            steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, launched_processes())
-            if self.gradient_accumulation_steps not in (1, steps):
-                raise ValueError(
-                    f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but {steps} follows from "
-                    "`global_batch_size`: leave one of them out."
-                )
-            self.gradient_accumulation_steps = steps
-        super().__post_init__()
-        if self.accelerator_config.split_batches:
-            raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
-        for name in ("fp16", "activation_offloading"):
-            if getattr(self, name) and self.device.type == "cpu":
-                raise ValueError(f"`{name}` does not act on a CPU: leave it out.")
-        if self.group_by_modality_length and self.train_sampling_strategy != "random":
-            raise ValueError(
-                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but `group_by_modality_length` orders "
-                "the rows: set that to false."
-            )
-
-    @property
-    def order_seed(self) -> int:
-        """Of the order of the rows."""
-        return self.seed if self.data_seed is None else self.data_seed
-
-
-def launched_processes() -> int:
-    """As the launcher says, whether or not they are connected yet."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
-    """Steps to accumulate for a global batch; a `ValueError` if they do not come out even."""
-    if global_batch % (per_device * devices):
-        raise ValueError(
-            f"`global_batch_size` is {global_batch}, but {devices} device(s) with {per_device} rows each take "
-            f"{per_device * devices} rows at a time, which does not divide it. Change `per_device_train_batch_size`."
-        )
-    return global_batch // (per_device * devices)
 
 
 class LlavaSTFTrainer(SFTTrainer):
@@ -538,23 +393,13 @@ class LlavaSTFTrainer(SFTTrainer):
         return way_back(self.args.output_dir)
 
 
-def way_back(output_dir: str | None) -> str:
-    """Names the last complete checkpoint in a folder."""
-    last = get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
-    if last is None:
-        return "No checkpoint was saved yet."
-    return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
-
-
-class NoEndlessEpochs(TrainerCallback):
-    """Stops where an epoch has too few rows for a step, which a stream would repeat for ever."""
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise DataError("The data has no row, or too few for one step: nothing was trained in a whole epoch.")
+def template_text(processor: Any, name: str) -> str:
+    """The chat template of this name; a `ValueError` that lists the names if there is none."""
+    templates = processor.chat_template
+    templates = templates if isinstance(templates, dict) else {"default": templates}
+    if name not in templates:
+        raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
+    return templates[name]
 
 
 class StopByHand(TrainerCallback):
@@ -588,119 +433,3 @@ class StopByHand(TrainerCallback):
             raise KeyboardInterrupt
 
     on_substep_end = on_step_begin
-
-
-class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch. Where a resumed run skips batches on several ranks, accelerate does not."""
-
-    def __init__(self, sampler: ModalityLengthSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
-@contextmanager
-def own_class(model: nn.Module) -> Iterator[None]:
-    """Within it, a model that FSDP2 gave another class has its own: its code is saved, not that of torch."""
-    sharded = type(model)
-    if isinstance(model, FSDPModule):
-        model.__class__ = sharded.__bases__[1]
-    try:
-        yield
-    finally:
-        model.__class__ = sharded
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Gives a file or a folder its name; a folder that had it goes."""
-    if old.is_dir():
-        shutil.rmtree(old)
-    os.replace(new, old)
-
-
-def template_text(processor: Any, name: str) -> str:
-    """The chat template of this name; a `ValueError` that lists the names if there is none."""
-    templates = processor.chat_template
-    templates = templates if isinstance(templates, dict) else {"default": templates}
-    if name not in templates:
-        raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
-    return templates[name]
-
-
-def base_commit(network: PreTrainedModel) -> str | None:
-    """The commit of the Hub that the weights are of; `None` for a folder."""
-    return getattr(network.config, "_commit_hash", None)
-
-
-def without_adapter(model: PreTrainedModel | PeftModel) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-@contextmanager
-def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within it, TRL's fused head sees a bias that takes `<image>` out of the softmax.
-
-    TRL multiplies by the head's weight itself, so that the model's own loss, which leaves `<image>` out, is not used.
-    The original has no such token.
-    """
-    network = without_adapter(model)
-    head_of = type(network).get_output_embeddings
-
-    def masked_head() -> SimpleNamespace:
-        weight = head_of(network).weight
-        if isinstance(weight, DTensor):  # FSDP2: averaged over the ranks on the way back (by TRL itself it is not)
-            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-        bias = weight.new_zeros(network.config.get_text_config().vocab_size)
-        bias[network.config.image_token_id] = NO_ANSWER_LOGIT
-        if is_deepspeed_zero3_enabled():
-            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-            bias.ds_status = ZeroParamStatus.AVAILABLE  # TRL gathers weights and biases that are not
-        return SimpleNamespace(weight=weight, bias=bias)
-
-    network.get_output_embeddings = masked_head
-    try:
-        yield
-    finally:
-        del network.get_output_embeddings
-
-
-def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: float) -> float:
-    """FLOPs of training on so many images and tokens, recomputation of checkpointed layers not counted.
-
-    For each weight of a linear layer and each position two in the forward pass, two for the gradient of the inputs
-    (but in the frozen tower), and two for the weight's own, if it is trained. Attention scores are left out.
-    """
-    config: Any = model.config
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    flops = 0.0
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or "original_module" in name:  # PEFT keeps the untrained copy there
-            continue
-        learns = layer.weight.requires_grad
-        passes = 2 + 2 * (TOWER not in name or learns) + 2 * learns
-        if "spatial_fusion" in name:
-            positions = images * config.tokens_per_image
-        elif TOWER in name or CONNECTOR in name:
-            positions = images * patches
-        else:
-            positions = tokens
-        flops += passes * positions * layer.in_features * layer.out_features
-    return flops
-
-
-def now() -> float:
-    return time.perf_counter()
-
-
-def measure_tflops(device: torch.device, bf16: bool, repeats: int = 5) -> float:
-    """The speed of a large matrix product, in TFLOP/s: the best of `repeats`."""
-    size = 2048 if device.type == "cpu" else 8192  # milliseconds, beside which starting it and waiting are nothing
-    factor = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        (factor @ factor)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e12

@@ -137,8 +137,8 @@ def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 48
 def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: int) -> None:
     """Trains and tests one system with one seed; what [`ablate`] starts."""
     # Here, because all other commands do without TRL.
-    from training.data import load_rows
-    from training.trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments
+    from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
+    from training.rows import load_rows
 
     data, target = Path(work) / "data", Path(file)
     system = SYSTEMS[index]

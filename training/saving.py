@@ -1,10 +1,12 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a run can go on from a checkpoint: complete, readable, and of this run."""
+"""Checkpoints of a run: written complete or not at all, and checked before a run goes on from one."""
 
 import hashlib
 import json
+import os
 import random
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +16,30 @@ import numpy
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from transformers import PreTrainedConfig, TrainerState
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import safe_globals
+from transformers.trainer_utils import get_last_checkpoint
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-text-to-text
+tags:
+- llava_stf
+---
+
+# LLaVA-STF, trained with TRL
+
+This is a note, not yet a model card: `python -m hub_card render` writes one, before you publish.
+"""
+# In the output folder while something is being saved. The leading underscore keeps it from being pushed.
+UNFINISHED = "_unfinished"
+# What decides the numbers of a LoRA run, of its `adapter_config.json`.
+ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be saved; what was saved before is as it was."""
+
 
 # Beside the state of transformers: what decides the numbers of the run.
 RUN = "training_run.json"
@@ -229,3 +253,23 @@ def rows_of(dataset: Any) -> dict[str, Any]:
     for batch in dataset.select_columns(["id", "messages"]).iter(1000):
         digest.update(json.dumps([batch["id"], batch["messages"]]).encode())
     return {"number of rows": len(dataset), "digest of the rows": digest.hexdigest()[:16]}
+
+
+def way_back(output_dir: str | None) -> str:
+    """Names the last complete checkpoint in a folder."""
+    last = get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
+    if last is None:
+        return "No checkpoint was saved yet."
+    return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Gives a file or a folder its name; a folder that had it goes."""
+    if old.is_dir():
+        shutil.rmtree(old)
+    os.replace(new, old)
+
+
+def base_commit(network: PreTrainedModel) -> str | None:
+    """The commit of the Hub that the weights are of; `None` for a folder."""
+    return getattr(network.config, "_commit_hash", None)

@@ -1,0 +1,239 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""The options of a training, and how they are read from a recipe and the command line."""
+
+import argparse
+import difflib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from trl import SFTConfig, TrlParser
+
+from .settings import REFUSED, check_settings
+
+CONNECTOR = "multi_modal_projector"
+TOWER = "vision_tower"
+
+
+@dataclass
+class DataArguments:
+    """Where the data is, and what to do with rows that cannot be trained on."""
+
+    data_path: str = field(metadata={"help": "LLaVA's .json or .jsonl, a .parquet, a folder, or a Hub id."})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where relative paths of images begin (default: beside the data)."}
+    )
+    eval_data_path: str | None = field(default=None, metadata={"help": "Data to evaluate on, of the same kinds."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
+    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
+    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset while it trains (set max_steps)."})
+    on_bad_image: str = field(
+        default="error",
+        metadata={
+            "help": "'skip': open every image before training, count and name the rows with bad ones, leave them out. "
+            "'error': stop if a file is missing, or, while training, at the first that cannot be read.",
+            "choices": ["error", "skip"],
+        },
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "The same for rows that are too long, or cannot be trained exactly as they are written.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+
+@dataclass
+class LlavaSTFTrainingArguments(SFTConfig):
+    """TRL's `SFTConfig` with the settings of LLaVA's recipe.
+
+    Options that would not act, or have no possible value, are refused (see `training.settings`).
+
+    Raises:
+        ValueError: if an option is refused, or the global batch is no multiple of what the devices take in one step.
+    """
+
+    trainable: str | None = field(
+        default=None,
+        metadata={
+            "help": "Regular expression: parameters whose name it matches are trained, all others are frozen. By "
+            "default all but the vision tower. Not with LoRA, which has `lora_target_modules` and "
+            "`lora_modules_to_save`."
+        },
+    )
+    projector_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the fusion modules; by default `learning_rate`."},
+    )
+    global_batch_size: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of one optimizer step, on all devices together. `gradient_accumulation_steps` follows from "
+            "it, so that a recipe is the same on any number of devices."
+        },
+    )
+    gradient_accumulation_steps: int = field(
+        default=1,
+        metadata={"help": "Micro-batches of one optimizer step; not beside `global_batch_size`, which says them."},
+    )
+    group_by_modality_length: bool = field(
+        default=False,
+        metadata={"help": "Make each global batch of rows with images or of text rows, of similar lengths."},
+    )
+    loss_reduction: str = field(
+        default="token",
+        metadata={
+            "help": "'token': mean over all trained tokens of a global batch. 'microbatch': mean of the means of its "
+            "micro-batches, as the original.",
+            "choices": ["token", "microbatch"],
+        },
+    )
+    chat_template_name: str = field(
+        default="default",
+        metadata={"help": "Chat template of the processor to train with: 'default' (vicuna_v1), or 'plain' (stage 1)."},
+    )
+    peak_tflops: float | None = field(
+        default=None,
+        metadata={
+            "help": "TFLOP/s of one device, to measure model FLOPs utilisation (MFU) by. By default the speed of a "
+            "large matrix product, measured at the start."
+        },
+    )
+    image_aspect_ratio: str = field(
+        default="pad",
+        metadata={
+            "help": "'pad': pictures are padded to a square, as the processor does. 'square': they are cut to one, as "
+            "in the original's stage 1.",
+            "choices": ["pad", "square"],
+        },
+    )
+    do_exif_transpose: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Turn photos upright, as their EXIF orientation says; the original does not. By default as the "
+            "model's processor does. What is trained with is saved with the model."
+        },
+    )
+    alpha_background: str | None = field(
+        default=None,
+        metadata={
+            "help": "Colour to paint behind transparent pixels, such as 'white'; the original drops transparency. By "
+            "default as the model's processor does. What is trained with is saved with the model."
+        },
+    )
+    max_length: int | None = field(
+        default=2048,
+        metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
+    )
+    assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the answers only."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False,
+        metadata={"help": "Not needed: batches without images send a blank one through the tower and the fusion."},
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if self.global_batch_size is not None:
+            steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, launched_processes())
+            if self.gradient_accumulation_steps not in (1, steps):
+                raise ValueError(
+                    f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but {steps} follows from "
+                    "`global_batch_size`: leave one of them out."
+                )
+            self.gradient_accumulation_steps = steps
+        super().__post_init__()
+        if self.accelerator_config.split_batches:
+            raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
+        for name in ("fp16", "activation_offloading"):
+            if getattr(self, name) and self.device.type == "cpu":
+                raise ValueError(f"`{name}` does not act on a CPU: leave it out.")
+        if self.group_by_modality_length and self.train_sampling_strategy != "random":
+            raise ValueError(
+                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but `group_by_modality_length` orders "
+                "the rows: set that to false."
+            )
+
+    @property
+    def order_seed(self) -> int:
+        """Of the order of the rows."""
+        return self.seed if self.data_seed is None else self.data_seed
+
+
+def launched_processes() -> int:
+    """As the launcher says, whether or not they are connected yet."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
+    """Steps to accumulate for a global batch; a `ValueError` if they do not come out even."""
+    if global_batch % (per_device * devices):
+        raise ValueError(
+            f"`global_batch_size` is {global_batch}, but {devices} device(s) with {per_device} rows each take "
+            f"{per_device * devices} rows at a time, which does not divide it. Change `per_device_train_batch_size`."
+        )
+    return global_batch // (per_device * devices)
+
+
+class Parser(TrlParser):
+    """TRL's parser without the options that are refused; a recipe's values are checked as those of a command line.
+
+    Raises:
+        ValueError: for arguments that cannot be used, in one line.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        for action in self._actions:
+            if action.dest in REFUSED:
+                action.help = argparse.SUPPRESS
+
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message} (`{self.prog} --help` lists the options)")
+
+    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
+        """As TRL's, which would take a value of any type, and none of the choices."""
+        actions = {action.dest: action for action in reversed(self._actions)}
+        for name in recipe:
+            if name not in actions:
+                near = difflib.get_close_matches(str(name), actions, n=1)
+                raise ValueError(f"The recipe has the unknown option {name!r}." + f" Is {near[0]!r} meant?" * len(near))
+        return super().set_defaults_with_config(**{n: self._checked(actions[n], value) for n, value in recipe.items()})
+
+    def _checked(self, action: argparse.Action, value: Any) -> Any:
+        if isinstance(value, dict):
+            return json.dumps(value)
+        if value is None or isinstance(value, list) and action.nargs != "+":
+            return value  # no text stands for it on a command line
+        values = []
+        for item in value if isinstance(value, list) else [value]:
+            try:
+                values.append(self._get_value(action, str(item)))
+                self._check_value(action, values[-1])
+            except argparse.ArgumentError as error:
+                raise ValueError(f"The recipe's {error}.") from error
+        return values if action.nargs == "+" else values[0]
+
+
+def read_recipe(arguments: list[str]) -> None:
+    """Sees that what `--config` names can be read; the parser does read it.
+
+    Raises:
+        ValueError: if it is no file with options in YAML.
+    """
+    if "--config" not in arguments:
+        return
+    name = (arguments[arguments.index("--config") + 1 :] or [""])[0]
+    if not Path(name).is_file():
+        raise ValueError(f"`--config` {name!r} is no file: name a recipe, such as training/recipes/finetune.yaml.")
+    try:
+        recipe = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"The recipe {name} is not YAML: {error}") from error
+    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
+        raise ValueError(f"The recipe {name} has no options: expected lines such as `learning_rate: 2.0e-5`.")
