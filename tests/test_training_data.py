@@ -302,9 +302,9 @@ def test_lengths_are_those_of_the_batch(processor):
 
 def test_rows_are_skipped_only_if_that_is_wanted(broken, processor, caplog):
     found = checked(broken, processor)
-    with pytest.raises(DataError, match=r"2 of 9 rows cannot be trained on: missing.*--on-bad-image skip"):
+    with pytest.raises(DataError, match=r"2 of 9 rows cannot be trained on: missing.*--on_bad_image skip"):
         fit_rows(found, Report.of(found), "error", "skip")
-    with pytest.raises(DataError, match="--on-bad-row skip"):
+    with pytest.raises(DataError, match="--on_bad_row skip"):
         fit_rows(found, Report.of(found), "skip", "error")
     caplog.clear()
     assert fit_rows(found, Report.of(found), "skip", "skip")["id"][:] == ["fine", "text"]

@@ -290,7 +290,7 @@ def test_throughput_is_logged(trainer, monkeypatch):
     collate = run.data_collator
     run.data_collator = lambda rows: seen.append(collate(rows)) or seen[-1]
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("training.trainer.now", lambda: next(clock))
+    monkeypatch.setattr("training.throughput.now", lambda: next(clock))
     run.train()
     first = next(row for row in run.state.log_history if "loss" in row)
     images = sum(len(batch.get("pixel_values", [])) for batch in seen[:2])

@@ -3,17 +3,20 @@
 """The options of a training, and how they are read from a recipe and the command line."""
 
 import argparse
+import dataclasses
 import difflib
-import json
 import os
+import re
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from trl import SFTConfig, TrlParser
+from trl import SFTConfig
 
-from .settings import REFUSED, check_settings
+from .settings import BY_US, REFUSED, check_settings
+from .upstream import CheckedParser
 
 CONNECTOR = "multi_modal_projector"
 TOWER = "vision_tower"
@@ -130,6 +133,12 @@ class LlavaSTFTrainingArguments(SFTConfig):
         default=2048,
         metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
     )
+    resume_from_checkpoint: str | None = field(
+        default=None,
+        metadata={
+            "help": "Checkpoint of an earlier run to go on from: its folder, or 'last' for that of `output_dir`."
+        },
+    )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the answers only."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
     ddp_find_unused_parameters: bool | None = field(
@@ -161,17 +170,21 @@ class LlavaSTFTrainingArguments(SFTConfig):
 
     @property
     def order_seed(self) -> int:
-        """Of the order of the rows."""
+        """Seed of the row order."""
         return self.seed if self.data_seed is None else self.data_seed
 
 
 def launched_processes() -> int:
-    """As the launcher says, whether or not they are connected yet."""
+    """Number of processes that the launcher started, whether or not they are connected yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
-    """Steps to accumulate for a global batch; a `ValueError` if they do not come out even."""
+    """Steps to accumulate for a global batch.
+
+    Raises:
+        ValueError: if the devices do not divide it.
+    """
     if global_batch % (per_device * devices):
         raise ValueError(
             f"`global_batch_size` is {global_batch}, but {devices} device(s) with {per_device} rows each take "
@@ -180,48 +193,78 @@ def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
     return global_batch // (per_device * devices)
 
 
-class Parser(TrlParser):
-    """TRL's parser without the options that are refused; a recipe's values are checked as those of a command line.
+FIRST = ("model_name_or_path", "data_path", "output_dir")
+OURS = {
+    *FIRST,
+    *BY_US,
+    *(option.name for option in dataclasses.fields(DataArguments)),
+    *LlavaSTFTrainingArguments.__annotations__,
+}
+
+
+class ShortHelp(argparse.ArgumentDefaultsHelpFormatter):
+    """Names each option once, and its default if it has one."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        name = action.option_strings[0]
+        return name if action.nargs == 0 else f"{name} {self._format_args(action, action.dest)}"
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(CheckedParser):
+    """Reads a recipe and the command line; its help has our options first, and none that are refused.
 
     Raises:
         ValueError: for arguments that cannot be used, in one line.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        for action in self._actions:
-            if action.dest in REFUSED:
-                action.help = argparse.SUPPRESS
+        super().__init__(
+            *args, usage="%(prog)s --config RECIPE [--OPTION VALUE ...]", formatter_class=ShortHelp, **kwargs
+        )
+        ours = self.add_argument_group(
+            "options of this project",
+            "They come from the YAML file RECIPE, such as those of training/recipes; options of the command line "
+            "override it. A hyphen may stand for an underscore.",
+        )
+        stock = self.add_argument_group(
+            "options of TRL and transformers", "The first sentence about each; their documentation says the rest."
+        )
+        actions = self._optionals._group_actions[1:]  # the first one is -h
+        del self._optionals._group_actions[1:]
+        actions.sort(key=lambda action: FIRST.index(action.dest) if action.dest in FIRST else len(FIRST))
+        for action in actions:
+            group = ours if action.dest in OURS else stock
+            group._group_actions.append(action)
+            _shorten(action, group is stock)
 
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (`{self.prog} --help` lists the options)")
 
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
-        """As TRL's, which would take a value of any type, and none of the choices."""
-        actions = {action.dest: action for action in reversed(self._actions)}
+        names = {action.dest for action in self._actions}
         for name in recipe:
-            if name not in actions:
-                near = difflib.get_close_matches(str(name), actions, n=1)
+            if name not in names:
+                near = difflib.get_close_matches(str(name), names, n=1)
                 raise ValueError(f"The recipe has the unknown option {name!r}." + f" Is {near[0]!r} meant?" * len(near))
-        return super().set_defaults_with_config(**{n: self._checked(actions[n], value) for n, value in recipe.items()})
+        return super().set_defaults_with_config(**recipe)
 
-    def _checked(self, action: argparse.Action, value: Any) -> Any:
-        if isinstance(value, dict):
-            return json.dumps(value)
-        if value is None or isinstance(value, list) and action.nargs != "+":
-            return value  # no text stands for it on a command line
-        values = []
-        for item in value if isinstance(value, list) else [value]:
-            try:
-                values.append(self._get_value(action, str(item)))
-                self._check_value(action, values[-1])
-            except argparse.ArgumentError as error:
-                raise ValueError(f"The recipe's {error}.") from error
-        return values if action.nargs == "+" else values[0]
+
+def _shorten(action: argparse.Action, first_sentence: bool) -> None:
+    """Makes what the help says about an option short; options that are refused, and `--no_...`, are not in it."""
+    if action.dest in REFUSED or action.nargs == 0:
+        action.help = argparse.SUPPRESS
+    elif first_sentence:
+        action.help = textwrap.shorten(re.split(r"\. |; ", f"{action.help} ")[0].strip(), 100, placeholder=" ...")
+    if action.choices is None or len(list(action.choices)) > 5:
+        kinds = {"int": "INT", "float": "FLOAT", "string_to_bool": "BOOL"}
+        action.metavar = kinds.get(getattr(action.type, "__name__", ""), "VALUE")
 
 
 def read_recipe(arguments: list[str]) -> None:
-    """Sees that what `--config` names can be read; the parser does read it.
+    """Checks that the recipe which `--config` names can be read; the parser reads it.
 
     Raises:
         ValueError: if it is no file with options in YAML.

@@ -12,6 +12,7 @@ from modeling_llava_stf.processing_llava_stf import is_picture
 
 from .checks import check_tokens, open_image
 from .rows import DataError, is_animated, to_row
+from .upstream import leave_out_image_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -19,7 +20,7 @@ logger = logging.get_logger(__name__)
 # Batches
 @dataclass
 class Collator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator for rows of this module: opens the images, in the worker that makes the batch.
+    """Makes batches as TRL's collator does; opens the images of `training.rows`, in the worker that makes the batch.
 
     Raises:
         DataError: names the image that cannot be read.
@@ -27,7 +28,7 @@ class Collator(DataCollatorForVisionLanguageModeling):
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call([self._with_media(example) for example in examples])
-        batch["labels"][batch["input_ids"] == self.processor.image_token_id] = -100  # `<image>` is no answer
+        leave_out_image_tokens(batch, self.processor.image_token_id)
         return batch
 
     def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:

@@ -288,7 +288,7 @@ def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: st
     for note in report.noted():
         logger.warning(note)
     for kind, rows in report.problems.items():
-        option, choice = ("--on-bad-image", on_bad_image) if kind == BAD_IMAGE else ("--on-bad-row", on_bad_row)
+        option, choice = ("--on_bad_image", on_bad_image) if kind == BAD_IMAGE else ("--on_bad_row", on_bad_row)
         listing = "; ".join(rows[:NAMED]) + (f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
         if choice == "error":
             raise DataError(

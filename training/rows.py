@@ -37,7 +37,7 @@ from modeling_llava_stf.processing_llava_stf import (
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# Kinds of problems. Only those of the first kind are cured by `--on-bad-image skip`.
+# Kinds of problems. Only those of the first kind are cured by `--on_bad_image skip`.
 BAD_IMAGE, PLACEHOLDER, TOO_LONG, NO_TARGET, CONVERSATION = (
     "bad image",
     "placeholder mismatch",

@@ -2,14 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run from its options to its folder."""
 
-import gc
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -25,6 +23,7 @@ from .rows import load_rows
 from .saving import way_back
 from .settings import check_settings
 from .trainer import LlavaSTFTrainer, template_text
+from .upstream import keep_commit, leave_process_group
 
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
@@ -33,6 +32,13 @@ def train_command(arguments: list[str]) -> int:
     kinds: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
     read_recipe(arguments)
     data, args, choice = Parser(kinds, prog="python -m training").parse_args_and_config(arguments)
+    train(data, args, choice, recipe_settings(arguments, data, args, choice))
+    leave_process_group()
+    return 0
+
+
+def train(data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig, used: dict[str, Any]) -> None:
+    """Trains and saves the model; `used` is written beside it, for the model card."""
     resume = resume_from(args)
     try:
         trainer, report = make_trainer(data, args, choice)
@@ -45,25 +51,24 @@ def train_command(arguments: list[str]) -> int:
     if args.should_save:  # first, to be pushed with the model
         curves.parent.mkdir(parents=True, exist_ok=True)
         trainer.save_state()
-        save_recipe(arguments, {**asdict(data), **asdict(choice), **args.to_dict()}, curves.parent)
+        if used:
+            text = yaml.safe_dump(used, sort_keys=False)
+            (curves.parent / "recipe.yaml").write_text(text, encoding="utf-8")
         draw_curves(trainer.state.log_history, curves)
     trainer.save_model()
     if args.should_save:
         print(f"wrote {args.output_dir}; curves: {curves}", flush=True)
-    # DDP's reducer must not outlive the process group: the last to hold it takes it down, and a reducer does that with
-    # the interpreter locked, for which gloo's threads then wait forever.
-    del trainer
-    gc.collect()
-    PartialState().destroy_process_group()
-    return 0
 
 
-def save_recipe(arguments: list[str], used: dict[str, Any], folder: Path) -> None:
-    """The settings that the recipe names, as they were used: for the model card."""
-    if "--config" in arguments:
-        names = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
-        settings = yaml.safe_dump({name: used[name] for name in names if name in used}, sort_keys=False)
-        (folder / "recipe.yaml").write_text(settings, encoding="utf-8")
+def recipe_settings(
+    arguments: list[str], data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
+) -> dict[str, Any]:
+    """The settings that the recipe names, as they are used."""
+    if "--config" not in arguments:
+        return {}
+    names = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
+    used = {**asdict(data), **asdict(choice), **args.to_dict()}
+    return {name: used[name] for name in names if name in used}
 
 
 def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
@@ -146,7 +151,7 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
         attn_implementation=choice.attn_implementation,
         quantization_config=quantisation,
     )
-    model.config._commit_hash = commit  # transformers 5.24 does not keep it any more
+    keep_commit(model, commit)
     return model
 
 

@@ -9,16 +9,30 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 from datasets import Dataset
+from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
-from transformers import PreTrainedConfig, PreTrainedModel, TrainerState
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, TrainerState
 from transformers.trainer_pt_utils import safe_globals
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.utils import logging
+from trl import SFTTrainer
+
+from conversion.convert import copy_licences, name_auto_class
+
+from .arguments import LlavaSTFTrainingArguments
+from .settings import DECIDING
+from .upstream import base_commit, own_class, remove_card, save_code, wait_for_push, without_adapter
+
+logger = logging.get_logger(__name__)
 
 CARD = """---
 library_name: transformers
@@ -37,10 +51,6 @@ UNFINISHED = "_unfinished"
 ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be saved; what was saved before is as it was."""
-
-
 # Beside the state of transformers: what decides the numbers of the run.
 RUN = "training_run.json"
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
@@ -51,8 +61,176 @@ LENGTHS = ("max_steps", "num_train_epochs")
 AGAIN = "Go on from another checkpoint, or begin a new run from its weights with another `--output_dir`."
 
 
+class SaveError(RuntimeError):
+    """A checkpoint could not be saved; what was saved before is as it was."""
+
+
 class CheckpointError(ValueError):
     """A run cannot go on from this checkpoint as it was; the message says why."""
+
+
+class SavingTrainer(SFTTrainer):
+    """Saves checkpoints and models that are complete or absent, and goes on only from those that are of its run."""
+
+    args: LlavaSTFTrainingArguments
+    _staging = False  # whether a checkpoint is being written, to the folder of unfinished things
+
+    # Complete or absent
+
+    def prepare_folder(self) -> None:
+        """Removes what a run that was killed left unfinished, and saves what pushes need."""
+        if self.args.should_save:
+            assert self.args.output_dir is not None
+            shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
+            if self.args.push_to_hub:
+                save_code(self.accelerator.unwrap_model(self.model), self.args.output_dir)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, UNFINISHED) if self._staging else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._check_finite()
+        run, name = Path(self._get_output_dir(trial)), f"checkpoint-{self.state.global_step}"
+        with self._unfinished(run, run / name) as staging:
+            self._staging = True
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._staging = False
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (staging / name / RUN).write_text(json.dumps(self.run, indent=2) + "\n", encoding="utf-8")
+                self._name_best(staging, run, name)
+                _replace(staging / name, run / name)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            wait_for_push(self)
+            super()._push_from_checkpoint(str(run / name))
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    @contextmanager
+    def _unfinished(self, run: Path, target: Path) -> Iterator[Path]:
+        """Yields the folder to write in first, which is removed at the end.
+
+        Raises:
+            SaveError: for whatever is raised within it.
+        """
+        try:
+            yield run / UNFINISHED
+        except Exception as error:
+            raise SaveError(f"Could not save {target}: {error}. {self._way_back()}") from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(run / UNFINISHED, ignore_errors=True)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Does nothing: the checkpoint has no name yet, see [`_save_checkpoint`]."""
+
+    def _name_best(self, staging: Path, run: Path, name: str) -> None:
+        if self.state.best_model_checkpoint == str(staging / name):
+            self.state.best_model_checkpoint = str(run / name)
+            self.state.save_to_json(str(staging / name / STATE))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        if self._staging:
+            return self._write(folder, state_dict)
+        self._check_finite()
+        with self._unfinished(folder, folder) as staging:
+            self._write(staging, state_dict)
+            if self.args.should_save:
+                # A folder without its config does not load: it comes last.
+                for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
+                    _replace(path, folder / path.name)
+
+    def _write(self, folder: Path, state_dict: dict | None) -> None:
+        with own_class(self.model):
+            super()._save(str(folder), state_dict)
+        if self.args.should_save:
+            remove_card(folder)
+            if isinstance(self.model, PeftModel):
+                name_auto_class(folder)
+            copy_licences(folder)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a note in place of a card, unless there is a card: what a card needs to know, a run does not."""
+        card = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and not card.exists():
+            card.parent.mkdir(parents=True, exist_ok=True)
+            card.write_text(CARD, encoding="utf-8")
+
+    def _check_finite(self) -> None:
+        for name, weight in self.model.named_parameters():
+            local = weight.to_local() if isinstance(weight, DTensor) else weight
+            if weight.requires_grad and not torch.isfinite(local).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {self.state.global_step}; it was not saved. {self._way_back()}"
+                )
+
+    def _way_back(self) -> str:
+        return way_back(self.args.output_dir)
+
+    # Going on
+
+    @cached_property
+    def run(self) -> dict[str, Any]:
+        """What decides the numbers of this run, as it is written beside each checkpoint."""
+        settings = self.args.to_dict()
+        network = without_adapter(self.model)
+        adapter = self.model.peft_config["default"].to_dict() if isinstance(self.model, PeftModel) else {}
+        run = {
+            "processes": self.args.world_size,
+            **{name: settings[name] for name in (*DECIDING, *LENGTHS)},
+            "base": network.name_or_path,
+            "revision": base_commit(network),
+            "dtype": str(next(self.model.parameters()).dtype),
+            **{name: adapter.get(name) for name in ADAPTER if adapter},
+            **rows_of(self.train_dataset),
+        }
+        return json.loads(json.dumps(run, default=sorted))  # sets as lists, as they will be read
+
+    def check_checkpoint(self, folder: Path) -> None:
+        """Checks that this run goes on from `folder` as if it had not been stopped; logs what differs, but may.
+
+        Raises:
+            CheckpointError: if files are missing or cannot be read, or are of another run.
+        """
+        shapes = None
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            adapter = isinstance(self.model, PeftModel)
+            weights = get_peft_model_state_dict(self.model) if adapter else self.model.state_dict()
+            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+            if self.model.config.get_text_config().tie_word_embeddings:
+                shapes.pop("lm_head.weight", None)
+        for note in check_checkpoint(folder, self.run, shapes, self.accelerator.scaler is not None):
+            logger.warning(note)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            scaled = self.accelerator.scaler is not None
+            check_optimizer(Path(checkpoint) / OPTIMIZER, self.optimizer, self.state.global_step, scaled)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+
+def way_back(output_dir: str | None) -> str:
+    """Names the last complete checkpoint in a folder."""
+    last = get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
+    if last is None:
+        return "No checkpoint was saved yet."
+    return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
+
+
+def _replace(new: Path, old: Path) -> None:
+    """Gives a file or a folder its name; a folder that had it goes."""
+    if old.is_dir():
+        shutil.rmtree(old)
+    os.replace(new, old)
 
 
 def check_checkpoint(
@@ -245,7 +423,7 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, step: int, sca
 def rows_of(dataset: Any) -> dict[str, Any]:
     """Number and digest of the rows of a run: of their names and messages.
 
-    Nothing is known of a stream, or of rows that are not those of `training.data`. Pictures are not read.
+    Nothing is known of a stream, or of rows that are not those of `training.rows`. Pictures are not read.
     """
     if not isinstance(dataset, Dataset) or "problem" not in dataset.column_names:
         return {}
@@ -253,23 +431,3 @@ def rows_of(dataset: Any) -> dict[str, Any]:
     for batch in dataset.select_columns(["id", "messages"]).iter(1000):
         digest.update(json.dumps([batch["id"], batch["messages"]]).encode())
     return {"number of rows": len(dataset), "digest of the rows": digest.hexdigest()[:16]}
-
-
-def way_back(output_dir: str | None) -> str:
-    """Names the last complete checkpoint in a folder."""
-    last = get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
-    if last is None:
-        return "No checkpoint was saved yet."
-    return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Gives a file or a folder its name; a folder that had it goes."""
-    if old.is_dir():
-        shutil.rmtree(old)
-    os.replace(new, old)
-
-
-def base_commit(network: PreTrainedModel) -> str | None:
-    """The commit of the Hub that the weights are of; `None` for a folder."""
-    return getattr(network.config, "_commit_hash", None)

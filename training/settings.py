@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from transformers.integrations import get_available_reporting_integrations
 
+from .upstream import number_of
+
 # TRL, transformers, accelerate or PEFT act on these, as they say.
 UNCHANGED = frozenset(
     """
@@ -192,17 +194,10 @@ def _check_numbers(settings: Any) -> None:
             if value == _default(options[name]) or value is None and "None" in str(options[name].type):
                 continue
             if isinstance(value, str) and name == "pad_to_multiple_of":  # TRL's comes as text from the command line
-                value = _number(value)
+                value = number_of(value)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not fits(value):
                 raise ValueError(f"`{name}` is {value!r}, expected a number: {expected}.")
-
-
-def _number(text: str) -> Any:
-    try:
-        return int(text)
-    except ValueError:
-        return text
 
 
 def _check_texts(settings: Any) -> None:

@@ -4,6 +4,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,10 +15,47 @@ from transformers import PreTrainedModel
 from .arguments import CONNECTOR, TOWER
 
 
-def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: float) -> float:
-    """FLOPs of training on so many images and tokens, recomputation of checkpointed layers not counted.
+class Meter:
+    """Counts images and tokens of this device since the last reading."""
 
-    For each weight of a linear layer and each position two in the forward pass, two for the gradient of the inputs
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        self.images = self.tokens = 0
+        self.clock = now()
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Adds a micro-batch."""
+        pixels = inputs.get("pixel_values")
+        self.images += 0 if pixels is None else pixels.shape[0]
+        self.tokens += int(inputs["attention_mask"].sum())
+
+    def read(
+        self, model: PreTrainedModel | PeftModel, sum_over_ranks: Callable[[list[int]], list[int]], peak: float
+    ) -> dict[str, float]:
+        """Returns the throughput of all devices together, and begins anew.
+
+        Args:
+            model: gives the FLOPs.
+            sum_over_ranks: adds up the numbers of all devices.
+            peak: FLOP/s of all devices together, to measure model FLOPs utilisation (MFU) by.
+        """
+        seconds = now() - self.clock
+        images, tokens = sum_over_ranks([self.images, self.tokens])
+        flops = training_flops(model, images, tokens)
+        self.restart()
+        return {
+            "images_per_second": images / seconds,
+            "tokens_per_second": tokens / seconds,
+            "mfu": flops / seconds / peak,
+        }
+
+
+def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: float) -> float:
+    """Counts the FLOPs of training on so many images and tokens, without recomputing checkpointed layers.
+
+    Each weight of a linear layer takes, for each position, two in the forward pass, two for the gradient of the inputs
     (but in the frozen tower), and two for the weight's own, if it is trained. Attention scores are left out.
     """
     config: Any = model.config
@@ -43,7 +81,7 @@ def now() -> float:
 
 
 def measure_tflops(device: torch.device, bf16: bool, repeats: int = 5) -> float:
-    """The speed of a large matrix product, in TFLOP/s: the best of `repeats`."""
+    """Measures the speed of a large matrix product, in TFLOP/s: the best of `repeats`."""
     size = 2048 if device.type == "cpu" else 8192  # milliseconds, beside which starting it and waiting are nothing
     factor = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
     best = math.inf
