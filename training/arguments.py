@@ -135,9 +135,7 @@ class LlavaSTFTrainingArguments(SFTConfig):
     )
     resume_from_checkpoint: str | None = field(
         default=None,
-        metadata={
-            "help": "Checkpoint of an earlier run to go on from: its folder, or 'last' for that of `output_dir`."
-        },
+        metadata={"help": "Checkpoint to go on from: its folder, or 'last' for the newest of `output_dir`."},
     )
     assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the answers only."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})

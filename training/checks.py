@@ -103,10 +103,8 @@ class Checker:
             found["notes"] = [*found["notes"], LEFT_OUT]
         media = len(row["images"]) + len(row["videos"])
         rendered = sum(token == self.processor.image_token_id for token in encoded["input_ids"])
-        crop = self.processor.image_processor.crop_size
-        per_image = self.processor.num_image_tokens(crop["height"], crop["width"])
         found["vision"] = len(row["images"]) + frames
-        found["length"] = len(encoded["input_ids"]) - media + found["vision"] * per_image
+        found["length"] = len(encoded["input_ids"]) - media + found["vision"] * self.processor.tokens_per_image
         found["targets"] = sum(encoded["assistant_masks"])
         if rendered != media:
             found["problem"] = f"{PLACEHOLDER}: the template writes {rendered} <image> for {media} images or videos"

@@ -372,6 +372,12 @@ class LlavaSTFProcessor(LlavaProcessor):
         patch_and_window = self.patch_size * self.fusion_window
         return (height // patch_and_window) * (width // patch_and_window)
 
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens of one image, or one frame, as the image processor cuts it: the model config's `tokens_per_image`."""
+        crop = self.image_processor.crop_size
+        return self.num_image_tokens(crop["height"], crop["width"])
+
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """The placeholders that stand for image `image_idx`."""
         return self.image_token * self.num_image_tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
@@ -384,11 +390,13 @@ class LlavaSTFProcessor(LlavaProcessor):
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        crop = kwargs.get("crop_size") or self.image_processor.crop_size
-        tokens = self.num_image_tokens(crop["height"], crop["width"])
+        crop = kwargs.get("crop_size")
+        tokens = self.num_image_tokens(crop["height"], crop["width"]) if crop else self.tokens_per_image
         return MultiModalData(num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
-    # The steps of `ProcessorMixin.__call__`
+    # `ProcessorMixin.__call__` calls these hooks in this order: `prepare_inputs_layout`, `validate_inputs`,
+    # `_process_images` and `_process_videos` (which ask `replace_image_token` and `replace_video_token` for the text of
+    # each placeholder), the tokenizer, and `_check_special_mm_tokens`.
 
     def prepare_inputs_layout(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
@@ -421,11 +429,10 @@ class LlavaSTFProcessor(LlavaProcessor):
         expected = [prompt.count(token) for prompt in text]
         if expected == given or (len(given) != len(expected) and sum(expected) == sum(given)):
             return
-        crop = self.image_processor.crop_size
         raise ValueError(
             f"The number of {token} tokens in the prompts should be the same as the number of images or videos given: "
             f"found {sum(expected)} ({expected} by prompt) and {sum(given)} ({given} by prompt or in all). Each image "
-            f"or frame takes {self.num_image_tokens(crop['height'], crop['width'])} tokens; write one {token} for it. "
+            f"or frame takes {self.tokens_per_image} tokens; write one {token} for it. "
             "Usual causes: the chat template was not applied, or a placeholder is missing from the text or twice in it."
         )
 
