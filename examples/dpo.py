@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preference training (DPO) of the language model with LoRA, on pairs of answers about pictures.
 
-python examples/dpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --learning_rate 5e-6
+python -m examples.dpo --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --learning_rate 5e-6
 
 DATA has `images`, `prompt`, `chosen` and `rejected` in TRL's conversational form, as HuggingFaceH4/rlaif-v_formatted.
 """
@@ -17,6 +17,8 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser
 from trl.data_utils import prepare_multimodal_messages
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from training.checks import check_tokens
+from training.rows import DataError, to_row
 
 
 @dataclass
@@ -29,12 +31,12 @@ class PreferenceCollator:
     processor: LlavaSTFProcessor
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """`input_ids`, `attention_mask` and `completion_mask` are (2 * rows, sequence)."""
-        conversations = [
-            prepare_multimodal_messages(row["prompt"] + row[answer], images=row["images"])
-            for answer in ("chosen", "rejected")
-            for row in rows
-        ]
+        """`input_ids`, `attention_mask` and `completion_mask` are (2 * rows, sequence).
+
+        Raises:
+            DataError: if a row cannot be trained exactly as it is written.
+        """
+        conversations = [self._conversation(row, answer) for answer in ("chosen", "rejected") for row in rows]
         batch = self.processor.apply_chat_template(
             conversations,
             tokenize=True,
@@ -45,6 +47,21 @@ class PreferenceCollator:
         )
         batch["completion_mask"] = _last_run(batch.pop("assistant_masks"))
         return batch
+
+    def _conversation(self, row: dict[str, Any], answer: str) -> list[dict[str, Any]]:
+        """The prompt with one of the answers and the images, checked as the rows of `training`."""
+        prompt, answers = row.get("prompt"), row.get(answer)
+        if not isinstance(prompt, list) or not isinstance(answers, list) or len(answers) != 1:
+            raise DataError(
+                f"`prompt` is {prompt!r:.100} and `{answer}` is {answers!r:.100}, expected a list of messages and a "
+                "list of one message."
+            )
+        media = {name: value for name, value in row.items() if name in ("image", "images")}
+        checked = to_row({"messages": prompt + answers, **media}, 0, "")
+        if checked["problem"]:
+            raise DataError(checked["problem"])
+        check_tokens(checked["messages"], self.processor.tokenizer.all_special_tokens)
+        return prepare_multimodal_messages(checked["messages"], images=checked["images"])
 
 
 def _last_run(mask: torch.Tensor) -> torch.Tensor:

@@ -681,3 +681,58 @@ def test_a_video_in_stage_1_is_a_video(processor, tmp_path):
     batch = Collator(processor, assistant_only_loss=True, chat_template=processor.chat_template["plain"])([found])
     assert found["problem"] == "" and batch["pixel_values"].shape[0] == 2
     assert found["length"] == batch["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize("kind", ["json", "saved"])
+def test_parts_and_sums_of_splits(kind, tmp_path):
+    """In the notation of `datasets`."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    splits = {"train": [llava(human("Hi"), gpt(answer)) for answer in "abcd"], "test": [llava(*HI)]}
+    if kind == "json":
+        for name, rows in splits.items():
+            write_json(folder, rows, f"{name}.jsonl")
+    else:
+        saved = {name: datasets.Dataset.from_list(rows) for name, rows in splits.items()}
+        datasets.DatasetDict(saved).save_to_disk(folder)
+    for split, answers in {"train[:50%]": ["a", "b"], "train[3:]+test": ["d", "Ho"], "test": ["Ho"]}.items():
+        assert [contents(row)[1][0][1] for row in load_rows(str(folder), split=split)] == answers
+    for split in ("val[:1]", "train[:"):
+        with pytest.raises(DataError, match=r"split '(val|train\[:)"):
+            load_rows(str(folder), split=split)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "pandas", "torch"])
+def test_a_format_that_was_saved_with_a_dataset_changes_nothing(kind, tmp_path):
+    source = datasets.Dataset.from_list([trl([PICTURE, text("Hi")], [text("Ho")], images=["wide.png"])])
+    source.with_format(kind).save_to_disk(tmp_path / "saved")
+    (row,) = load_rows(str(tmp_path / "saved"), str(IMAGES))
+    assert row["problem"] == "" and contents(row) == [[("image", None), ("text", "Hi")], [("text", "Ho")]]
+
+
+@pytest.mark.parametrize("image", ["http://example.org/a.png", "data:image/png;base64,AA", "iVBOR" + "A" * 10**5])
+def test_a_picture_that_is_no_file_is_named_shortly(image, processor, tmp_path):
+    (row,) = checked_rows({"a": llava(human("<image>\nHi"), gpt("Ho"), image=image)}, processor, tmp_path)
+    assert "is no path, expected a file" in row["problem"] and len(row["problem"]) < 250
+
+
+def test_an_array_for_a_picture_is_refused(processor):
+    row = trl([PICTURE, text("Hi")], "Ho", images=[np.zeros((9, 9, 3), np.uint8)])
+    with pytest.raises(DataError, match="bad image: array.*"):
+        Collator(processor, assistant_only_loss=True)([row])
+
+
+@pytest.mark.parametrize("mask", ["", [], {}])
+def test_an_empty_mask_is_none(mask, processor, tmp_path):
+    (row,) = checked_rows({"a": llava(*HI, mask=mask)}, processor, tmp_path)
+    assert row["problem"] == ""
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_several_files_have_a_name_each(streaming, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for number in range(2):
+        write_json(folder, [llava(*HI), {"id": "mine", **llava(*HI)}], f"train-{number}.jsonl")
+    names = [row["id"] for row in load_rows(str(folder), streaming=streaming)]
+    assert names == ["train-0.jsonl:0", "mine", "train-1.jsonl:0", "mine"]

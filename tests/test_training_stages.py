@@ -19,6 +19,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from examples.dpo import PreferenceCollator
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from training import DataError
 from training.merge import merge
 
 CONNECTOR = "multi_modal_projector"
@@ -200,6 +201,10 @@ def user(text):
     return [{"role": "user", "content": text}]
 
 
+def answer(text):
+    return [{"role": "assistant", "content": text}]
+
+
 def dpo_rows(picture):
     rows = {
         "images": [[picture("wide.png")], [picture("shapes.png")], []],
@@ -246,6 +251,29 @@ def test_preferences_train_the_ids_of_the_template(processor, picture):
     assert trained["input_ids"][trained["completion_mask"].bool()].tolist() != (
         batch["input_ids"][batch["completion_mask"].bool()].tolist()
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"prompt": "What is it?", "chosen": "A shape."}, "`chosen` is 'A shape.', expected a list of messages"),
+        ({"prompt": None}, "`prompt` is None .* expected a list of messages"),
+        ({"chosen": [*answer("A"), *user("Sure?"), *answer("B")]}, "a list of one message"),
+        ({"chosen": answer("")}, "an answer is empty or blank"),
+        ({"chosen": answer("A</s>")}, "a text has '</s>'"),
+        ({"rejected": answer(4)}, "what a turn of assistant says is 4"),
+    ],
+)
+def test_preferences_that_cannot_be_trained_as_written_are_refused(change, reason, processor, picture):
+    row = next(iter(dpo_rows(picture)))
+    with pytest.raises(DataError, match=reason):
+        PreferenceCollator(processor)([{**row, **change}])
+
+
+def test_preferences_may_have_one_picture_each(processor, picture):
+    row = next(iter(dpo_rows(picture)))
+    image = row.pop("images")[0]
+    assert PreferenceCollator(processor)([{**row, "image": image}])["pixel_values"].shape[0] == 2
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

@@ -45,6 +45,7 @@ BAD_IMAGE, PLACEHOLDER, TOO_LONG, NO_TARGET, CONVERSATION = (
     "no trainable token",
     "bad conversation",
 )
+LONGEST_PATH = 4096  # characters; a longer one is a picture in base64
 # What becomes of a row beside what its author wrote.
 FRONT = "`<image>` comes first in its message, then the text without the blanks around it, as in the original"
 ONE_KEPT = "several `<image>` in a message stand for one picture and one is kept, as in the original"
@@ -109,6 +110,8 @@ class DataError(ValueError):
 
 
 # Reading
+
+
 def load_rows(
     data_path: str,
     image_folder: str | None = None,
@@ -144,10 +147,11 @@ def load_rows(
                 f"{data_path} cannot be streamed: leave out `--streaming`, its images are opened late anyway."
             )
         return _json_dataset([(data_path, data_path)], root)
-    files = _json_files(path, data_path, config, split)
-    if files:
-        return _json_dataset(files, root, streaming)
-    source = _load_source(path, data_path, config, split, streaming)
+    splits = _json_files(path, data_path, config, split, streaming)
+    if splits:
+        return _split({name: _json_dataset(files, root, streaming) for name, files in splits.items()}, split)
+    # A format of NumPy or pandas, which `save_to_disk` keeps, makes arrays of the turns.
+    source = _load_source(path, data_path, config, split, streaming).with_format(None)
     columns = source.column_names
     if columns is None or not {"messages", "conversations"} & set(columns):
         raise DataError(f"{data_path} has the columns {columns}, {WANTED}. {_conversion_hint(columns or [])}")
@@ -166,35 +170,54 @@ def _is_saved(path: Path) -> bool:
     return (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
 
 
-def _json_files(path: Path, data_path: str, config: str | None, split: str) -> list[tuple[str, str]]:
-    """Name and place of each JSON file of a folder or a Hub dataset that is made of them.
+def _json_files(
+    path: Path, data_path: str, config: str | None, split: str, streaming: bool
+) -> dict[str, list[tuple[str, str]]]:
+    """Name and place of each JSON file of a folder or a Hub dataset that is made of them, by split.
 
     `datasets` would read them with types that it guesses: where they differ from row to row, it writes texts as JSON,
     in which the text `4` and the number 4 are the same (seen in 5.2.0).
     """
     if path.suffix == ".parquet" or _is_saved(path):
-        return []
+        return {}
     try:
         builder = datasets.load_dataset_builder(data_path, config)
         if not isinstance(builder, JsonBuilder):
-            return []
-        if split not in builder.config.data_files:
-            raise DataError(
-                f"{data_path} has no split {split!r}, only {', '.join(map(str, builder.config.data_files))}."
-            )
-        names = list(builder.config.data_files[split])
-        return list(zip(names, datasets.DownloadManager().download_and_extract(names), strict=True))
+            return {}
+        # Not of a stream: it has no parts, such as `train[:1%]`, or sums of splits.
+        wanted = [split] if streaming else [part.partition("[")[0].strip() for part in split.split("+")]
+        files = {}
+        for name in wanted:
+            if name not in builder.config.data_files:
+                known = ", ".join(map(str, builder.config.data_files))
+                raise DataError(f"{data_path} has no split {name!r}, only {known}.")
+            names = list(builder.config.data_files[name])
+            files[name] = list(zip(names, datasets.DownloadManager().download_and_extract(names), strict=True))
+        return files
     except UNREADABLE_DATA as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"Cannot read {data_path!r}: {error}") from error
 
 
+def _split(splits: dict[str, Any], wanted: str) -> Dataset | IterableDataset:
+    """The rows that `wanted` names, in the notation of `datasets`, such as `train[:10%]+test`."""
+    if wanted in splits:
+        return splits[wanted]
+    try:
+        parts = datasets.ReadInstruction.from_spec(wanted).to_absolute(
+            {name: len(rows) for name, rows in splits.items()}
+        )
+    except (ValueError, AssertionError) as error:
+        raise DataError(f"The split {wanted!r}: {error}") from error
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
+
+
 def _json_dataset(files: list[tuple[str, str]], root: Path, streaming: bool = False) -> Dataset | IterableDataset:
     stamps = [(file.stat().st_size, file.stat().st_mtime_ns) for file in (Path(place) for _, place in files)]
     # Part of the cached copy's name: a changed file, or changed code, must not get the rows of an older one.
     version = f"{stamps} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
-    settings = {"files": files, "root": str(root), "version": version}
+    settings = {"files": files, "root": str(root), "several": len(files) > 1, "version": version}
     if streaming:
         return IterableDataset.from_generator(_json_rows, features=FEATURES, gen_kwargs=settings)
     try:
@@ -212,18 +235,20 @@ def _load_source(
             return datasets.load_dataset("parquet", data_files=data_path, split="train", streaming=streaming)
         if _is_saved(path):
             saved = datasets.load_from_disk(data_path)
-            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+            return _split(saved, split) if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(data_path, config, split=split, streaming=streaming)
     except UNREADABLE_DATA as error:
-        raise DataError(f"Cannot read {data_path!r}, split {split!r}: {error}") from error
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"Cannot read {data_path!r}, split {split!r}: {error.__cause__ or error}") from error
 
 
-def _json_rows(files: list[tuple[str, str]], root: str, version: str) -> Iterator[dict[str, Any]]:
-    index = 0
+def _json_rows(files: list[tuple[str, str]], root: str, several: bool, version: str) -> Iterator[dict[str, Any]]:
+    """The rows of these files; a row without an id is called by its number, and by its file if there are `several`."""
+    # A loader's worker, or a process, gets a part of the files.
     for name, place in files:
-        for row in _read_json(name, place):
-            yield to_row(row, index, root)
-            index += 1
+        for index, row in enumerate(_read_json(name, place)):
+            yield to_row(row, f"{Path(name).name}:{index}" if several else index, root)
 
 
 class Repeated(dict):
@@ -267,7 +292,9 @@ def _line(read: Any, number: int, line: str) -> Any:
 
 
 # One row
-def to_row(example: Any, index: int, root: str) -> dict[str, Any]:
+
+
+def to_row(example: Any, index: int | str, root: str) -> dict[str, Any]:
     """A row of LLaVA (`conversations`) or of TRL (`messages`) with its images and videos, which are not opened."""
     row: dict[str, Any] = {"id": str(index), "messages": [], "images": [], "videos": [], "notes": [], "problem": ""}
     try:
@@ -291,7 +318,7 @@ def to_row(example: Any, index: int, root: str) -> dict[str, Any]:
     return {**row, "messages": messages, "images": images, "videos": videos, "notes": list(dict.fromkeys(notes))}
 
 
-def _name(name: Any, index: int) -> str:
+def _name(name: Any, index: int | str) -> str:
     known = isinstance(name, str | int | float) and name == name and name != ""  # NaN is no name
     return _printable(str(name)) if known else str(index)
 
@@ -328,7 +355,7 @@ def _check_trained(found: dict[str, Any], where: str, answers: bool = True) -> N
     """Raises a [`DataError`] if a key wants an answer not to be trained, or something else to be."""
     for key in sorted((TRAINS | MASKS) & found.keys()):
         value = found[key]
-        if value is None:
+        if _empty(value):
             continue
         known = isinstance(value, int | float) and value in (0, 1)
         # `weight` and `mask` of a question say nothing: other trainers read them of answers only.
@@ -400,8 +427,10 @@ def _reference(image: Any, root: str) -> Any:
     path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else (image, None)
     if data and isinstance(data, bytes):
         return {"bytes": data, "path": path if isinstance(path, str) else None}
-    if data or not path or not isinstance(path, str):
+    if data or not isinstance(path, str) or not path:
         raise DataError(f"{BAD_IMAGE}: {image!r:.100}, expected a path, or a dictionary with `path` or `bytes`")
+    if path.startswith(("http:", "https:", "data:")) or len(path) > LONGEST_PATH:
+        raise DataError(f"{BAD_IMAGE}: {path!r:.100} is no path, expected a file: write the picture into one")
     return {"bytes": None, "path": os.path.join(root, _written(path, "a path", BAD_IMAGE))}
 
 
