@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Training of LLaVA-STF with TRL."""
+"""Trains LLaVA-STF with TRL."""
 
 from .arguments import LlavaSTFTrainingArguments
 from .rows import DataError

@@ -7,8 +7,8 @@ accelerate launch --config_file training/accelerate/ddp.yaml -m training --confi
 python -m training check DATA [--model_name_or_path MODEL]
 python -m training merge ADAPTER DESTINATION
 
-DATA is LLaVA's JSON, or a dataset with `messages` and `images` (a folder, a parquet file or a Hub id). An option on the
-command line goes before that of the recipe. `python -m training --help` lists all options.
+DATA is LLaVA's JSON, or a dataset with `messages` and `images` (a folder, a parquet file or a Hub id). Command-line
+options override the recipe. `python -m training --help` lists all options.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""The options of a training, and how they are read from a recipe and the command line."""
+"""Declares the options of a training, and reads them from a recipe and the command line."""
 
 import argparse
 import dataclasses
@@ -24,7 +24,7 @@ TOWER = "vision_tower"
 
 @dataclass
 class DataArguments:
-    """Where the data is, and what to do with rows that cannot be trained on."""
+    """Says where the data is, and what to do with rows that cannot be trained on."""
 
     data_path: str = field(metadata={"help": "LLaVA's .json or .jsonl, a .parquet, a folder, or a Hub id."})
     image_folder: str | None = field(
@@ -168,17 +168,17 @@ class LlavaSTFTrainingArguments(SFTConfig):
 
     @property
     def order_seed(self) -> int:
-        """Seed of the row order."""
+        """The seed of the row order."""
         return self.seed if self.data_seed is None else self.data_seed
 
 
 def launched_processes() -> int:
-    """Number of processes that the launcher started, whether or not they are connected yet."""
+    """Returns the number of processes that the launcher started, whether or not they are connected yet."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
-    """Steps to accumulate for a global batch.
+    """Returns the number of steps to accumulate for a global batch.
 
     Raises:
         ValueError: if the devices do not divide it.

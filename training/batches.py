@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of rows, whose images are opened when their batch is made."""
+"""Makes batches of rows, whose images are opened at that time."""
 
 from dataclasses import dataclass
 from typing import Any

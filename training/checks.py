@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong with rows, found before they cost time, and what is done about it."""
+"""Finds what is wrong with rows before they cost time, and refuses them or leaves them out."""
 
 import itertools
 import os
@@ -115,7 +115,7 @@ class Checker:
         return found
 
     def _leaves_out(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether one of the texts has no place in the template: they are marks, each of them another."""
+        """Tells whether the template leaves out a text: a mark for each text must be in the prompt."""
         marks = (f"\ue000{number}\ue001" for number in itertools.count())
         marked = [
             {**message, "content": [{**part, "text": part["text"] and next(marks)} for part in message["content"]]}
@@ -148,7 +148,7 @@ def check_image(image: dict[str, Any], decode: bool, image_processor: Any) -> No
 
 
 def open_image(image: Any, image_processor: Any = None) -> PIL.Image.Image:
-    """The picture in RGB as [`LlavaSTFImageProcessor`] makes it, for the stock image processor of LLaVA too.
+    """Opens a picture in RGB as [`LlavaSTFImageProcessor`] does, also for the stock image processor of LLaVA.
 
     Args:
         image: `{"path", "bytes"}`, or a picture that is decoded already.
@@ -200,7 +200,7 @@ def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
 
 @dataclass
 class Report:
-    """What a check found: `kept` rows are fit to train on, and counted; `lengths` are those of the others, too."""
+    """Sums up a check: `kept` rows are fit to train on, and counted; `lengths` are those of all rows."""
 
     rows: int = 0
     kept: int = 0
@@ -249,12 +249,12 @@ class Report:
         yield from self.histogram(max_length)
 
     def noted(self) -> Iterator[str]:
-        """What the rows that are kept have otherwise than it was written, and keys that nothing reads: each once."""
+        """Yields each note once: what kept rows have otherwise than it was written, and keys that nothing reads."""
         for note, rows in sorted(self.notes.items()):
             yield f"note: {note}: {len(rows)} row(s), the first is {rows[0]}"
 
     def histogram(self, max_length: int, bins: int = 16, width: int = 50) -> Iterator[str]:
-        """Lengths of all rows that could be measured; a bin is a share of `max_length`."""
+        """Draws the lengths of all rows that could be measured; a bin is a share of `max_length`."""
         if not self.lengths:
             return
         step = -(-max_length // bins)
@@ -266,17 +266,17 @@ class Report:
 
 
 def check_rows(rows: Dataset, checker: Checker, num_proc: int | None = None, reuse: bool = False) -> Dataset:
-    """Rows with their measures and problems; with progress. `reuse`: what another process of this run found."""
+    """Adds measures and problems to rows, and shows progress; with `reuse`, those that another process found."""
     # Never from an older run's cache: images may have come or gone since.
     return rows.map(checker, features=CHECKED, num_proc=num_proc, load_from_cache_file=reuse, desc="Checking the data")
 
 
 def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: str) -> Dataset:
-    """The rows without problems; what is left out is counted and named in the log.
+    """Returns the rows without problems; counts and names in the log what it leaves out.
 
     Args:
-        checked: of [`check_rows`].
-        report: of these rows.
+        checked: what [`check_rows`] returns.
+        report: sums up these rows.
         on_bad_image: `"error"` or `"skip"`: rows whose image or video is missing or broken.
         on_bad_row: `"error"` or `"skip"`: rows that are too long, or cannot be trained exactly as they are written.
 
@@ -300,7 +300,7 @@ def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: st
 
 
 def fit_stream(rows: IterableDataset, checker: Checker, on_bad_image: str, on_bad_row: str) -> IterableDataset:
-    """As [`fit_rows`], row by row while it trains."""
+    """Does what [`fit_rows`] does row by row, while it trains."""
     noted: set[str] = set()
 
     def fits(row: dict[str, Any]) -> bool:

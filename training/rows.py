@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: LLaVA's JSON and datasets of `messages` and `images`, as rows that are checked before they cost time.
+"""Reads training data, LLaVA's JSON or datasets of `messages` and `images`, as rows of one kind.
 
 A row has these columns, whatever it was read from:
 
@@ -173,7 +173,7 @@ def _is_saved(path: Path) -> bool:
 def _json_files(
     path: Path, data_path: str, config: str | None, split: str, streaming: bool
 ) -> dict[str, list[tuple[str, str]]]:
-    """Name and place of each JSON file of a folder or a Hub dataset that is made of them, by split.
+    """Finds name and place of each JSON file of a folder or a Hub dataset that is made of them, by split.
 
     `datasets` would read them with types that it guesses: where they differ from row to row, it writes texts as JSON,
     in which the text `4` and the number 4 are the same (seen in 5.2.0).
@@ -201,7 +201,7 @@ def _json_files(
 
 
 def _split(splits: dict[str, Any], wanted: str) -> Dataset | IterableDataset:
-    """The rows that `wanted` names, in the notation of `datasets`, such as `train[:10%]+test`."""
+    """Returns the rows that `wanted` names, in the notation of `datasets`, such as `train[:10%]+test`."""
     if wanted in splits:
         return splits[wanted]
     try:
@@ -244,7 +244,7 @@ def _load_source(
 
 
 def _json_rows(files: list[tuple[str, str]], root: str, several: bool, version: str) -> Iterator[dict[str, Any]]:
-    """The rows of these files; a row without an id is called by its number, and by its file if there are `several`."""
+    """Yields the rows of these files; one without an id is named by its number, and its file if there are `several`."""
     # A loader's worker, or a process, gets a part of the files.
     for name, place in files:
         for index, row in enumerate(_read_json(name, place)):
@@ -252,7 +252,7 @@ def _json_rows(files: list[tuple[str, str]], root: str, several: bool, version: 
 
 
 class Repeated(dict):
-    """An object of a JSON file that has one of its keys twice."""
+    """Marks an object of a JSON file that has one of its keys twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(name: str, place: str) -> Iterator[Any]:
-    """The rows of a list, or of lines; a line that is no JSON is a [`DataError`] in place of its row."""
+    """Yields the rows of a list, or of lines; a line that is no JSON is a [`DataError`] in place of its row."""
     # Bytes that are no UTF-8 become surrogates, for which their row is refused.
     with open(place, encoding="utf-8-sig", errors="surrogateescape") as file:
         begin = file.read(1000).lstrip()[:1]
@@ -295,7 +295,7 @@ def _line(read: Any, number: int, line: str) -> Any:
 
 
 def to_row(example: Any, index: int | str, root: str) -> dict[str, Any]:
-    """A row of LLaVA (`conversations`) or of TRL (`messages`) with its images and videos, which are not opened."""
+    """Reads a row of LLaVA (`conversations`) or of TRL (`messages`); its images and videos are not opened."""
     row: dict[str, Any] = {"id": str(index), "messages": [], "images": [], "videos": [], "notes": [], "problem": ""}
     try:
         if isinstance(example, DataError):
@@ -328,12 +328,12 @@ def _printable(text: str) -> str:
 
 
 def _empty(value: Any) -> bool:
-    """Whether a key is as good as absent. A dataset gives each row all keys that any of its rows has."""
+    """Tells whether a key is as good as absent. A dataset gives each row all keys that any of its rows has."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _unread(found: dict[str, Any], where: str) -> list[str]:
-    """Notes of the keys that nothing reads; a [`DataError`] for one whose meaning would be lost."""
+    """Notes the keys that nothing reads; raises a [`DataError`] for one whose meaning would be lost."""
     if isinstance(found, Repeated):
         raise DataError(f"{CONVERSATION}: {where} has one of the keys {', '.join(found)} twice, expected it once")
     notes = []
@@ -404,14 +404,14 @@ def _listed(example: dict[str, Any], one: str, many: str) -> list:
 
 
 def _videos(example: dict[str, Any], root: str) -> list:
-    """Files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
+    """Returns files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
     videos = _listed(example, "video", "videos")
     frames = videos and all(is_picture(item) for item in videos)
     return [videos] if frames and not all(is_animated(os.path.join(root, item)) for item in videos) else videos
 
 
 def is_animated(path: str) -> bool:
-    """Whether this is an animated picture, and so a video; only its header is read."""
+    """Tells whether a file is an animated picture, and so a video; reads its header only."""
     try:
         if not is_picture(path) or not os.path.isfile(path):
             return False
@@ -442,7 +442,7 @@ def _frame_paths(video: Any, root: str) -> list[str]:
 
 
 def _written(text: Any, what: str, kind: str = CONVERSATION) -> str:
-    """The text as it is; a [`DataError`] if it is none. Nothing is made a text: `datasets` would change other rows.
+    """Returns a text as it is; raises a [`DataError`] if it is none, since `datasets` would change other rows.
 
     A column of texts and numbers becomes JSON there, and all its texts get quotation marks (seen in 5.2.0).
     """
@@ -459,7 +459,7 @@ def _written(text: Any, what: str, kind: str = CONVERSATION) -> str:
 
 
 def _turn(turn: Any, notes: list[str]) -> tuple[str, Any]:
-    """Role and content of a turn, which is checked; `notes` get its keys that nothing reads."""
+    """Returns role and content of a turn, and checks it; `notes` get its keys that nothing reads."""
     if not isinstance(turn, dict):
         raise DataError(f"{CONVERSATION}: a turn is {turn!r:.100}, expected a role and what it says")
     notes += _unread(turn, "a turn")
@@ -520,7 +520,7 @@ def _check_order(turns: list[tuple[str, Any]]) -> None:
 
 
 def place_media(turns: list[tuple[str, Any]], images: int, videos: int, at_front: bool = False) -> list[dict[str, Any]]:
-    """Turns as structured messages; placeholders in a text go to its front, as in the original.
+    """Makes structured messages of turns; placeholders in a text are moved to its front, as in the original.
 
     Several placeholders in one text stand for as many images if there are so many, else for one (the original
     keeps one). A video may be marked by `<image>`, as the original does. `at_front`: images that no text mentions
@@ -565,7 +565,7 @@ def _marked_as_video(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed_parts(part: dict[str, Any], whole: set[str]) -> list[dict[str, Any]]:
-    """A part, with the placeholders of its text in front of it: all of those of `whole` kinds, else one."""
+    """Puts the placeholders of a text in front of it: all of those of `whole` kinds, one of the others."""
     if part["type"] != "text":
         return [{"type": part["type"], "text": None}]
     text, media = part["text"], []
@@ -589,7 +589,7 @@ def _placed(messages: list[dict[str, Any]], kind: str) -> int:
 
 
 def _changes(turns: list[tuple[str, Any]], messages: list[dict[str, Any]]) -> list[str]:
-    """Notes of what the messages have otherwise than it was written."""
+    """Notes what the messages have otherwise than it was written."""
     notes = []
     for (_, content), message in zip(turns, messages, strict=True):
         parts = _as_parts(content)

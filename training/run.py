@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""A run from its options to its folder."""
+"""Runs a training, from its options to its folder."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -63,7 +63,7 @@ def train(data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelCon
 def recipe_settings(
     arguments: list[str], data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
 ) -> dict[str, Any]:
-    """The settings that the recipe names, as they are used."""
+    """Returns the settings that the recipe names, as they are used."""
     if "--config" not in arguments:
         return {}
     names = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
@@ -72,7 +72,11 @@ def recipe_settings(
 
 
 def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
-    """The checkpoint to go on from. A folder with a model or checkpoints is not written to unless that is asked for."""
+    """Returns the checkpoint to go on from.
+
+    Raises:
+        ValueError: if the output folder has a model or checkpoints already, or there is none to go on from.
+    """
     folder = Path(args.output_dir)
     for path in (folder, *folder.absolute().parents):
         if path.exists():
@@ -103,7 +107,7 @@ def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
 def make_trainer(
     data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
 ) -> tuple[LlavaSTFTrainer, Report | None]:
-    """The trainer of a run, and what is known of its rows."""
+    """Makes the trainer of a run, and says what is known of its rows."""
     if choice.model_name_or_path is None:
         raise ValueError("Name the checkpoint to begin with: `--model_name_or_path`.")
     for settings in (data, choice):
@@ -126,7 +130,7 @@ def make_trainer(
 
 
 def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
-    """The checkpoint to train; with `load_in_4bit` or `load_in_8bit` its language model is quantised."""
+    """Loads the checkpoint to train; with `load_in_4bit` or `load_in_8bit` its language model is quantised."""
     quantisation = None
     name = str(choice.model_name_or_path)
     if (Path(name) / "adapter_config.json").is_file():
@@ -158,7 +162,7 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
 def prepare(
     path: str, data: DataArguments, args: LlavaSTFTrainingArguments, processor: LlavaSTFProcessor
 ) -> tuple[Dataset | IterableDataset, Report | None]:
-    """Rows that can be trained on. All ranks get the same; the first one checks them."""
+    """Loads the rows that can be trained on. All ranks get the same; the first one checks them."""
     checker = Checker(
         processor,
         template_text(processor, args.chat_template_name),

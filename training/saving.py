@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints of a run: written complete or not at all, and checked before a run goes on from one."""
+"""Writes checkpoints complete or not at all, and checks one before a run goes on from it."""
 
 import hashlib
 import json
@@ -227,7 +227,7 @@ def way_back(output_dir: str | None) -> str:
 
 
 def _replace(new: Path, old: Path) -> None:
-    """Gives a file or a folder its name; a folder that had it goes."""
+    """Gives a file or a folder its name; removes a folder that had it."""
     if old.is_dir():
         shutil.rmtree(old)
     os.replace(new, old)
@@ -236,16 +236,17 @@ def _replace(new: Path, old: Path) -> None:
 def check_checkpoint(
     folder: Path, run: dict[str, Any], shapes: dict[str, tuple[int, ...]] | None, scaled: bool
 ) -> list[str]:
-    """Sees that a run goes on from `folder` as if it had not been stopped.
+    """Checks that a run goes on from `folder` as if it had not been stopped.
 
     Args:
         folder: the checkpoint.
         run: what decides the numbers of this run, as it would be written to `training_run.json`.
-        shapes: of the weights that this run saves, by name; `None` for FSDP and DeepSpeed, whose own files are theirs.
+        shapes: shapes of the weights that this run saves, by name; `None` for FSDP and DeepSpeed, which have files of
+            their own.
         scaled: whether losses are scaled (float16), so that the optimizer may have skipped steps.
 
     Returns:
-        What differs, but may: the number of steps or epochs.
+        Lines for what differs, but may: the number of steps or epochs.
 
     Raises:
         CheckpointError: if files are missing or cannot be read, or are of another run.
@@ -286,7 +287,7 @@ def require(folder: Path, *names: str) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Within it `path` is read, and nothing else is done: whatever the reader raises, the file is damaged."""
+    """Turns whatever is raised into a [`CheckpointError`]: within it, `path` is read and nothing else is done."""
     try:
         yield
     except Exception as error:
@@ -303,7 +304,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_state(path: Path) -> int:
-    """The step of a `trainer_state.json`."""
+    """Returns the step of a `trainer_state.json`."""
     content = read_json(path)
     with readable(path):
         TrainerState(**content)
@@ -317,13 +318,13 @@ def read_state(path: Path) -> int:
 
 
 def read_tensors(path: Path) -> Any:
-    """What `torch.save` wrote, without running code, and mapped: only what is looked at is read."""
+    """Reads what `torch.save` wrote, without running code, and mapped: only what is looked at is read."""
     with readable(path), safe_globals():
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], folder: Path) -> list[str]:
-    """Lines for what may differ.
+    """Returns lines for what may differ.
 
     Raises:
         CheckpointError: names what decides the numbers of a run, and is not as it was.
@@ -357,7 +358,7 @@ def check_weights(folder: Path, shapes: dict[str, tuple[int, ...]]) -> None:
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, from the heads of the files."""
+    """Reads shapes by name, from the heads of the files."""
     files = [name for name in WEIGHTS if (folder / name).exists()]
     if (folder / INDEX).exists():
         index = read_json(folder / INDEX)
@@ -421,7 +422,7 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, step: int, sca
 
 
 def rows_of(dataset: Any) -> dict[str, Any]:
-    """Number and digest of the rows of a run: of their names and messages.
+    """Returns number and digest of the rows of a run, whose names and messages are read.
 
     Nothing is known of a stream, or of rows that are not those of `training.rows`. Pictures are not read.
     """

@@ -1,8 +1,8 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of TRL's `SFTConfig` and `ModelConfig`: who acts on it, or why it is refused.
+"""Says of every option of TRL's `SFTConfig` and `ModelConfig` who acts on it, or why it is refused.
 
-An option stands in exactly one of `UNCHANGED`, `BY_US` and `REFUSED`; a test holds that against the installed TRL, so
+An option is in exactly one of `UNCHANGED`, `BY_US` and `REFUSED`; a test holds that against the installed TRL, so
 that an option which comes with a new version has to be looked at.
 """
 
@@ -152,7 +152,7 @@ DECIDING = sorted(
 
 
 def check_settings(settings: Any) -> None:
-    """Looks through the options of a dataclass as they were given, before anything is derived from them.
+    """Checks the options of a dataclass as they were given, before anything is derived from them.
 
     Raises:
         ValueError: if one would not act, or cannot be meant: names it, its value, and what is expected.

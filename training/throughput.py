@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""How fast a training is, beside how fast the device could be."""
+"""Measures how fast a training is, and how fast the device could be."""
 
 import math
 import time

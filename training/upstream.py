@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Every workaround for a library that the training builds on, one entry each.
+"""Holds every workaround for a library that the training builds on, one entry each.
 
 An entry names the project with the version that it was seen in, why it is needed, and when it can be removed.
 `tests/test_training_upstream.py` shows each fault in the installed version, and fails once an entry is not needed.
@@ -332,5 +332,5 @@ def without_adapter(model: PreTrainedModel | PeftModel) -> Any:
 
 
 def base_commit(network: PreTrainedModel) -> str | None:
-    """The commit of the Hub that the weights are from; `None` for a folder."""
+    """Returns the commit of the Hub that the weights are from; `None` for a folder."""
     return getattr(network.config, "_commit_hash", None)
