@@ -5,7 +5,6 @@ accelerate launch --config_file training/accelerate/fsdp2.yaml --num_processes 2
 """
 
 import gc
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from training.__main__ import main  # noqa: E402
-
-if "KEEP_CYCLES" in os.environ:  # as if `training.upstream.leave_process_group` collected nothing
-    gc.disable()
-    gc.collect = lambda: 0
 
 create = AcceleratorState.__init__
 

@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a training, from its options to its folder."""
 
+import gc
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
@@ -23,7 +25,7 @@ from .rows import load_rows
 from .saving import way_back
 from .settings import check_settings
 from .trainer import LlavaSTFTrainer, template_text
-from .upstream import keep_commit, leave_process_group
+from .upstream import keep_commit
 
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 
@@ -33,7 +35,10 @@ def train_command(arguments: list[str]) -> int:
     read_recipe(arguments)
     data, args, choice = Parser(kinds, prog="python -m training").parse_args_and_config(arguments)
     train(data, args, choice, recipe_settings(arguments, data, args, choice))
-    leave_process_group()
+    # The trainer is gone by now: DDP's reducer must not outlive the process group. It would take that down with the
+    # interpreter locked, for which gloo's threads now and then wait for ever (torch 2.13).
+    gc.collect()
+    PartialState().destroy_process_group()
     return 0
 
 

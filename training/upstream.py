@@ -7,7 +7,6 @@ An entry names the project with the version that it was seen in, why it is neede
 """
 
 import argparse
-import gc
 import json
 import os
 import signal
@@ -19,7 +18,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -248,19 +246,6 @@ class SamplerEpoch(TrainerCallback):
 
 
 # torch
-
-
-def leave_process_group() -> None:
-    """Leaves the process group; nothing may refer to the trainer any more.
-
-    Project: torch 2.13.
-    Why: DDP's reducer must not outlive the group. It would be the last to hold it, and take it down with the
-        interpreter locked, for which gloo's threads then wait for ever. A trainer is part of reference cycles, so that
-        the reducer lives until they are collected.
-    Remove when: a reducer releases the interpreter, or a trainer has no cycles.
-    """
-    gc.collect()
-    PartialState().destroy_process_group()
 
 
 class StopByHand(TrainerCallback):
