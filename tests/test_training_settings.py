@@ -158,6 +158,21 @@ def test_nonsense_of_lora_is_named(name, value, command):
     refused(command(recipe="finetune_lora", **{name: value}), name)
 
 
+@pytest.mark.parametrize("name, meant", [("--warmup_ratio=0.1", "--warmup_steps"), ("--learn_rate", "--learning_rate")])
+def test_an_unknown_option_is_named(name, meant, command):
+    refused(command(name, "0.03"), f"unknown option {name!r}. Is {meant} meant?")
+
+
+def test_no_longest_length_is_the_tokenizer_s(command, tmp_path):
+    """TRL's advice for models with images is `--max_length None`; a recipe has `max_length: null`."""
+    assert command(max_length=None, max_steps=1) == (0, [])
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_length: null\nuse_cpu: true\nbf16: false\n")
+    made = Parser(KINDS).parse_args_and_config(["--config", str(recipe), "--data_path", "x", "--output_dir", "x"])[1]
+    settings.check_settings(made)
+    assert made.max_length is None
+
+
 # Those that act by us
 
 

@@ -241,6 +241,15 @@ class Parser(CheckedParser):
     def error(self, message: str) -> Any:
         raise ValueError(f"{message} (`{self.prog} --help` lists the options)")
 
+    def parse_args_into_dataclasses(self, *args: Any, **kwargs: Any) -> tuple:
+        """Parses as [`HfArgumentParser.parse_args_into_dataclasses`] does, and names what is not known."""
+        *made, unknown = super().parse_args_into_dataclasses(*args, **{**kwargs, "return_remaining_strings": True})
+        if unknown:
+            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
+            meant = f" Is {near[0]} meant?" * len(near)
+            raise ValueError(f"The unknown option {unknown[0]!r}.{meant} `{self.prog} --help` lists the options.")
+        return tuple(made)
+
     def set_defaults_with_config(self, **recipe: Any) -> list[str]:
         names = {action.dest for action in self._actions}
         for name in recipe:

@@ -82,23 +82,13 @@ def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
     Raises:
         ValueError: if the output folder has a model or checkpoints already, or there is none to go on from.
     """
-    folder = Path(args.output_dir)
-    for path in (folder, *folder.absolute().parents):
-        if path.exists():
-            if not path.is_dir():
-                raise ValueError(f"`--output_dir` {folder} cannot be a folder: {path} is a file.")
-            break
+    folder, wanted = Path(args.output_dir), args.resume_from_checkpoint
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"`--output_dir` {folder} cannot be a folder: {nearest} is a file.")
     last = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
-    wanted = args.resume_from_checkpoint
     if wanted is None:
-        if last is not None:
-            raise ValueError(
-                f"{args.output_dir} has the checkpoints of an earlier run. Go on from {last} with "
-                "`--resume_from_checkpoint last`, or choose another `--output_dir`."
-            )
-        for name in ("config.json", "adapter_config.json"):
-            if (folder / name).exists():
-                raise ValueError(f"{args.output_dir} has a model already ({name}). Choose another `--output_dir`.")
+        check_unused(args.output_dir, last)
         return None
     if str(wanted).lower() in ("last", "true"):
         if last is None:
@@ -107,6 +97,18 @@ def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ValueError(f"{wanted} is not a checkpoint of a run: it has no trainer_state.json.")
     return wanted
+
+
+def check_unused(folder: str, last: str | None) -> None:
+    """Raises a `ValueError` if another run has written into the folder; its newest checkpoint is `last`."""
+    if last is not None:
+        raise ValueError(
+            f"{folder} has the checkpoints of an earlier run. Go on from {last} with "
+            "`--resume_from_checkpoint last`, or choose another `--output_dir`."
+        )
+    for name in ("config.json", "adapter_config.json"):
+        if (Path(folder) / name).exists():
+            raise ValueError(f"{folder} has a model already ({name}). Choose another `--output_dir`.")
 
 
 def make_trainer(

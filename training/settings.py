@@ -9,6 +9,7 @@ that an option which comes with a new version has to be looked at.
 import dataclasses
 import math
 import re
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -186,12 +187,13 @@ def _check_company(settings: Any, name: str) -> None:
 
 def _check_numbers(settings: Any) -> None:
     options = {option.name: option for option in dataclasses.fields(settings)}
+    types = typing.get_type_hints(type(settings))  # the parser takes None out of those of the options
     for expected, fits, names in RANGES:
         for name in names.split():
             if name not in options:
                 continue
             value = getattr(settings, name)
-            if value == _default(options[name]) or value is None and "None" in str(options[name].type):
+            if value == _default(options[name]) or value is None and "None" in str(types[name]):
                 continue
             if isinstance(value, str) and name == "pad_to_multiple_of":  # TRL's comes as text from the command line
                 value = number_of(value)
