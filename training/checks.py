@@ -65,54 +65,46 @@ class Checker:
     decode: bool
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        frames, found = 0, {"length": 0, "vision": 0, "targets": 0, "notes": row["notes"], "problem": row["problem"]}
+        found = {"length": 0, "vision": 0, "targets": 0, "notes": row["notes"], "problem": row["problem"]}
         try:
-            for image in row["images"]:
-                check_image(image, self.decode, self.processor.image_processor)
-            frames = sum(count_frames(video, self.decode, self.processor.image_processor) for video in row["videos"])
+            vision = self._count_vision(row)
+            return found if row["problem"] else {**found, **self._measure(row, vision)}
         except DataError as error:
-            found["problem"] = found["problem"] or str(error)
-        if found["problem"]:
-            return found
-        # A video counts as its frames, and where it stands does not matter for the number of tokens.
-        messages = [
-            {
-                **message,
-                "content": [
-                    {**part, "type": "text" if part["type"] == "text" else "image"} for part in message["content"]
-                ],
-            }
-            for message in row["messages"]
-        ]
-        tokenizer = self.processor.tokenizer
-        try:
-            check_tokens(messages, tokenizer.all_special_tokens)
-            left_out = self._leaves_out(messages)
-            encoded = tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except DataError as error:
-            return {**found, "problem": str(error)}
+            return {**found, "problem": row["problem"] or str(error)}
         except TemplateError as error:
             return {**found, "problem": f"{CONVERSATION}: {error}"}
-        if left_out:
-            found["notes"] = [*found["notes"], LEFT_OUT]
+
+    def _count_vision(self, row: dict[str, Any]) -> int:
+        """Counts images and frames, and checks them."""
+        for image in row["images"]:
+            check_image(image, self.decode, self.processor.image_processor)
+        frames = (count_frames(video, self.decode, self.processor.image_processor) for video in row["videos"])
+        return len(row["images"]) + sum(frames)
+
+    def _measure(self, row: dict[str, Any], vision: int) -> dict[str, Any]:
+        messages = [{**message, "content": list(map(_as_image, message["content"]))} for message in row["messages"]]
+        check_tokens(messages, self.processor.tokenizer.all_special_tokens)
+        left_out = self._leaves_out(messages)
+        encoded = self.processor.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
         media = len(row["images"]) + len(row["videos"])
         rendered = sum(token == self.processor.image_token_id for token in encoded["input_ids"])
-        found["vision"] = len(row["images"]) + frames
-        found["length"] = len(encoded["input_ids"]) - media + found["vision"] * self.processor.tokens_per_image
-        found["targets"] = sum(encoded["assistant_masks"])
+        length = len(encoded["input_ids"]) - media + vision * self.processor.tokens_per_image
+        targets = sum(encoded["assistant_masks"])
+        problem = ""
         if rendered != media:
-            found["problem"] = f"{PLACEHOLDER}: the template writes {rendered} <image> for {media} images or videos"
-        elif found["targets"] == 0:
-            found["problem"] = NO_TARGET
-        elif found["length"] > self.max_length:
-            found["problem"] = f"{TOO_LONG}: {found['length']} tokens, {self.max_length} are allowed"
-        return found
+            problem = f"{PLACEHOLDER}: the template writes {rendered} <image> for {media} images or videos"
+        elif targets == 0:
+            problem = NO_TARGET
+        elif length > self.max_length:
+            problem = f"{TOO_LONG}: {length} tokens, {self.max_length} are allowed"
+        notes = [*row["notes"], LEFT_OUT] if left_out else row["notes"]
+        return {"length": length, "vision": vision, "targets": targets, "notes": notes, "problem": problem}
 
     def _leaves_out(self, messages: list[dict[str, Any]]) -> bool:
         """Tells whether the template leaves out a text: a mark for each text must be in the prompt."""
@@ -123,6 +115,11 @@ class Checker:
         ]
         rendered = self.processor.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
         return any(text not in rendered for text in _texts(marked))
+
+
+def _as_image(part: dict[str, Any]) -> dict[str, Any]:
+    """Makes an image of a video, which counts as its frames: where it is does not matter for the number of tokens."""
+    return {**part, "type": "text" if part["type"] == "text" else "image"}
 
 
 def check_tokens(messages: list[dict[str, Any]], special: list[str]) -> None:

@@ -47,10 +47,8 @@ This is a note, not yet a model card: `python -m hub_card render` writes one, be
 """
 # In the output folder while something is being saved. The leading underscore keeps it from being pushed.
 UNFINISHED = "_unfinished"
-# What decides the numbers of a LoRA run, of its `adapter_config.json`.
+# What decides the numbers of a LoRA run, in its `adapter_config.json`.
 ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
-
-
 # Beside the state of transformers: what decides the numbers of the run.
 RUN = "training_run.json"
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
