@@ -66,6 +66,19 @@ def test_the_help_shows_no_option_that_is_refused():
         assert f"--{name} " not in shown, name
 
 
+def test_the_help_has_our_options_first(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = Parser(KINDS, prog="training").format_help().splitlines()
+    places = [
+        next(index for index, line in enumerate(lines) if line.startswith(start))
+        for start in ("usage: training --config RECIPE", "options of this project", "  --data_path", "options of TRL")
+    ]
+    assert places == sorted(places) and len(lines) < 300
+    shown = "\n".join(lines[places[2] : places[3]])
+    own = [option.name for kind in KINDS[:2] for option in dataclasses.fields(kind) if option.name not in STOCK]
+    assert all(f"--{name} " in shown for name in own)
+
+
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_what_does_not_act_is_refused_from_python(name):
     """Also by those who do not come by the command line."""
