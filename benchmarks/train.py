@@ -47,7 +47,7 @@ from modeling_llava_stf import (
     LlavaSTFProcessor,
 )
 from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
-from training.trainer import measure_tflops, training_flops
+from training.throughput import measure_tflops, training_flops
 
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8")

@@ -18,7 +18,8 @@ from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser
 from trl.data_utils import prepare_multimodal_messages
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from training.data import DataError, check_tokens, to_row
+from training.checks import check_tokens
+from training.rows import DataError, to_row
 
 
 @dataclass

@@ -400,8 +400,8 @@ class LlavaSTFProcessor(LlavaProcessor):
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        crop = kwargs.get("crop_size") or self.image_processor.crop_size
-        tokens = self.num_image_tokens(crop["height"], crop["width"])
+        crop = kwargs.get("crop_size")
+        tokens = self.num_image_tokens(crop["height"], crop["width"]) if crop else self.tokens_per_image
         return MultiModalData(num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
 
     # `ProcessorMixin.__call__` calls these hooks in this order: `prepare_inputs_layout`, `validate_inputs`,

@@ -67,7 +67,7 @@ def main(checkpoint: str, strategy: str, output: str) -> None:
         optimizer.zero_grad()
     if rank == 0:
         Path(output).write_text(json.dumps(losses))
-    # DDP's reducer must not outlive the process group, see `training/__main__.py`.
+    # DDP's reducer must not outlive the process group, see `training/run.py`.
     del wrapped, optimizer, loss
     gc.collect()
     dist.destroy_process_group()

@@ -43,7 +43,7 @@ def train(trainer, checkpoint, repository, output):
 
 
 def train_with_ours(checkpoint, settings):
-    from training.__main__ import train_command
+    from training.run import train_command
 
     data = Path(settings["output_dir"]).with_suffix(".json")
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A square."}]

@@ -13,7 +13,7 @@ from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFProcessor
 
 ROLES = {"human": "user", "gpt": "assistant"}
-# The original loses every target of this row, as METHOD's list of faults says; ours keeps both answers.
+# The original loses every target of this row, because its tokens are counted one short; ours keeps both answers.
 FAULTY = "answer_contains_separator"
 
 

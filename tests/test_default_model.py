@@ -108,7 +108,7 @@ def test_connectors_of_the_ablation(system):
     again, _ = system.build(MODEL, seed=0)
     torch.testing.assert_close(model.state_dict(), again.state_dict(), rtol=0, atol=0)
     crop = processor.image_processor.crop_size["height"]
-    assert processor.num_image_tokens(crop, crop) == model.config.tokens_per_image == (8 // system.window) ** 2
+    assert processor.tokens_per_image == model.config.tokens_per_image == (8 // system.window) ** 2
     trained = load().state_dict()
     for name, weight in model.state_dict().items():
         if ".multi_modal_projector." not in name:

@@ -132,7 +132,7 @@ def case_named(cases, name):
 
 
 def test_every_forward_case_is_covered(goldens):
-    # `truncated` is a fault of the original: it cuts through images (see METHOD, faults); ours refuses.
+    # `truncated` is a fault of the original: it cuts through images; ours refuses.
     assert {case["name"] for case in goldens["forward"]} == {*FORWARD_CASES, "truncated"}
 
 

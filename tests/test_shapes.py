@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tqdm import tqdm
 from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
@@ -24,6 +25,7 @@ from examples.shapes.questions import KINDS, caption, conversation, describe, fu
 from examples.shapes.recipe import Timer
 from examples.shapes.scenes import COLOURS, HELD_OUT_PAIRS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
+from examples.shapes.training import train
 from hub_card.results import read_evaluation
 from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
 
@@ -482,3 +484,14 @@ def test_steps_that_are_complete_are_not_done_again_and_failed_ones_are_named(tm
     (tmp_path / "stage1").mkdir()  # of a training that was interrupted
     with pytest.raises(ValueError, match="stage1 failed"):
         timer.run({tmp_path / "a": ("touch", tmp_path / "a"), tmp_path / "stage1": ("touch", tmp_path / "stage1")})
+
+
+def test_a_training_shows_progress_under_its_own_name(monkeypatch):
+    shown = []
+    monkeypatch.setattr("examples.shapes.training.tqdm", lambda steps, desc, **_: shown.append(desc) or tqdm(steps))
+    layer = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(2, 2)])})
+    learner = torch.nn.ModuleDict({"net": layer, "head": torch.nn.Linear(2, 1)})
+    batch = torch.ones(1, 2)
+    step = lambda: learner["head"](layer["layers"][0](batch)).square().mean()  # noqa: E731
+    train(learner, step, steps=1, muon_rate=1e-3, adam_rate=1e-3, name="language model")
+    assert shown == ["language model"]

@@ -137,7 +137,7 @@ def test_chat_template_and_labels(mode, mode_processor):
 
 
 def test_training_labels(mode, mode_processor, tmp_path):
-    data = pytest.importorskip("training.data")
+    batches, rows_of = pytest.importorskip("training.batches"), pytest.importorskip("training.rows")
     rows = [
         {
             **({"image": str(GOLDENS / "images" / "wide.png")} if "<image>" in row["rendered"] else {}),
@@ -150,7 +150,8 @@ def test_training_labels(mode, mode_processor, tmp_path):
         for row in PROMPTS["conversations"]
     ]
     write(tmp_path, "data.json", rows)
-    batch = data.Collator(mode_processor, assistant_only_loss=True)(list(data.load_rows(str(tmp_path / "data.json"))))
+    collator = batches.Collator(mode_processor, assistant_only_loss=True)
+    batch = collator(list(rows_of.load_rows(str(tmp_path / "data.json"))))
     for row, ids, labels, mask in zip(
         PROMPTS["conversations"], batch["input_ids"], batch["labels"], batch["attention_mask"].bool(), strict=True
     ):

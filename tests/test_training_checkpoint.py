@@ -19,8 +19,8 @@ from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, options, ru
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 from training.__main__ import main
-from training.checkpoint import CheckpointError
 from training.merge import merge
+from training.saving import CheckpointError
 
 SETTINGS = {"save_steps": 1, "max_steps": 3, "save_total_limit": 3}
 LORA = {**SETTINGS, "lora_r": 4}

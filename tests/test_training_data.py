@@ -13,20 +13,11 @@ from training_runs import CAPTIONS, CONVERSATIONS, IMAGES, run
 
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFProcessor
-from training.data import (
-    Checker,
-    Collator,
-    DataError,
-    Report,
-    check_rows,
-    fit_rows,
-    fit_stream,
-    load_rows,
-    open_image,
-    place_media,
-)
+from training.batches import Collator
+from training.checks import Checker, Report, check_rows, fit_rows, fit_stream, open_image
+from training.rows import DataError, load_rows, place_media
 
-# The original loses every target of this row, as METHOD's list of faults says; ours keeps both answers.
+# The original loses every target of this row, because its tokens are counted one short; ours keeps both answers.
 FAULTY = "answer_contains_separator"
 
 
@@ -311,9 +302,9 @@ def test_lengths_are_those_of_the_batch(processor):
 
 def test_rows_are_skipped_only_if_that_is_wanted(broken, processor, caplog):
     found = checked(broken, processor)
-    with pytest.raises(DataError, match=r"2 of 9 rows cannot be trained on: missing.*--on-bad-image skip"):
+    with pytest.raises(DataError, match=r"2 of 9 rows cannot be trained on: missing.*--on_bad_image skip"):
         fit_rows(found, Report.of(found), "error", "skip")
-    with pytest.raises(DataError, match="--on-bad-row skip"):
+    with pytest.raises(DataError, match="--on_bad_row skip"):
         fit_rows(found, Report.of(found), "skip", "error")
     caplog.clear()
     assert fit_rows(found, Report.of(found), "skip", "skip")["id"][:] == ["fine", "text"]

@@ -12,7 +12,9 @@ from test_pictures import animation, png, rotated
 from transformers import LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from training.data import Checker, Collator, DataError, check_rows, load_rows, open_image
+from training.batches import Collator
+from training.checks import Checker, check_rows, open_image
+from training.rows import DataError, load_rows
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A photo."}]
 

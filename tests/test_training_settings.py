@@ -13,8 +13,9 @@ from trl import ModelConfig, SFTConfig
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 from training import LlavaSTFTrainingArguments, settings
-from training.__main__ import DataArguments, main
-from training.settings import BY_US, DECIDING, NEEDS, PATTERNS, RANGES, REFUSED, UNCHANGED, Parser
+from training.__main__ import main
+from training.arguments import DataArguments, Parser
+from training.settings import BY_US, DECIDING, NEEDS, PATTERNS, RANGES, REFUSED, UNCHANGED
 
 KINDS = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
 STOCK = {option.name for kind in (SFTConfig, ModelConfig) for option in dataclasses.fields(kind) if option.init}
@@ -63,6 +64,19 @@ def test_the_help_shows_no_option_that_is_refused():
     assert "--chat_template_name" in shown
     for name in REFUSED:
         assert f"--{name} " not in shown, name
+
+
+def test_the_help_has_our_options_first(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = Parser(KINDS, prog="training").format_help().splitlines()
+    places = [
+        next(index for index, line in enumerate(lines) if line.startswith(start))
+        for start in ("usage: training --config RECIPE", "options of this project", "  --data_path", "options of TRL")
+    ]
+    assert places == sorted(places) and len(lines) < 300
+    shown = "\n".join(lines[places[2] : places[3]])
+    own = [option.name for kind in KINDS[:2] for option in dataclasses.fields(kind) if option.name not in STOCK]
+    assert all(f"--{name} " in shown for name in own)
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
@@ -302,7 +316,7 @@ def test_a_fault_of_ours_is_a_traceback(command, monkeypatch):
     def fault(*args, **kwargs):
         raise TypeError("ours")
 
-    monkeypatch.setattr("training.__main__.load_model", fault)
+    monkeypatch.setattr("training.run.load_model", fault)
     with pytest.raises(TypeError, match="ours"):
         command()
 

@@ -20,7 +20,7 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from examples.dpo import PreferenceCollator
 from hub_card import freeze
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from training.data import DataError
+from training import DataError
 from training.merge import merge
 
 CONNECTOR = "multi_modal_projector"

@@ -14,9 +14,10 @@ from trl import ModelConfig
 from conversion import to_original
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training import DataError, LlavaSTFTrainer, LlavaSTFTrainingArguments
-from training.__main__ import load_model
+from training.arguments import accumulation_steps
+from training.run import load_model
 from training.sampler import ModalityLengthSampler, modality_length_order
-from training.trainer import accumulation_steps, training_flops
+from training.throughput import training_flops
 
 CONNECTOR = "multi_modal_projector"
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
@@ -289,7 +290,7 @@ def test_throughput_is_logged(trainer, monkeypatch):
     collate = run.data_collator
     run.data_collator = lambda rows: seen.append(collate(rows)) or seen[-1]
     clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr("training.trainer.now", lambda: next(clock))
+    monkeypatch.setattr("training.throughput.now", lambda: next(clock))
     run.train()
     first = next(row for row in run.state.log_history if "loss" in row)
     images = sum(len(batch.get("pixel_values", [])) for batch in seen[:2])

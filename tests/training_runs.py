@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from trl import ModelConfig
 
 from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
-from training.__main__ import DataArguments, make_trainer
-from training.settings import Parser
+from training.arguments import DataArguments, Parser
+from training.run import make_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ROOT / "training" / "recipes"

@@ -7,63 +7,23 @@ accelerate launch --config_file training/accelerate/ddp.yaml -m training --confi
 python -m training check DATA [--model_name_or_path MODEL]
 python -m training merge ADAPTER DESTINATION
 
-DATA is LLaVA's JSON, or a dataset with `messages` and `images` (a folder, a parquet file or a Hub id). An option on the
-command line goes before that of the recipe. `python -m training --help` lists all options.
+DATA is LLaVA's JSON, or a dataset with `messages` and `images` (a folder, a parquet file or a Hub id). Command-line
+options override the recipe. `python -m training --help` lists all options.
 """
 
 import argparse
-import gc
 import sys
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
-from accelerate import PartialState
-from datasets import Dataset, IterableDataset
-from transformers import BitsAndBytesConfig
-from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, get_peft_config
+from modeling_llava_stf import LlavaSTFProcessor
 
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-
-from .data import Checker, Report, check_rows, fit_rows, fit_stream, load_rows
+from .checks import Checker, Report, check_rows
 from .merge import commit_of, merge
-from .report import draw_curves, draw_lengths, start_lines
-from .settings import Parser, check_settings, read_recipe
-from .trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments, SaveError, template_text, way_back
-
-STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
-
-
-@dataclass
-class DataArguments:
-    """Where the data is, and what to do with rows that cannot be trained on."""
-
-    data_path: str = field(metadata={"help": "LLaVA's .json or .jsonl, a .parquet, a folder, or a Hub id."})
-    image_folder: str | None = field(
-        default=None, metadata={"help": "Where relative paths of images begin (default: beside the data)."}
-    )
-    eval_data_path: str | None = field(default=None, metadata={"help": "Data to evaluate on, of the same kinds."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub dataset."})
-    split: str = field(default="train", metadata={"help": "Split of a folder or a Hub dataset."})
-    streaming: bool = field(default=False, metadata={"help": "Read a Hub dataset while it trains (set max_steps)."})
-    on_bad_image: str = field(
-        default="error",
-        metadata={
-            "help": "'skip': open every image before training, count and name the rows with bad ones, leave them out. "
-            "'error': stop if a file is missing, or, while training, at the first that cannot be read.",
-            "choices": ["error", "skip"],
-        },
-    )
-    on_bad_row: str = field(
-        default="error",
-        metadata={
-            "help": "The same for rows that are too long, or cannot be trained exactly as they are written.",
-            "choices": ["error", "skip"],
-        },
-    )
+from .report import draw_lengths
+from .rows import load_rows
+from .run import train_command
+from .saving import SaveError
+from .trainer import template_text
 
 
 def main() -> int:
@@ -79,149 +39,6 @@ def main() -> int:
     except KeyboardInterrupt as interrupt:
         print(f"stopped. {interrupt}".rstrip(), file=sys.stderr)
         return 130
-
-
-def train_command(arguments: list[str]) -> int:
-    kinds: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
-    read_recipe(arguments)
-    data, args, choice = Parser(kinds, prog="python -m training").parse_args_and_config(arguments)
-    resume = resume_from(args)
-    try:
-        trainer, report = make_trainer(data, args, choice)
-        if args.should_save:
-            print("\n".join(start_lines(trainer, report)), flush=True)
-        trainer.train(resume_from_checkpoint=resume)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(way_back(args.output_dir)) from None
-    curves = Path(args.output_dir) / "curves.png"
-    if args.should_save:  # first, to be pushed with the model
-        curves.parent.mkdir(parents=True, exist_ok=True)
-        trainer.save_state()
-        save_recipe(arguments, {**asdict(data), **asdict(choice), **args.to_dict()}, curves.parent)
-        draw_curves(trainer.state.log_history, curves)
-    trainer.save_model()
-    if args.should_save:
-        print(f"wrote {args.output_dir}; curves: {curves}", flush=True)
-    # DDP's reducer must not outlive the process group: the last to hold it takes it down, and a reducer does that with
-    # the interpreter locked, for which gloo's threads then wait forever.
-    del trainer
-    gc.collect()
-    PartialState().destroy_process_group()
-    return 0
-
-
-def save_recipe(arguments: list[str], used: dict[str, Any], folder: Path) -> None:
-    """The settings that the recipe names, as they were used: for the model card."""
-    if "--config" in arguments:
-        names = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
-        settings = yaml.safe_dump({name: used[name] for name in names if name in used}, sort_keys=False)
-        (folder / "recipe.yaml").write_text(settings, encoding="utf-8")
-
-
-def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
-    """The checkpoint to go on from. A folder with a model or checkpoints is not written to unless that is asked for."""
-    folder = Path(args.output_dir)
-    for path in (folder, *folder.absolute().parents):
-        if path.exists():
-            if not path.is_dir():
-                raise ValueError(f"`--output_dir` {folder} cannot be a folder: {path} is a file.")
-            break
-    last = get_last_checkpoint(args.output_dir) if folder.is_dir() else None
-    wanted = args.resume_from_checkpoint
-    if wanted is None:
-        if last is not None:
-            raise ValueError(
-                f"{args.output_dir} has the checkpoints of an earlier run. Go on from {last} with "
-                "`--resume_from_checkpoint last`, or choose another `--output_dir`."
-            )
-        for name in ("config.json", "adapter_config.json"):
-            if (folder / name).exists():
-                raise ValueError(f"{args.output_dir} has a model already ({name}). Choose another `--output_dir`.")
-        return None
-    if str(wanted).lower() in ("last", "true"):
-        if last is None:
-            raise ValueError(f"{args.output_dir} has no complete checkpoint to go on from.")
-        return last
-    if not (Path(wanted) / "trainer_state.json").is_file():
-        raise ValueError(f"{wanted} is not a checkpoint of a run: it has no trainer_state.json.")
-    return wanted
-
-
-def make_trainer(
-    data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
-) -> tuple[LlavaSTFTrainer, Report | None]:
-    """The trainer of a run, and what is known of its rows."""
-    if choice.model_name_or_path is None:
-        raise ValueError("Name the checkpoint to begin with: `--model_name_or_path`.")
-    for settings in (data, choice):
-        check_settings(settings)
-    if data.eval_data_path and args.eval_strategy == "no" and not args.eval_on_start:
-        raise ValueError("`eval_data_path` does not act without `eval_strategy` or `eval_on_start`: set that, too.")
-    commit = commit_of(choice.model_name_or_path, choice.model_revision)
-    processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=commit)
-    rows, report = prepare(data.data_path, data, args, processor)
-    eval_rows = prepare(data.eval_data_path, data, args, processor)[0] if data.eval_data_path else None
-    trainer = LlavaSTFTrainer(
-        load_model(choice),
-        args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=processor,
-        peft_config=get_peft_config(choice),
-    )
-    return trainer, report
-
-
-def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
-    """The checkpoint to train; with `load_in_4bit` or `load_in_8bit` its language model is quantised."""
-    quantisation = None
-    name = str(choice.model_name_or_path)
-    if (Path(name) / "adapter_config.json").is_file():
-        raise ValueError(f"{name} is an adapter. Merge it first: python -m training merge {name} DESTINATION")
-    # An adapter remembers where its base is: not relative to the folder that this was started in.
-    name = str(Path(name).resolve()) if Path(name).is_dir() else name
-    commit = commit_of(name, choice.model_revision)
-    dtype = getattr(torch, choice.dtype) if choice.dtype not in (None, "auto") else choice.dtype
-    if choice.load_in_4bit or choice.load_in_8bit:
-        quantisation = BitsAndBytesConfig(
-            load_in_4bit=choice.load_in_4bit,
-            load_in_8bit=choice.load_in_8bit,
-            bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else dtype,
-            bnb_4bit_quant_storage=choice.bnb_4bit_quant_storage,
-            bnb_4bit_quant_type=choice.bnb_4bit_quant_type,
-            bnb_4bit_use_double_quant=choice.use_bnb_nested_quant,
-        )
-    model = LlavaSTFForConditionalGeneration.from_pretrained(
-        name,
-        revision=commit,
-        dtype=dtype,
-        attn_implementation=choice.attn_implementation,
-        quantization_config=quantisation,
-    )
-    model.config._commit_hash = commit  # transformers 5.24 does not keep it any more
-    return model
-
-
-def prepare(
-    path: str, data: DataArguments, args: LlavaSTFTrainingArguments, processor: LlavaSTFProcessor
-) -> tuple[Dataset | IterableDataset, Report | None]:
-    """Rows that can be trained on. All ranks get the same; the first one checks them."""
-    checker = Checker(
-        processor,
-        template_text(processor, args.chat_template_name),
-        args.max_length or processor.tokenizer.model_max_length,
-        decode=data.on_bad_image == "skip",
-    )
-    with args.main_process_first(desc="checking the data"):
-        rows = load_rows(
-            path, data.image_folder, config=data.dataset_config, split=data.split, streaming=data.streaming
-        )
-        if isinstance(rows, IterableDataset):
-            stream = fit_stream(rows, checker, data.on_bad_image, data.on_bad_row)
-            return stream.shuffle(seed=args.order_seed, buffer_size=STREAM_BUFFER), None
-        checked = check_rows(rows, checker, args.dataset_num_proc, reuse=args.local_process_index > 0)
-        report = Report.of(checked)
-        return fit_rows(checked, report, data.on_bad_image, data.on_bad_row), report
 
 
 def positive(text: str) -> int:

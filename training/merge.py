@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""An adapter and its base as one full checkpoint."""
+"""Merges an adapter and its base into one full checkpoint."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from transformers.utils.hub import extract_commit_hash
 from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
-from .checkpoint import readable
+from .saving import readable
 
 
 def merge(adapter: str, destination: str, base: str | None = None, base_revision: str | None = None) -> Path:
@@ -50,7 +50,7 @@ def merge(adapter: str, destination: str, base: str | None = None, base_revision
 
 
 def with_adapter(model: LlavaSTFForConditionalGeneration, settings: PeftConfig, adapter: str) -> PeftModel:
-    """The model with the adapter's weights, each of which found its place.
+    """Gives a model the adapter's weights, each of which must find its place.
 
     Raises:
         ValueError: if the adapter is empty, changes nothing, or is not of this model.
@@ -88,7 +88,7 @@ def with_adapter(model: LlavaSTFForConditionalGeneration, settings: PeftConfig, 
 
 
 def commit_of(name: str, revision: str | None) -> str | None:
-    """The commit that a branch, tag or commit of the Hub stands for now; `None` for a folder.
+    """Returns the commit that a branch, tag or commit of the Hub stands for now; `None` for a folder.
 
     Raises:
         ValueError: if a revision of a folder is asked for.

@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a run prints before it starts, and draws at its end."""
+"""Prints what a run is about before it starts, and draws its curves at the end."""
 
 import re
 from collections import Counter, defaultdict
@@ -12,7 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from torch import nn
 
-from .data import Report
+from .checks import Report
 from .trainer import LlavaSTFTrainer
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
@@ -29,7 +29,7 @@ CURVES = {
 
 
 def start_lines(trainer: LlavaSTFTrainer, data: Report | None) -> Iterator[str]:
-    """What trains and how much of it goes into one step; `data` is unknown for a stream."""
+    """Says what trains and how much one step takes; `data` is unknown for a stream."""
     args = trainer.args
     parts: dict[tuple[str, bool, str], int] = defaultdict(int)
     for name, weight in trainer.model.named_parameters():
@@ -59,7 +59,7 @@ def start_lines(trainer: LlavaSTFTrainer, data: Report | None) -> Iterator[str]:
 
 
 def adapted_lines(model: nn.Module) -> Iterator[str]:
-    """The modules that LoRA adapts, those of all layers in one line, and those that are trained in full beside it."""
+    """Lists the modules that LoRA adapts, those of all layers in one line, and those that are trained in full."""
     names = [name.removeprefix("base_model.model.") for name, _ in model.named_parameters()]
     adapted = list(dict.fromkeys(name.split(".lora_")[0] for name in names if ".lora_" in name))
     if not adapted:

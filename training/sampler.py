@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Batches of one modality and of similar lengths."""
+"""Orders rows into batches of one modality and of similar lengths."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ class ModalityLengthSampler(Sampler[int]):
         lengths: tokens of each row.
         has_images: whether a row has images; as many as `lengths`.
         batch_size: rows of one device in one step.
-        batches: batches of a global batch: devices times accumulation steps.
-        seed: of the run; the epoch is added to it.
+        batches: number of batches in a global batch: devices times accumulation steps.
+        seed: the seed of the run; the epoch is added to it.
     """
 
     def __init__(self, lengths: Sequence[int], has_images: Sequence[bool], batch_size: int, batches: int, seed: int):
@@ -44,7 +44,7 @@ class ModalityLengthSampler(Sampler[int]):
 def modality_length_order(
     lengths: Sequence[int], has_images: Sequence[bool], batch_size: int, batches: int, generator: torch.Generator | None
 ) -> list[int]:
-    """Indices of all rows: global batches of one modality in random order, and the rest of both at the end."""
+    """Orders all rows: global batches of one modality in random order, and the rest of both at the end."""
     modalities = [
         [index for index, image in enumerate(has_images) if bool(image) == wanted] for wanted in (True, False)
     ]
@@ -63,7 +63,7 @@ def modality_length_order(
 
 
 def length_order(lengths: Sequence[int], batch_size: int, batches: int, generator: torch.Generator | None) -> list[int]:
-    """A random order in which each global batch is dealt out to its batches, so that they are of similar size."""
+    """Orders rows at random; deals each global batch out to its batches, so that they are of similar size."""
     size = batch_size * batches
     shuffled = torch.randperm(len(lengths), generator=generator).tolist()
     order = []

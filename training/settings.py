@@ -1,26 +1,22 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Every option of TRL's `SFTConfig` and `ModelConfig`: who acts on it, or why it is refused.
+"""Says of every option of TRL's `SFTConfig` and `ModelConfig` who acts on it, or why it is refused.
 
-An option stands in exactly one of `UNCHANGED`, `BY_US` and `REFUSED`; a test holds that against the installed TRL, so
+An option is in exactly one of `UNCHANGED`, `BY_US` and `REFUSED`; a test holds that against the installed TRL, so
 that an option which comes with a new version has to be looked at.
 """
 
-import argparse
 import dataclasses
-import difflib
-import json
 import math
 import re
 import typing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers.integrations import get_available_reporting_integrations
-from trl import TrlParser
+
+from .upstream import number_of
 
 # TRL, transformers, accelerate or PEFT act on these, as they say.
 UNCHANGED = frozenset(
@@ -157,7 +153,7 @@ DECIDING = sorted(
 
 
 def check_settings(settings: Any) -> None:
-    """Looks through the options of a dataclass as they were given, before anything is derived from them.
+    """Checks the options of a dataclass as they were given, before anything is derived from them.
 
     Raises:
         ValueError: if one would not act, or cannot be meant: names it, its value, and what is expected.
@@ -200,17 +196,10 @@ def _check_numbers(settings: Any) -> None:
             if value == _default(options[name]) or value is None and "None" in str(types[name]):
                 continue
             if isinstance(value, str) and name == "pad_to_multiple_of":  # TRL's comes as text from the command line
-                value = _number(value)
+                value = number_of(value)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not fits(value):
                 raise ValueError(f"`{name}` is {value!r}, expected a number: {expected}.")
-
-
-def _number(text: str) -> Any:
-    try:
-        return int(text)
-    except ValueError:
-        return text
 
 
 def _check_texts(settings: Any) -> None:
@@ -229,71 +218,3 @@ def _check_texts(settings: Any) -> None:
     missing -= set(get_available_reporting_integrations())
     if missing:
         raise ValueError(f"`report_to` {', '.join(sorted(missing))} is not known or not installed.")
-
-
-class Parser(TrlParser):
-    """TRL's parser without the options that are refused; a recipe's values are checked as those of a command line.
-
-    Raises:
-        ValueError: for arguments that cannot be used, in one line.
-    """
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        for action in self._actions:
-            if action.dest in REFUSED:
-                action.help = argparse.SUPPRESS
-
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message} (`{self.prog} --help` lists the options)")
-
-    def parse_args_into_dataclasses(self, args: Any = None, **kwargs: Any) -> tuple:  # type: ignore[override]
-        """As [`HfArgumentParser.parse_args_into_dataclasses`]; what is not known is named."""
-        *made, unknown = super().parse_args_into_dataclasses(args=args, **{**kwargs, "return_remaining_strings": True})
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            meant = f" Is {near[0]} meant?" * len(near)
-            raise ValueError(f"The unknown option {unknown[0]!r}.{meant} `{self.prog} --help` lists the options.")
-        return tuple(made)
-
-    def set_defaults_with_config(self, **recipe: Any) -> list[str]:
-        """As TRL's, which would take a value of any type, and none of the choices."""
-        actions = {action.dest: action for action in reversed(self._actions)}
-        for name in recipe:
-            if name not in actions:
-                near = difflib.get_close_matches(str(name), actions, n=1)
-                raise ValueError(f"The recipe has the unknown option {name!r}." + f" Is {near[0]!r} meant?" * len(near))
-        return super().set_defaults_with_config(**{n: self._checked(actions[n], value) for n, value in recipe.items()})
-
-    def _checked(self, action: argparse.Action, value: Any) -> Any:
-        if isinstance(value, dict):
-            return json.dumps(value)
-        if value is None or isinstance(value, list) and action.nargs != "+":
-            return value  # no text stands for it on a command line
-        values = []
-        for item in value if isinstance(value, list) else [value]:
-            try:
-                values.append(self._get_value(action, str(item)))
-                self._check_value(action, values[-1])
-            except argparse.ArgumentError as error:
-                raise ValueError(f"The recipe's {error}.") from error
-        return values if action.nargs == "+" else values[0]
-
-
-def read_recipe(arguments: list[str]) -> None:
-    """Sees that what `--config` names can be read; the parser does read it.
-
-    Raises:
-        ValueError: if it is no file with options in YAML.
-    """
-    if "--config" not in arguments:
-        return
-    name = (arguments[arguments.index("--config") + 1 :] or [""])[0]
-    if not Path(name).is_file():
-        raise ValueError(f"`--config` {name!r} is no file: name a recipe, such as training/recipes/finetune.yaml.")
-    try:
-        recipe = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"The recipe {name} is not YAML: {error}") from error
-    if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
-        raise ValueError(f"The recipe {name} has no options: expected lines such as `learning_rate: 2.0e-5`.")

@@ -1,207 +1,40 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""TRL's SFT with what LLaVA's recipe adds: what trains, at which rates, in which order, and saved whole."""
+"""TRL's SFT with what LLaVA's recipe adds: what trains, at which rates, in which order, and by which loss."""
 
 import copy
-import json
-import math
 import os
 import re
-import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from datasets import IterableDataset
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback, TrainerState
-from transformers.dynamic_module_utils import custom_object_save
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint, rotate_checkpoints
-from transformers.utils import logging
-from trl import SFTConfig, SFTTrainer
+from transformers import PreTrainedModel, ProcessorMixin
+from transformers.trainer_utils import get_last_checkpoint
 
-from conversion import fusion
-from conversion.checkpoints.folders import copy_licences, name_auto_class
-from modeling_llava_stf import LlavaSTFConfig
-from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
-
-from .checkpoint import LENGTHS, OPTIMIZER, RUN, check_checkpoint, check_optimizer, rows_of
-from .data import Collator, DataError
+from .arguments import CONNECTOR, TOWER, LlavaSTFTrainingArguments, launched_processes
+from .batches import Collator
+from .rows import DataError
 from .sampler import ModalityLengthSampler
-from .settings import DECIDING, check_settings
-
-logger = logging.get_logger(__name__)
-
-CONNECTOR = "multi_modal_projector"
-TOWER = "vision_tower"
-CARD = """---
-library_name: transformers
-pipeline_tag: image-text-to-text
-tags:
-- llava_stf
----
-
-# LLaVA-STF, trained with TRL
-
-This is a note, not yet a model card: `python -m hub_card render` writes one, before you publish.
-"""
-# In the output folder while something is being saved. The leading underscore keeps it from being pushed.
-UNFINISHED = "_unfinished"
-# What decides the numbers of a LoRA run, of its `adapter_config.json`.
-ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
+from .saving import SavingTrainer
+from .throughput import Meter, measure_tflops
+from .upstream import (
+    NoEndlessEpochs,
+    SamplerEpoch,
+    StopByHand,
+    finished,
+    image_token_masked,
+    message_of,
+    name_base_commit,
+)
 
 
-class SaveError(RuntimeError):
-    """A checkpoint could not be saved; what was saved before is as it was."""
-
-
-@dataclass
-class LlavaSTFTrainingArguments(SFTConfig):
-    """TRL's `SFTConfig` with the settings of LLaVA's recipe.
-
-    Options that would not act, or have no possible value, are refused (see `training.settings`).
-
-    Raises:
-        ValueError: if an option is refused, or the global batch is no multiple of what the devices take in one step.
-    """
-
-    trainable: str | None = field(
-        default=None,
-        metadata={
-            "help": "Regular expression: parameters whose name it matches are trained, all others are frozen. By "
-            "default all but the vision tower. Not with LoRA, which has `lora_target_modules` and "
-            "`lora_modules_to_save`."
-        },
-    )
-    projector_learning_rate: float | None = field(
-        default=None,
-        metadata={"help": "Learning rate of the fusion modules; by default `learning_rate`."},
-    )
-    global_batch_size: int | None = field(
-        default=None,
-        metadata={
-            "help": "Rows of one optimizer step, on all devices together. `gradient_accumulation_steps` follows from "
-            "it, so that a recipe is the same on any number of devices."
-        },
-    )
-    gradient_accumulation_steps: int = field(
-        default=1,
-        metadata={"help": "Micro-batches of one optimizer step; not beside `global_batch_size`, which says them."},
-    )
-    group_by_modality_length: bool = field(
-        default=False,
-        metadata={"help": "Make each global batch of rows with images or of text rows, of similar lengths."},
-    )
-    loss_reduction: str = field(
-        default="token",
-        metadata={
-            "help": "'token': mean over all trained tokens of a global batch. 'microbatch': mean of the means of its "
-            "micro-batches, as the original.",
-            "choices": ["token", "microbatch"],
-        },
-    )
-    chat_template_name: str = field(
-        default="default",
-        metadata={"help": "Chat template of the processor to train with: 'default' (vicuna_v1), or 'plain' (stage 1)."},
-    )
-    peak_tflops: float | None = field(
-        default=None,
-        metadata={
-            "help": "TFLOP/s of one device, to measure model FLOPs utilisation (MFU) by. By default the speed of a "
-            "large matrix product, measured at the start."
-        },
-    )
-    image_aspect_ratio: str = field(
-        default="pad",
-        metadata={
-            "help": "'pad': pictures are padded to a square, as the processor does. 'square': they are cut to one, as "
-            "in the original's stage 1.",
-            "choices": ["pad", "square"],
-        },
-    )
-    do_exif_transpose: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Turn photos upright, as their EXIF orientation says; the original does not. By default as the "
-            "model's processor does. What is trained with is saved with the model."
-        },
-    )
-    alpha_background: str | None = field(
-        default=None,
-        metadata={
-            "help": "Colour to paint behind transparent pixels, such as 'white'; the original drops transparency. By "
-            "default as the model's processor does. What is trained with is saved with the model."
-        },
-    )
-    max_length: int | None = field(
-        default=2048,
-        metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
-    )
-    assistant_only_loss: bool = field(default=True, metadata={"help": "Train on the answers only."})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "The collator needs all columns."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False,
-        metadata={"help": "Not needed: batches without images send a blank one through the tower and the fusion."},
-    )
-
-    def __post_init__(self) -> None:
-        check_settings(self)
-        if self.global_batch_size is not None:
-            steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, launched_processes())
-            if self.gradient_accumulation_steps not in (1, steps):
-                raise ValueError(
-                    f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but {steps} follows from "
-                    "`global_batch_size`: leave one of them out."
-                )
-            self.gradient_accumulation_steps = steps
-        super().__post_init__()
-        if self.accelerator_config.split_batches:
-            raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
-        for name in ("fp16", "activation_offloading"):
-            if getattr(self, name) and self.device.type == "cpu":
-                raise ValueError(f"`{name}` does not act on a CPU: leave it out.")
-        if self.group_by_modality_length and self.train_sampling_strategy != "random":
-            raise ValueError(
-                f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but `group_by_modality_length` orders "
-                "the rows: set that to false."
-            )
-
-    @property
-    def order_seed(self) -> int:
-        """Of the order of the rows."""
-        return self.seed if self.data_seed is None else self.data_seed
-
-
-def launched_processes() -> int:
-    """As the launcher says, whether or not they are connected yet."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def accumulation_steps(global_batch: int, per_device: int, devices: int) -> int:
-    """Steps to accumulate for a global batch; a `ValueError` if they do not come out even."""
-    if global_batch % (per_device * devices):
-        raise ValueError(
-            f"`global_batch_size` is {global_batch}, but {devices} device(s) with {per_device} rows each take "
-            f"{per_device * devices} rows at a time, which does not divide it. Change `per_device_train_batch_size`."
-        )
-    return global_batch // (per_device * devices)
-
-
-class LlavaSTFTrainer(SFTTrainer):
-    """[`~trl.SFTTrainer`] for LLaVA-STF, and for the stock LLaVA: rows of `training.data` in, loadable folders out.
+class LlavaSTFTrainer(SavingTrainer):
+    """[`~trl.SFTTrainer`] for LLaVA-STF, and for the stock LLaVA: rows of `training.rows` in, loadable folders out.
 
     Frozen weights keep the dtype that they were loaded in; what is trained is float32, or else small steps would be
     lost in bfloat16 (DeepSpeed keeps float32 copies itself).
@@ -212,7 +45,6 @@ class LlavaSTFTrainer(SFTTrainer):
         FloatingPointError: if the loss or a weight is no longer finite.
     """
 
-    args: LlavaSTFTrainingArguments
     _tag_names = ["llava-stf"]
     _name = "SFT"
 
@@ -231,55 +63,45 @@ class LlavaSTFTrainer(SFTTrainer):
                 f"{launched} processes were launched, but each would train by itself (world size {args.world_size}): "
                 "without GPUs pass `--use_cpu true`."
             )
-        processor = processing_class
-        template = template_text(processor, args.chat_template_name)
-        for name in ("do_exif_transpose", "alpha_background"):
-            if getattr(args, name) is not None:
-                setattr(processor.image_processor, name, getattr(args, name))
-        if args.image_aspect_ratio == "square":  # in training only: the saved processor pads
-            processor = copy.deepcopy(processor)
-            processor.image_processor.do_pad = False
-        assert not isinstance(args.pad_to_multiple_of, str)  # TRL has made a number of it
-        # Rows are checked against `max_length` before training; a collator that truncates could cut an image.
-        collator = Collator(
-            processor,
-            assistant_only_loss=args.assistant_only_loss,
-            pad_to_multiple_of=args.pad_to_multiple_of,
-            chat_template=template,
-        )
+        collator = collator_of(processing_class, args)
         super().__init__(
             model, args, processing_class=processing_class, data_collator=data_collator or collator, **kwargs
         )
-        if isinstance(self.train_dataset, IterableDataset):
-            if args.group_by_modality_length:
-                raise ValueError("A streamed dataset cannot be grouped: set `group_by_modality_length` to false.")
-            if args.train_sampling_strategy != "random":
-                raise ValueError("A streamed dataset has its own order: leave out `train_sampling_strategy`.")
-        if isinstance(self.model, PeftModel):  # an adapter remembers the commit, not a branch that moves
-            for adapter in self.model.peft_config.values():
-                adapter.revision = adapter.revision or base_commit(without_adapter(self.model))
+        self._check_stream()
+        if isinstance(self.model, PeftModel):
+            name_base_commit(self.model)
         self.add_callback(NoEndlessEpochs())
         self._choose_trained()
-        self._images = self._tokens = 0
-        self._clock = now()
-        self._staging = False
+        self._meter = Meter()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Trains as [`Trainer.train`] does; a run that had done all its steps is loaded, and nothing is added to it.
+
+        Raises:
+            CheckpointError: if the checkpoint is incomplete, damaged or of another run.
+        """
+        self.prepare_folder()
+        if self.args.peak_tflops is None:
+            self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
+        if resume_from_checkpoint is True:  # transformers' way to say "the last"
+            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+            self.check_checkpoint(Path(resume_from_checkpoint))
+            if done := finished(self, resume_from_checkpoint):
+                return done
+        self._meter.restart()
+        try:
+            with StopByHand(self):
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except DataError as error:
+            raise DataError(f"{message_of(error)}. {self._way_back()}") from error
 
     # What trains
 
     def _choose_trained(self) -> None:
         if isinstance(self.model, PeftModel):
-            if self.args.trainable is not None:
-                raise ValueError("`trainable` is not for LoRA: name `lora_target_modules` and `lora_modules_to_save`.")
-            adapted = [name for name, w in self.model.named_parameters() if w.requires_grad and TOWER in name]
-            if adapted:
-                raise ValueError(
-                    f"The adapter would change the frozen vision tower ({len(adapted)} weights, such as {adapted[0]}). "
-                    "Let `lora_target_modules` match the language model only, "
-                    r"'.*language_model.*\.(q|k|v|o)_proj', and `lora_modules_to_save` not the tower."
-                )
-            for name in self.model.peft_config["default"].modules_to_save or ():
-                if not any(f"{name}.modules_to_save" in parameter for parameter, _ in self.model.named_parameters()):
-                    raise ValueError(f"`lora_modules_to_save` {name!r} matches no module; expected {CONNECTOR!r}.")
+            self._check_adapter(self.model)
         else:
             pattern = self.args.trainable or rf"^(?!.*\b{TOWER}\b)"
             for name, parameter in self.model.named_parameters():
@@ -298,8 +120,28 @@ class LlavaSTFTrainer(SFTTrainer):
                 "with `--dtype float32`; `bf16: true` still computes in bfloat16."
             )
 
+    def _check_adapter(self, model: PeftModel) -> None:
+        if self.args.trainable is not None:
+            raise ValueError("`trainable` is not for LoRA: name `lora_target_modules` and `lora_modules_to_save`.")
+        adapted = [name for name, weight in model.named_parameters() if weight.requires_grad and TOWER in name]
+        if adapted:
+            raise ValueError(
+                f"The adapter would change the frozen vision tower ({len(adapted)} weights, such as {adapted[0]}). "
+                "Let `lora_target_modules` match the language model only, "
+                r"'.*language_model.*\.(q|k|v|o)_proj', and `lora_modules_to_save` not the tower."
+            )
+        for name in model.peft_config["default"].modules_to_save or ():
+            if not any(f"{name}.modules_to_save" in parameter for parameter, _ in model.named_parameters()):
+                raise ValueError(f"`lora_modules_to_save` {name!r} matches no module; expected {CONNECTOR!r}.")
+
+    # Rates
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As [`Trainer.create_optimizer`], the fusion modules in groups of their own rate."""
+        """Creates the optimizer as [`Trainer.create_optimizer`] does, with the fusion modules in groups of their own.
+
+        Raises:
+            ValueError: if the fusion modules have a rate, but are not trained.
+        """
         created = self.optimizer is None
         optimizer = super().create_optimizer(model)
         rate = self.args.projector_learning_rate
@@ -318,7 +160,14 @@ class LlavaSTFTrainer(SFTTrainer):
         optimizer.param_groups[:] = [group for group in groups if group["params"]]
         return optimizer
 
-    # Order and loss
+    # Order
+
+    def _check_stream(self) -> None:
+        if isinstance(self.train_dataset, IterableDataset):
+            if self.args.group_by_modality_length:
+                raise ValueError("A streamed dataset cannot be grouped: set `group_by_modality_length` to false.")
+            if self.args.train_sampling_strategy != "random":
+                raise ValueError("A streamed dataset has its own order: leave out `train_sampling_strategy`.")
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -327,7 +176,7 @@ class LlavaSTFTrainer(SFTTrainer):
         if not {"length", "vision"} <= set(rows.column_names or ()):
             raise ValueError(
                 "`group_by_modality_length` needs the columns `length` and `vision`: check the rows first (see "
-                "`training.data.check_rows`), or set it to false."
+                "`training.checks.check_rows`), or set it to false."
             )
         sampler = ModalityLengthSampler(
             rows["length"][:],
@@ -339,21 +188,25 @@ class LlavaSTFTrainer(SFTTrainer):
         self.add_callback(SamplerEpoch(sampler))
         return sampler
 
+    # Loss
+
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if self.args.loss_reduction == "microbatch":
             return None  # each micro-batch is averaged by itself
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """As [`SFTTrainer.compute_loss`]; `<image>` is no answer, as in the model's own loss."""
+        """Computes the loss as [`SFTTrainer.compute_loss`] does, but `<image>` is no answer."""
         with image_token_masked(self.accelerator.unwrap_model(self.model)):
             return super().compute_loss(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As [`Trainer.training_step`]; stops at a loss that is not finite, before the weights change."""
-        pixels = inputs.get("pixel_values")
-        self._images += 0 if pixels is None else pixels.shape[0]
-        self._tokens += int(inputs["attention_mask"].sum())
+        """Trains on a micro-batch as [`Trainer.training_step`] does.
+
+        Raises:
+            FloatingPointError: if the loss is not finite; the weights have not changed yet.
+        """
+        self._meter.count(inputs)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -362,349 +215,47 @@ class LlavaSTFTrainer(SFTTrainer):
             )
         return loss
 
-    # Speed
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """As [`Trainer.train`]; a run that had done all its steps is loaded, and nothing is added to it.
-
-        Raises:
-            CheckpointError: if the checkpoint is incomplete, damaged or of another run.
-        """
-        if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir) / UNFINISHED, ignore_errors=True)
-            if self.args.push_to_hub:
-                # Pushes in between copy the weights, but not the code, which must be there already.
-                os.makedirs(self.args.output_dir, exist_ok=True)
-                network = without_adapter(self.accelerator.unwrap_model(self.model))
-                custom_object_save(network, self.args.output_dir, config=network.config)
-        if self.args.peak_tflops is None:
-            self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
-        if resume_from_checkpoint is True:  # transformers' way to say "the last"
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
-        if isinstance(resume_from_checkpoint, str | os.PathLike):
-            resume_from_checkpoint = os.fspath(resume_from_checkpoint)
-            self._check_checkpoint(Path(resume_from_checkpoint))
-            state = TrainerState.load_from_json(os.path.join(resume_from_checkpoint, "trainer_state.json"))
-            if 0 < self.args.max_steps <= state.global_step:
-                self.state = state
-                self._load_from_checkpoint(resume_from_checkpoint)
-                return TrainOutput(state.global_step, 0.0, {})
-        self._clock = now()
-        try:
-            with StopByHand(self):
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except DataError as error:  # with the traceback of a worker in front
-            message = str(error).strip().splitlines()[-1].removeprefix(f"{DataError.__module__}.DataError: ")
-            raise DataError(f"{message}. {self._way_back()}") from error
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As [`SFTTrainer.log`], with the throughput of all devices since the last line."""
+        """Logs as [`SFTTrainer.log`] does, with the throughput of all devices since the last line."""
         if "loss" in logs:
-            seconds = now() - self._clock
-            counts = torch.tensor([self._images, self._tokens], device=self.args.device)
-            images, tokens = self.accelerator.reduce(counts, "sum").tolist()
-            flops = training_flops(self.accelerator.unwrap_model(self.model), images, tokens)
             assert self.args.peak_tflops is not None  # measured at the start
             peak = self.args.peak_tflops * 1e12 * self.args.world_size
-            logs |= {
-                "images_per_second": images / seconds,
-                "tokens_per_second": tokens / seconds,
-                "mfu": flops / seconds / peak,
-            }
-            self._images = self._tokens = 0
-            self._clock = now()
+            logs |= self._meter.read(self.accelerator.unwrap_model(self.model), self._sum_over_ranks, peak)
         super().log(logs, start_time)
 
-    # Going on
-
-    @cached_property
-    def run(self) -> dict[str, Any]:
-        """What decides the numbers of this run, as it is written beside each checkpoint."""
-        settings = self.args.to_dict()
-        network = without_adapter(self.model)
-        adapter = self.model.peft_config["default"].to_dict() if isinstance(self.model, PeftModel) else {}
-        run = {
-            "processes": self.args.world_size,
-            **{name: settings[name] for name in (*DECIDING, *LENGTHS)},
-            "base": network.name_or_path,
-            "revision": base_commit(network),
-            "dtype": str(next(self.model.parameters()).dtype),
-            **{name: adapter.get(name) for name in ADAPTER if adapter},
-            **rows_of(self.train_dataset),
-        }
-        return json.loads(json.dumps(run, default=sorted))  # sets as lists, as they will be read
-
-    def _check_checkpoint(self, folder: Path) -> None:
-        shapes = None
-        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            adapter = isinstance(self.model, PeftModel)
-            weights = get_peft_model_state_dict(self.model) if adapter else self.model.state_dict()
-            shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-            if self.model.config.get_text_config().tie_word_embeddings:
-                shapes.pop("lm_head.weight", None)
-        for note in check_checkpoint(folder, self.run, shapes, self.accelerator.scaler is not None):
-            logger.warning(note)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
-            scaled = self.accelerator.scaler is not None
-            check_optimizer(Path(checkpoint) / OPTIMIZER, self.optimizer, self.state.global_step, scaled)
-        super()._load_optimizer_and_scheduler(checkpoint)
-
-    # Saving: complete or absent
-
-    def _get_output_dir(self, trial: Any) -> str:
-        folder = super()._get_output_dir(trial)
-        return os.path.join(folder, UNFINISHED) if self._staging else folder
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self._check_finite()
-        run = Path(self._get_output_dir(trial))
-        staging, name = run / UNFINISHED, f"checkpoint-{self.state.global_step}"
-        self._staging = True
-        try:
-            super()._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                (staging / name / RUN).write_text(json.dumps(self.run, indent=2) + "\n", encoding="utf-8")
-                self._name_best(staging, run, name)
-                _replace(staging / name, run / name)
-        except Exception as error:
-            raise SaveError(f"Could not save {run / name}: {error}. {self._way_back()}") from error
-        finally:
-            self._staging = False
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        if self.args.push_to_hub:
-            self._finish_current_push()  # it reads the files that the next one overwrites
-            super()._push_from_checkpoint(str(run / name))
-        if self.args.should_save:
-            rotate_checkpoints(
-                output_dir=str(run),
-                save_total_limit=self.args.save_total_limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-            )
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not yet: the checkpoint has still to get its name, see [`_save_checkpoint`]."""
-
-    def _name_best(self, staging: Path, run: Path, name: str) -> None:
-        if self.state.best_model_checkpoint == str(staging / name):
-            self.state.best_model_checkpoint = str(run / name)
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        if self._staging:
-            return self._write(folder, state_dict)
-        self._check_finite()
-        staging = folder / UNFINISHED
-        try:
-            self._write(staging, state_dict)
-            if self.args.should_save:
-                # A folder without its config does not load: it comes last.
-                for path in sorted(staging.iterdir(), key=lambda path: path.name.endswith("config.json")):
-                    _replace(path, folder / path.name)
-        except Exception as error:
-            raise SaveError(f"Could not save {folder}: {error}. {self._way_back()}") from error
-        finally:
-            if self.args.should_save:
-                shutil.rmtree(staging, ignore_errors=True)
-
-    def _write(self, folder: Path, state_dict: dict | None) -> None:
-        with own_class(self.model):
-            super()._save(str(folder), state_dict)
-        if self.args.should_save:
-            (folder / "README.md").unlink(missing_ok=True)  # PEFT's, which knows less than ours
-            if isinstance(self.model, PeftModel):
-                name_auto_class(folder)
-            copy_licences(folder)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """A note in place of a card, where there is none: what a card needs to know, a run does not."""
-        card = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and not card.exists():
-            card.parent.mkdir(parents=True, exist_ok=True)
-            card.write_text(CARD, encoding="utf-8")
-
-    def _check_finite(self) -> None:
-        for name, weight in self.model.named_parameters():
-            local = weight.to_local() if isinstance(weight, DTensor) else weight
-            if weight.requires_grad and not torch.isfinite(local).all():
-                raise FloatingPointError(
-                    f"{name} is not finite after step {self.state.global_step}; it was not saved. {self._way_back()}"
-                )
-
-    def _way_back(self) -> str:
-        return way_back(self.args.output_dir)
+    def _sum_over_ranks(self, numbers: list[int]) -> list[int]:
+        return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
 
 
-def way_back(output_dir: str | None) -> str:
-    """Names the last complete checkpoint in a folder."""
-    last = get_last_checkpoint(output_dir) if output_dir and os.path.isdir(output_dir) else None
-    if last is None:
-        return "No checkpoint was saved yet."
-    return f"The last complete checkpoint is {last}: go on from it with --resume_from_checkpoint {last}."
-
-
-class NoEndlessEpochs(TrainerCallback):
-    """Stops where an epoch has too few rows for a step, which a stream would repeat for ever."""
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.step = state.global_step
-
-    def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step:
-            raise DataError("The data has no row, or too few for one step: nothing was trained in a whole epoch.")
-
-
-class StopByHand(TrainerCallback):
-    """Within it Ctrl-C stops the training after the micro-batch; a second one at once.
-
-    Raised at once, it is lost where the workers of an epoch are taken down: torch (2.13 seen) does that in a
-    `__del__`, and Python drops what is raised there.
-    """
-
-    def __init__(self, trainer: LlavaSTFTrainer):
-        self.trainer, self.asked = trainer, False
-
-    def __enter__(self) -> None:
-        self.trainer.add_callback(self)
-        self.before = signal.getsignal(signal.SIGINT)
-        if threading.current_thread() is threading.main_thread():  # no other may set a handler
-            signal.signal(signal.SIGINT, self._note)
-
-    def __exit__(self, *exception: object) -> None:
-        self.trainer.remove_callback(self)
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, self.before)
-
-    def _note(self, number: int, frame: Any) -> None:
-        if self.asked:
-            signal.default_int_handler(number, frame)
-        self.asked = True
-
-    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-
-    on_substep_end = on_step_begin
-
-
-class SamplerEpoch(TrainerCallback):
-    """Tells the sampler its epoch. Where a resumed run skips batches on several ranks, accelerate does not."""
-
-    def __init__(self, sampler: ModalityLengthSampler):
-        self.sampler = sampler
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.sampler.set_epoch(int(state.epoch or 0))
-
-
-@contextmanager
-def own_class(model: nn.Module) -> Iterator[None]:
-    """Within it, a model that FSDP2 gave another class has its own: its code is saved, not that of torch."""
-    sharded = type(model)
-    if isinstance(model, FSDPModule):
-        model.__class__ = sharded.__bases__[1]
-    try:
-        yield
-    finally:
-        model.__class__ = sharded
-
-
-def _replace(new: Path, old: Path) -> None:
-    """Gives a file or a folder its name; a folder that had it goes."""
-    if old.is_dir():
-        shutil.rmtree(old)
-    os.replace(new, old)
+def collator_of(processor: ProcessorMixin, args: LlavaSTFTrainingArguments) -> Collator:
+    """Makes the collator of a training; what `args` say about pictures is set in `processor`, too."""
+    template = template_text(processor, args.chat_template_name)
+    for name in ("do_exif_transpose", "alpha_background"):
+        if getattr(args, name) is not None:
+            setattr(processor.image_processor, name, getattr(args, name))
+    if args.image_aspect_ratio == "pad":  # the processor of a converted stage-1 run does not
+        processor.image_processor.do_pad = True
+    else:  # in training only: the saved processor stays as it is
+        processor = copy.deepcopy(processor)
+        processor.image_processor.do_pad = False
+    assert not isinstance(args.pad_to_multiple_of, str)  # TRL has made a number of it
+    # Rows are checked against `max_length` before training; a collator that truncates could cut an image.
+    return Collator(
+        processor,
+        assistant_only_loss=args.assistant_only_loss,
+        pad_to_multiple_of=args.pad_to_multiple_of,
+        chat_template=template,
+    )
 
 
 def template_text(processor: Any, name: str) -> str:
-    """The chat template of this name; a `ValueError` that lists the names if there is none."""
+    """Returns the chat template of this name.
+
+    Raises:
+        ValueError: if there is none; lists the names.
+    """
     templates = processor.chat_template
     templates = templates if isinstance(templates, dict) else {"default": templates}
     if name not in templates:
         raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
     return templates[name]
-
-
-def base_commit(network: PreTrainedModel) -> str | None:
-    """The commit of the Hub that the weights are of; `None` for a folder."""
-    return getattr(network.config, "_commit_hash", None)
-
-
-def without_adapter(model: PreTrainedModel | PeftModel) -> Any:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-@contextmanager
-def image_token_masked(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Within it, TRL's fused head sees a bias that takes `<image>` out of the softmax.
-
-    TRL multiplies by the head's weight itself, so that the model's own loss, which leaves `<image>` out, is not used.
-    The original has no such token.
-    """
-    network = without_adapter(model)
-    head_of = type(network).get_output_embeddings
-
-    def masked_head() -> SimpleNamespace:
-        weight = head_of(network).weight
-        if isinstance(weight, DTensor):  # FSDP2: averaged over the ranks on the way back (by TRL itself it is not)
-            weight = weight.full_tensor(grad_placements=[Partial("avg")] * weight.device_mesh.ndim)
-        bias = weight.new_zeros(network.config.get_text_config().vocab_size)
-        bias[network.config.image_token_id] = NO_ANSWER_LOGIT
-        if is_deepspeed_zero3_enabled():
-            from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-            bias.ds_status = ZeroParamStatus.AVAILABLE  # TRL gathers weights and biases that are not
-        return SimpleNamespace(weight=weight, bias=bias)
-
-    network.get_output_embeddings = masked_head
-    try:
-        yield
-    finally:
-        del network.get_output_embeddings
-
-
-def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: float) -> float:
-    """FLOPs of training on so many images and tokens, recomputation of checkpointed layers not counted.
-
-    For each weight of a linear layer and each position two in the forward pass, two for the gradient of the inputs
-    (but in the frozen tower), and two for the weight's own, if it is trained. Attention scores are left out.
-    """
-    config: Any = model.config
-    fused = fusion.counted(config) if isinstance(config, LlavaSTFConfig) else {}
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    flops = 0.0
-    for name, layer in model.named_modules():
-        if not isinstance(layer, nn.Linear) or "original_module" in name:  # PEFT keeps the untrained copy there
-            continue
-        learns = layer.weight.requires_grad
-        passes = 2 + 2 * (TOWER not in name or learns) + 2 * learns
-        in_fusion = next((counted for key, counted in fused.items() if key in name), None)
-        if in_fusion is not None:
-            positions = images * in_fusion.rows
-        elif TOWER in name or CONNECTOR in name:
-            positions = images * patches
-        else:
-            positions = tokens
-        flops += passes * positions * layer.in_features * layer.out_features
-    return flops
-
-
-def now() -> float:
-    return time.perf_counter()
-
-
-def measure_tflops(device: torch.device, bf16: bool, repeats: int = 5) -> float:
-    """The speed of a large matrix product, in TFLOP/s: the best of `repeats`."""
-    size = 2048 if device.type == "cpu" else 8192  # milliseconds, beside which starting it and waiting are nothing
-    factor = torch.randn(size, size, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-    best = math.inf
-    for _ in range(repeats):
-        started = time.perf_counter()
-        (factor @ factor)[0, 0].item()  # waits for the device
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best / 1e12

@@ -138,8 +138,8 @@ def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 48
 def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: int) -> None:
     """Trains and tests one system with one seed; [`ablate`] starts it."""
     # This import is here because only this command needs TRL.
-    from training.data import load_rows
-    from training.trainer import LlavaSTFTrainer, LlavaSTFTrainingArguments
+    from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
+    from training.rows import load_rows
 
     data, target = Path(work) / "data", Path(file)
     system = SYSTEMS[index]

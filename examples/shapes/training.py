@@ -29,8 +29,8 @@ def train(
         The log with step, seconds since the start, and mean loss since the last entry.
     """
     matrices, others = [], []
-    for name, weight in model.named_parameters():
-        (matrices if weight.ndim == 2 and ".layers." in name else others).append(weight)
+    for key, weight in model.named_parameters():
+        (matrices if weight.ndim == 2 and ".layers." in key else others).append(weight)
     optimizers = [
         torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.05),
         torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),

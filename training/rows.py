@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: LLaVA's JSON and datasets of `messages` and `images`, as rows that are checked before they cost time.
+"""Reads training data, LLaVA's JSON or datasets of `messages` and `images`, as rows of one kind.
 
 A row has these columns, whatever it was read from:
 
@@ -19,9 +19,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,27 +28,16 @@ import datasets
 import PIL.Image
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.packaged_modules.json.json import Json as JsonBuilder
-from jinja2 import TemplateError
-from transformers.utils import logging
-from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_llava_stf.processing_llava_stf import (
     UNREADABLE,
-    VIDEO_FPS,
-    LlavaSTFImageProcessor,
-    LlavaSTFProcessor,
     is_animation,
     is_picture,
-    load_picture,
-    shown_frames,
-    to_rgb,
 )
-
-logger = logging.get_logger(__name__)
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# Kinds of problems. Only those of the first kind are cured by `--on-bad-image skip`.
+# Kinds of problems. Only those of the first kind are cured by `--on_bad_image skip`.
 BAD_IMAGE, PLACEHOLDER, TOO_LONG, NO_TARGET, CONVERSATION = (
     "bad image",
     "placeholder mismatch",
@@ -59,16 +46,10 @@ BAD_IMAGE, PLACEHOLDER, TOO_LONG, NO_TARGET, CONVERSATION = (
     "bad conversation",
 )
 LONGEST_PATH = 4096  # characters; a longer one is a picture in base64
-NAMED = 20  # rows of each kind that a report names
 # What becomes of a row beside what its author wrote.
 FRONT = "`<image>` comes first in its message, then the text without the blanks around it, as in the original"
 ONE_KEPT = "several `<image>` in a message stand for one picture and one is kept, as in the original"
 DIVIDED = "texts of one message that no blank divides are divided by a line break, as in the chat template"
-LEFT_OUT = (
-    "the chat template leaves out a text, as the original does with an answer before the first question and, in stage "
-    "1, with the question"
-)
-
 # Keys that are read, and keys with a meaning that would be lost: these are refused if they have a value. Any other key
 # is named once.
 READ = {
@@ -98,7 +79,6 @@ REFUSED = {
 # Keys with which other trainers choose what is trained: here, every answer is, and nothing else.
 TRAINS = {"loss", "loss_mask", "loss_scale", "loss_weight", "train", "trainable", "training", "weight"}
 MASKS = {"mask", "masked"}
-
 WANTED = "expected `messages` and `images` (or `conversations` and `image`)"
 # Columns of other formats, each of a question and its answer.
 PAIRS = (
@@ -110,7 +90,6 @@ PAIRS = (
     ("question", "answer"),
     ("input", "output"),
 )
-
 CONTENT = List({"type": Value("string"), "text": Value("string")})
 FEATURES = Features(
     {
@@ -122,11 +101,6 @@ FEATURES = Features(
         "problem": Value("string"),
     }
 )
-CHECKED = Features(
-    {**FEATURES, "length": Value("int32"), "vision": Value("int32"), "targets": Value("int32")},
-)
-
-
 # What `datasets` raises for data that it cannot read.
 UNREADABLE_DATA = (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError)
 
@@ -199,7 +173,7 @@ def _is_saved(path: Path) -> bool:
 def _json_files(
     path: Path, data_path: str, config: str | None, split: str, streaming: bool
 ) -> dict[str, list[tuple[str, str]]]:
-    """Name and place of each JSON file of a folder or a Hub dataset that is made of them, by split.
+    """Finds name and place of each JSON file of a folder or a Hub dataset that is made of them, by split.
 
     `datasets` would read them with types that it guesses: where they differ from row to row, it writes texts as JSON,
     in which the text `4` and the number 4 are the same (seen in 5.2.0).
@@ -227,7 +201,7 @@ def _json_files(
 
 
 def _split(splits: dict[str, Any], wanted: str) -> Dataset | IterableDataset:
-    """The rows that `wanted` names, in the notation of `datasets`, such as `train[:10%]+test`."""
+    """Returns the rows that `wanted` names, in the notation of `datasets`, such as `train[:10%]+test`."""
     if wanted in splits:
         return splits[wanted]
     try:
@@ -270,7 +244,7 @@ def _load_source(
 
 
 def _json_rows(files: list[tuple[str, str]], root: str, several: bool, version: str) -> Iterator[dict[str, Any]]:
-    """The rows of these files; a row without an id is called by its number, and by its file if there are `several`."""
+    """Yields the rows of these files; one without an id is named by its number, and its file if there are `several`."""
     # A loader's worker, or a process, gets a part of the files.
     for name, place in files:
         for index, row in enumerate(_read_json(name, place)):
@@ -278,7 +252,7 @@ def _json_rows(files: list[tuple[str, str]], root: str, several: bool, version: 
 
 
 class Repeated(dict):
-    """An object of a JSON file that has one of its keys twice."""
+    """Marks an object of a JSON file that has one of its keys twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -287,7 +261,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _read_json(name: str, place: str) -> Iterator[Any]:
-    """The rows of a list, or of lines; a line that is no JSON is a [`DataError`] in place of its row."""
+    """Yields the rows of a list, or of lines; a line that is no JSON is a [`DataError`] in place of its row."""
     # Bytes that are no UTF-8 become surrogates, for which their row is refused.
     with open(place, encoding="utf-8-sig", errors="surrogateescape") as file:
         begin = file.read(1000).lstrip()[:1]
@@ -321,7 +295,7 @@ def _line(read: Any, number: int, line: str) -> Any:
 
 
 def to_row(example: Any, index: int | str, root: str) -> dict[str, Any]:
-    """A row of LLaVA (`conversations`) or of TRL (`messages`) with its images and videos, which are not opened."""
+    """Reads a row of LLaVA (`conversations`) or of TRL (`messages`); its images and videos are not opened."""
     row: dict[str, Any] = {"id": str(index), "messages": [], "images": [], "videos": [], "notes": [], "problem": ""}
     try:
         if isinstance(example, DataError):
@@ -354,12 +328,12 @@ def _printable(text: str) -> str:
 
 
 def _empty(value: Any) -> bool:
-    """Whether a key is as good as absent. A dataset gives each row all keys that any of its rows has."""
+    """Tells whether a key is as good as absent. A dataset gives each row all keys that any of its rows has."""
     return value is None or (isinstance(value, str | list | tuple | dict) and not value)
 
 
 def _unread(found: dict[str, Any], where: str) -> list[str]:
-    """Notes of the keys that nothing reads; a [`DataError`] for one whose meaning would be lost."""
+    """Notes the keys that nothing reads; raises a [`DataError`] for one whose meaning would be lost."""
     if isinstance(found, Repeated):
         raise DataError(f"{CONVERSATION}: {where} has one of the keys {', '.join(found)} twice, expected it once")
     notes = []
@@ -430,14 +404,14 @@ def _listed(example: dict[str, Any], one: str, many: str) -> list:
 
 
 def _videos(example: dict[str, Any], root: str) -> list:
-    """Files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
+    """Returns files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
     videos = _listed(example, "video", "videos")
     frames = videos and all(is_picture(item) for item in videos)
     return [videos] if frames and not all(is_animated(os.path.join(root, item)) for item in videos) else videos
 
 
 def is_animated(path: str) -> bool:
-    """Whether this is an animated picture, and so a video; only its header is read."""
+    """Tells whether a file is an animated picture, and so a video; reads its header only."""
     try:
         if not is_picture(path) or not os.path.isfile(path):
             return False
@@ -468,7 +442,7 @@ def _frame_paths(video: Any, root: str) -> list[str]:
 
 
 def _written(text: Any, what: str, kind: str = CONVERSATION) -> str:
-    """The text as it is; a [`DataError`] if it is none. Nothing is made a text: `datasets` would change other rows.
+    """Returns a text as it is; raises a [`DataError`] if it is none, since `datasets` would change other rows.
 
     A column of texts and numbers becomes JSON there, and all its texts get quotation marks (seen in 5.2.0).
     """
@@ -485,7 +459,7 @@ def _written(text: Any, what: str, kind: str = CONVERSATION) -> str:
 
 
 def _turn(turn: Any, notes: list[str]) -> tuple[str, Any]:
-    """Role and content of a turn, which is checked; `notes` get its keys that nothing reads."""
+    """Returns role and content of a turn, and checks it; `notes` get its keys that nothing reads."""
     if not isinstance(turn, dict):
         raise DataError(f"{CONVERSATION}: a turn is {turn!r:.100}, expected a role and what it says")
     notes += _unread(turn, "a turn")
@@ -546,7 +520,7 @@ def _check_order(turns: list[tuple[str, Any]]) -> None:
 
 
 def place_media(turns: list[tuple[str, Any]], images: int, videos: int, at_front: bool = False) -> list[dict[str, Any]]:
-    """Turns as structured messages; placeholders in a text go to its front, as in the original.
+    """Makes structured messages of turns; placeholders in a text are moved to its front, as in the original.
 
     Several placeholders in one text stand for as many images if there are so many, else for one (the original
     keeps one). A video may be marked by `<image>`, as the original does. `at_front`: images that no text mentions
@@ -591,7 +565,7 @@ def _marked_as_video(part: dict[str, Any]) -> dict[str, Any]:
 
 
 def _placed_parts(part: dict[str, Any], whole: set[str]) -> list[dict[str, Any]]:
-    """A part, with the placeholders of its text in front of it: all of those of `whole` kinds, else one."""
+    """Puts the placeholders of a text in front of it: all of those of `whole` kinds, one of the others."""
     if part["type"] != "text":
         return [{"type": part["type"], "text": None}]
     text, media = part["text"], []
@@ -615,7 +589,7 @@ def _placed(messages: list[dict[str, Any]], kind: str) -> int:
 
 
 def _changes(turns: list[tuple[str, Any]], messages: list[dict[str, Any]]) -> list[str]:
-    """Notes of what the messages have otherwise than it was written."""
+    """Notes what the messages have otherwise than it was written."""
     notes = []
     for (_, content), message in zip(turns, messages, strict=True):
         parts = _as_parts(content)
@@ -631,324 +605,3 @@ def _changes(turns: list[tuple[str, Any]], messages: list[dict[str, Any]]) -> li
         if "<image>" in written and written not in (front + text, (front + text).rstrip("\n")):
             notes.append(FRONT)
     return notes
-
-
-# Checking
-
-
-@dataclass
-class Checker:
-    """Measures rows, and finds what is wrong with them.
-
-    Args:
-        processor: of the checkpoint to be trained.
-        template: text of the chat template that the training uses.
-        max_length: longest row, in tokens.
-        decode: open every image in full; otherwise only see whether its file is there.
-    """
-
-    processor: LlavaSTFProcessor
-    template: str
-    max_length: int
-    decode: bool
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        frames, found = 0, {"length": 0, "vision": 0, "targets": 0, "notes": row["notes"], "problem": row["problem"]}
-        try:
-            for image in row["images"]:
-                check_image(image, self.decode, self.processor.image_processor)
-            frames = sum(count_frames(video, self.decode, self.processor.image_processor) for video in row["videos"])
-        except DataError as error:
-            found["problem"] = found["problem"] or str(error)
-        if found["problem"]:
-            return found
-        # A video counts as its frames, and where it stands does not matter for the number of tokens.
-        messages = [
-            {
-                **message,
-                "content": [
-                    {**part, "type": "text" if part["type"] == "text" else "image"} for part in message["content"]
-                ],
-            }
-            for message in row["messages"]
-        ]
-        tokenizer = self.processor.tokenizer
-        try:
-            check_tokens(messages, tokenizer.all_special_tokens)
-            left_out = self._leaves_out(messages)
-            encoded = tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-        except DataError as error:
-            return {**found, "problem": str(error)}
-        except TemplateError as error:
-            return {**found, "problem": f"{CONVERSATION}: {error}"}
-        if left_out:
-            found["notes"] = [*found["notes"], LEFT_OUT]
-        media = len(row["images"]) + len(row["videos"])
-        rendered = sum(token == self.processor.image_token_id for token in encoded["input_ids"])
-        crop = self.processor.image_processor.crop_size
-        per_image = self.processor.num_image_tokens(crop["height"], crop["width"])
-        found["vision"] = len(row["images"]) + frames
-        found["length"] = len(encoded["input_ids"]) - media + found["vision"] * per_image
-        found["targets"] = sum(encoded["assistant_masks"])
-        if rendered != media:
-            found["problem"] = f"{PLACEHOLDER}: the template writes {rendered} <image> for {media} images or videos"
-        elif found["targets"] == 0:
-            found["problem"] = NO_TARGET
-        elif found["length"] > self.max_length:
-            found["problem"] = f"{TOO_LONG}: {found['length']} tokens, {self.max_length} are allowed"
-        return found
-
-    def _leaves_out(self, messages: list[dict[str, Any]]) -> bool:
-        """Whether one of the texts has no place in the template: they are marks, each of them another."""
-        marks = (f"\ue000{number}\ue001" for number in itertools.count())
-        marked = [
-            {**message, "content": [{**part, "text": part["text"] and next(marks)} for part in message["content"]]}
-            for message in messages
-        ]
-        rendered = self.processor.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
-        return any(text not in rendered for text in _texts(marked))
-
-
-def check_tokens(messages: list[dict[str, Any]], special: list[str]) -> None:
-    """Raises a [`DataError`] if a text has one of the `special` tokens, which the tokenizer would not read as text."""
-    for token in special:
-        if any(token in text for text in _texts(messages)):
-            raise DataError(
-                f"{CONVERSATION}: a text has {token!r}, which the tokenizer reads as a token of its own and not as "
-                "text, expected it in no text"
-            )
-
-
-def _texts(messages: list[dict[str, Any]]) -> list[str]:
-    return [part["text"] for message in messages for part in message["content"] if part["text"]]
-
-
-def check_image(image: dict[str, Any], decode: bool, image_processor: Any) -> None:
-    """Raises a [`DataError`] that names the image, if it is missing or, with `decode`, cannot be trained on."""
-    if decode:
-        open_image(image, image_processor)
-    elif image["bytes"] is None and not os.path.isfile(image["path"]):
-        raise DataError(f"{BAD_IMAGE}: {image['path']}: no such file")
-
-
-def open_image(image: Any, image_processor: Any = None) -> PIL.Image.Image:
-    """The picture in RGB as [`LlavaSTFImageProcessor`] makes it, for the stock image processor of LLaVA too.
-
-    Args:
-        image: `{"path", "bytes"}`, or a picture that is decoded already.
-        image_processor: has the options; by default those of the class.
-
-    Raises:
-        DataError: names the image that is missing, cannot be read, or is too long and thin.
-    """
-    options = {
-        name: getattr(image_processor, name, getattr(LlavaSTFImageProcessor, name))
-        for name in ("do_exif_transpose", "alpha_background")
-    }
-    try:
-        picture = to_rgb(image if isinstance(image, PIL.Image.Image) else load_picture(image), **options)
-        if isinstance(image_processor, LlavaSTFImageProcessor):
-            image_processor.check_size(picture)
-    except ValueError as error:
-        name = (isinstance(image, dict) and image["path"]) or "an image in the dataset"
-        raise DataError(f"{BAD_IMAGE}: {name}: {error.__cause__ or error}") from error
-    return picture
-
-
-def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
-    """Frames that the processor will read: those that are listed, or one for each second of a file."""
-    if len(video) == 1 and is_animated(video[0]):
-        try:
-            return len(shown_frames(load_picture(video[0])))
-        except UNREADABLE as error:
-            raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
-    if is_picture(video[0]):
-        for frame in video:
-            if is_animated(frame):
-                raise DataError(f"{BAD_IMAGE}: {frame}: an animation among frames; it is a video of its own")
-            check_image({"path": frame, "bytes": None}, decode, image_processor)
-        return len(video)
-    if not os.path.isfile(video[0]):
-        raise DataError(f"{BAD_IMAGE}: {video[0]}: no such file")
-    import av
-
-    try:
-        with av.open(video[0]) as container:
-            stream = container.streams.video[0]
-            if not stream.average_rate or not stream.frames:
-                raise DataError(f"{BAD_IMAGE}: {video[0]}: it does not say how many frames it has; make it an .mp4")
-            return max(1, int(stream.frames / stream.average_rate * VIDEO_FPS))
-    except (OSError, IndexError, av.FFmpegError) as error:
-        raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
-
-
-@dataclass
-class Report:
-    """What a check found: `kept` rows are fit to train on, and counted; `lengths` are those of the others, too."""
-
-    rows: int = 0
-    kept: int = 0
-    text_only: int = 0
-    images: int = 0
-    several_images: int = 0
-    targets: int = 0
-    tokens: int = 0
-    lengths: list[int] = field(default_factory=list)
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)  # names of the rows that are kept, by what is noted
-
-    @classmethod
-    def of(cls, checked: Dataset) -> "Report":
-        report = cls(rows=len(checked))
-        columns = checked.select_columns(["id", "length", "vision", "targets", "notes", "problem"])
-        for batch in columns.iter(1000):
-            for name, length, vision, targets, notes, problem in zip(*batch.values(), strict=True):
-                if length:
-                    report.lengths.append(length)
-                if problem:
-                    report.problems.setdefault(problem.split(":")[0], []).append(f"{name}: {problem}")
-                    continue
-                for note in notes:
-                    report.notes.setdefault(note, []).append(name)
-                report.kept += 1
-                report.text_only += vision == 0
-                report.images += vision
-                report.several_images += vision > 1
-                report.targets += targets
-                report.tokens += length
-        return report
-
-    def lines(self, max_length: int) -> Iterator[str]:
-        yield f"{self.rows} rows, {self.kept} of them fit to train on, with {self.targets} trained tokens"
-        yield (
-            f"with images: {self.kept - self.text_only} ({self.several_images} with several images or a video, "
-            f"{self.images} images and frames in all); text only: {self.text_only}"
-        )
-        yield from self.noted()
-        for kind, rows in sorted(self.problems.items()):
-            yield f"{kind}: {len(rows)} row(s)"
-            yield from (f"  {row}" for row in rows[:NAMED])
-            if len(rows) > NAMED:
-                yield f"  and {len(rows) - NAMED} more"
-        yield from self.histogram(max_length)
-
-    def noted(self) -> Iterator[str]:
-        """What the rows that are kept have otherwise than it was written, and keys that nothing reads: each once."""
-        for note, rows in sorted(self.notes.items()):
-            yield f"note: {note}: {len(rows)} row(s), the first is {rows[0]}"
-
-    def histogram(self, max_length: int, bins: int = 16, width: int = 50) -> Iterator[str]:
-        """Lengths of all rows that could be measured; a bin is a share of `max_length`."""
-        if not self.lengths:
-            return
-        step = -(-max_length // bins)
-        counts = Counter(length // step for length in self.lengths)
-        yield f"length in tokens: {min(self.lengths)} to {max(self.lengths)}, {max_length} allowed"
-        for index in range(min(counts), max(counts) + 1):
-            bar = "#" * round(width * counts[index] / max(counts.values()))
-            yield f"  {index * step:6d}-{(index + 1) * step - 1:<6d} {counts[index]:8d} {bar}"
-
-
-def check_rows(rows: Dataset, checker: Checker, num_proc: int | None = None, reuse: bool = False) -> Dataset:
-    """Rows with their measures and problems; with progress. `reuse`: what another process of this run found."""
-    # Never from an older run's cache: images may have come or gone since.
-    return rows.map(checker, features=CHECKED, num_proc=num_proc, load_from_cache_file=reuse, desc="Checking the data")
-
-
-def fit_rows(checked: Dataset, report: Report, on_bad_image: str, on_bad_row: str) -> Dataset:
-    """The rows without problems; what is left out is counted and named in the log.
-
-    Args:
-        checked: of [`check_rows`].
-        report: of these rows.
-        on_bad_image: `"error"` or `"skip"`: rows whose image or video is missing or broken.
-        on_bad_row: `"error"` or `"skip"`: rows that are too long, or cannot be trained exactly as they are written.
-
-    Raises:
-        DataError: if there are such rows and they are not to be skipped, or if no row is left.
-    """
-    for note in report.noted():
-        logger.warning(note)
-    for kind, rows in report.problems.items():
-        option, choice = ("--on-bad-image", on_bad_image) if kind == BAD_IMAGE else ("--on-bad-row", on_bad_row)
-        listing = "; ".join(rows[:NAMED]) + (f"; and {len(rows) - NAMED} more" if len(rows) > NAMED else "")
-        if choice == "error":
-            raise DataError(
-                f"{len(rows)} of {report.rows} rows cannot be trained on: {listing}. Mend them, or leave them out with "
-                f"{option} skip. `python -m training check` shows all problems at once."
-            )
-        logger.warning(f"{len(rows)} of {report.rows} rows are left out ({kind}): {listing}")
-    if report.kept == 0:
-        raise DataError(f"None of the {report.rows} rows can be trained on.")
-    return checked.filter(lambda problem: not problem, input_columns="problem")
-
-
-def fit_stream(rows: IterableDataset, checker: Checker, on_bad_image: str, on_bad_row: str) -> IterableDataset:
-    """As [`fit_rows`], row by row while it trains."""
-    noted: set[str] = set()
-
-    def fits(row: dict[str, Any]) -> bool:
-        if not row["problem"]:
-            for note in set(row["notes"]) - noted:
-                logger.warning(f"note: {note}; the first row is {row['id']}")
-            noted.update(row["notes"])
-            return True
-        if "error" == (on_bad_image if row["problem"].startswith(BAD_IMAGE) else on_bad_row):
-            raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
-        logger.warning(f"Row {row['id']} is left out: {row['problem']}")
-        return False
-
-    return rows.map(checker, features=CHECKED).filter(fits)
-
-
-# Batches
-
-
-@dataclass
-class Collator(DataCollatorForVisionLanguageModeling):
-    """TRL's collator for rows of this module: opens the images, in the worker that makes the batch.
-
-    Raises:
-        DataError: names the image that cannot be read.
-    """
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call([self._with_media(example) for example in examples])
-        batch["labels"][batch["input_ids"] == self.processor.image_token_id] = -100  # `<image>` is no answer
-        return batch
-
-    def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:
-        row = example if "problem" in example else self._checked(example)  # or a row of TRL, as it is
-        if row["problem"]:
-            raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
-        videos = iter(row["videos"])
-        messages = [
-            {
-                **message,
-                "content": [
-                    {**part, "video": self._frames_or_file(next(videos))} if part["type"] == "video" else part
-                    for part in message["content"]
-                ],
-            }
-            for message in row["messages"]
-        ]
-        image_processor = self.processor.image_processor
-        return {"messages": messages, "images": [open_image(image, image_processor) for image in row["images"]]}
-
-    def _checked(self, example: dict[str, Any]) -> dict[str, Any]:
-        row = to_row(example, 0, "")
-        check_tokens(row["messages"], self.processor.tokenizer.all_special_tokens)
-        for note in row["notes"]:
-            logger.warning_once(f"note: {note}")
-        return row
-
-    def _frames_or_file(self, video: list[str]) -> Any:
-        if not is_picture(video[0]) or (len(video) == 1 and is_animated(video[0])):
-            return video[0]
-        return [open_image({"path": frame, "bytes": None}, self.processor.image_processor) for frame in video]
