@@ -2,16 +2,18 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import GOLDENS
 from datasets import Dataset, Image, List
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import CAPTIONS, CONVERSATIONS, IMAGES, eight_rows, trainer_of, weights_of
 from trl import ModelConfig
 
-from conversion import to_original
+from conversion import convert, to_original
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training import DataError, LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.arguments import accumulation_steps
@@ -235,6 +237,18 @@ def test_square_images_are_cut_in_training_only(trainer, golden_tensors, process
     run = trainer("pretrain")
     pixels = batch_of(run)["pixel_values"]
     torch.testing.assert_close(pixels, golden_tensors["pixel_values.none"][:3], rtol=0, atol=1e-6)
+    assert run.processing_class.image_processor.do_pad
+
+
+def test_stage_2_pads_behind_a_stage_1_that_did_not(tmp_path, trainer):
+    """The original's stage 1 cut its pictures (`square`), and so does its conversion."""
+    source = shutil.copytree(GOLDENS / "pretrain", tmp_path / "pretrain")
+    config = json.loads((source / "config.json").read_text()) | {"image_aspect_ratio": "square"}
+    (source / "config.json").write_text(json.dumps(config))
+    stage_1 = convert(source, tmp_path / "stage_1", base=GOLDENS / "base", vision_tower=GOLDENS / "clip")
+    assert not LlavaSTFProcessor.from_pretrained(stage_1).image_processor.do_pad
+    run = trainer("finetune", model=stage_1)
+    assert torch.equal(batch_of(run)["pixel_values"], batch_of(trainer("finetune"))["pixel_values"])
     assert run.processing_class.image_processor.do_pad
 
 

@@ -110,8 +110,8 @@ class LlavaSTFTrainingArguments(SFTConfig):
     image_aspect_ratio: str = field(
         default="pad",
         metadata={
-            "help": "'pad': pictures are padded to a square, as the processor does. 'square': they are cut to one, as "
-            "in the original's stage 1.",
+            "help": "'pad': pictures are padded to a square, in training and by the saved processor. 'square': they "
+            "are cut to one in training only, as in the original's stage 1.",
             "choices": ["pad", "square"],
         },
     )
