@@ -48,7 +48,7 @@ def steps(device: str, size: str, folder: Path) -> Iterator[Step]:
         return Step(("benchmarks", *command, "--output", str(result)), result)
 
     # On a CPU, one test file that needs no CUDA replaces those that do.
-    tests = ("tests", "-m", "gpu") if device == "cuda" else ("tests/test_config.py",)
+    tests = ("tests", "-m", "gpu") if device == "cuda" else ("tests/model/test_config.py",)
     report = folder / f"tests_{device}.xml"
     yield Step(("pytest", *tests, "-q", f"--junitxml={report}"), report)
     for dtype in ("bfloat16", "float16"):

@@ -23,7 +23,7 @@ from modeling_llava_stf import LlavaSTFProcessor
 from modeling_llava_stf.__main__ import DEMO
 from modeling_llava_stf.__main__ import main as ask_main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PICTURE = GOLDENS / "images" / "shapes.png"
 
 

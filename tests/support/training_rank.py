@@ -13,7 +13,7 @@ from accelerate import DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from torch.nn.parallel import DistributedDataParallel
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from training.__main__ import main  # noqa: E402
 
 create = AcceleratorState.__init__

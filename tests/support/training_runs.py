@@ -14,7 +14,7 @@ from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.arguments import DataArguments, Parser
 from training.run import make_trainer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "training" / "recipes"
 IMAGES = GOLDENS / "images"
 CONVERSATIONS = GOLDENS / "sft_conversations.json"

@@ -25,7 +25,7 @@ from hub_card.results import read_evaluation, read_speed
 from hub_card.snippet import snippet_of
 from modeling_llava_stf import LlavaSTFConfig
 
-LMMS_EVAL = ROOT / "tests" / "lmms_eval_results.json"
+LMMS_EVAL = ROOT / "tests" / "hub" / "lmms_eval_results.json"
 AUTHORS = ROOT / "hub_card" / "results" / "authors_7b.json"
 SECTIONS = [
     "Use",

@@ -52,7 +52,14 @@ def test_two_ranks_resume_exactly(checkpoint, tmp_path):
     def ranks(output, **settings):
         settings |= {"per_device_train_batch_size": 1, "save_steps": 3}
         arguments = options("finetune", checkpoint, eight_rows(tmp_path), output, **settings)
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/training_rank.py")
+        rank = "tests/support/training_rank.py"
+        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", rank)
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node=2",
+            "tests/support/training_rank.py",
+        )
         result = run(*arguments, launcher=launcher)
         assert result.returncode == 0, result.stderr
 

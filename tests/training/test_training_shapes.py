@@ -16,7 +16,7 @@ from examples.shapes.recipe import AGAIN, RENEWED, STAGES, TAPS, WARM_UP
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 from training.merge import merge
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "shapes" / "model"
 
 

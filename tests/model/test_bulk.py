@@ -27,7 +27,7 @@ from modeling_llava_stf import _bulk as bulk
 from modeling_llava_stf.__main__ import DEFAULT_MODEL
 from modeling_llava_stf.__main__ import main as ask_main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PICTURES, BROKEN = 14, ("broken.png", "sub/no.jpg")
 QUESTION = "Is there a red circle?"
 SMALL_PARTS = ("--part-size", 3, "--batch-size", 2)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from training_runs import ROOT, eight_rows, history, options, run, weights_of
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/training_rank.py")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/support/training_rank.py")
 FSDP2 = (
     *("-m", "accelerate.commands.launch", "--config_file", "training/accelerate/fsdp2.yaml"),
-    *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "tests/training_rank.py"),
+    *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "tests/support/training_rank.py"),
 )
 # Plain steps and no clipping: every weight shows what its gradient was.
 PLAIN = {

@@ -19,7 +19,7 @@ from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 AUTHORS = ROOT / "hub_card" / "results" / "authors_7b.json"
 SMALL = ROOT / "examples" / "shapes" / "model"
-LMMS_EVAL = json.loads((ROOT / "tests" / "lmms_eval_results.json").read_text(encoding="utf-8"))
+LMMS_EVAL = json.loads((ROOT / "tests" / "hub" / "lmms_eval_results.json").read_text(encoding="utf-8"))
 OWN = {
     "source": {"name": "our harness", "url": "https://example.org/harness"},
     "measured_by": "",

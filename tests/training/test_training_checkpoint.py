@@ -243,7 +243,7 @@ def test_another_run_is_not_gone_on_with(name, runs, checkpoint, tmp_path):
 def test_another_number_of_ranks_is_not_gone_on_with(runs, checkpoint, tmp_path):
     wanted = {**SETTINGS, "per_device_train_batch_size": 1, "resume_from_checkpoint": runs / "full" / "checkpoint-2"}
     arguments = options("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", **wanted)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/training_rank.py")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/support/training_rank.py")
     result = run(*arguments, launcher=launcher)
     assert result.returncode != 0 and "`processes` was 1, is 2" in result.stderr
 

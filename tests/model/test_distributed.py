@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-WORKER = Path(__file__).parent / "distributed_worker.py"
+WORKER = Path(__file__).parents[1] / "support" / "distributed_worker.py"
 
 
 def losses(tmp_path, checkpoint, strategy, ranks):

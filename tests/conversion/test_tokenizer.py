@@ -24,7 +24,7 @@ from conversion.__main__ import main
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
-SPACE_RUNS = Path(__file__).parent / "tokenizers" / "space_runs"
+SPACE_RUNS = Path(__file__).parents[1] / "tokenizers" / "space_runs"
 MODES = ("legacy_true", "legacy_false")
 RECORDED = json.loads((SPACE_RUNS / "ids.json").read_text(encoding="utf-8"))
 PROMPTS = json.loads((SPACE_RUNS / "prompts.json").read_text(encoding="utf-8"))

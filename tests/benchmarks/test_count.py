@@ -15,7 +15,7 @@ from benchmarks import count, training_needs
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TEXT = 50
 
 

@@ -33,7 +33,7 @@ from modeling_llava_stf.configuration_llava_stf import SUPPORTED_TRANSFORMERS
 from modeling_llava_stf.modeling_llava_stf import CACHE
 from modeling_llava_stf.processing_llava_stf import MODEL_SETTINGS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PROMPT = "USER: <image>\nWhat is this? ASSISTANT:"
 
 

@@ -17,7 +17,7 @@ from hub_card.check import check
 from hub_card.files import own_code
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "examples" / "shapes" / "model"
 SCENES = 30
 

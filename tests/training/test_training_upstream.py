@@ -49,7 +49,7 @@ def test_image_token_masked(trainer, monkeypatch):
 
 
 def test_averaged_over_ranks():
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/upstream_worker.py")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/support/upstream_worker.py")
     result = run(launcher=launcher, OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("averaged: False") == 2

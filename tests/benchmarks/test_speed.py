@@ -12,7 +12,7 @@ from benchmarks.systems import OURS, OURS_COMPILED, STOCK, System, eager_systems
 from modeling_llava_stf import modeling_llava_stf as code
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
-PAGE = (Path(__file__).resolve().parents[1] / "docs" / "speed.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "speed.md").read_text(encoding="utf-8")
 COMPILED, ASK_MANY = re.findall(r"```python\n(.*?)```", PAGE, re.S)
 BUCKET = 64
 QUESTIONS = ("Why?", "What is it?", "Name every colour that you can see in it, please. " + "a " * 60)

@@ -18,7 +18,7 @@ from safetensors.torch import load, load_file, save_file
 from conversion.checkpoints.folders import TEMPLATES as CHAT_TEMPLATES
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HUB_ID = "some-user/llava-stf-1.0"
 CODE = ["configuration_llava_stf.py", "modeling_llava_stf.py", "processing_llava_stf.py"]
 WEIGHTS = "model.safetensors"
