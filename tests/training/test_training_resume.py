@@ -52,8 +52,7 @@ def test_two_ranks_resume_exactly(checkpoint, tmp_path):
     def ranks(output, **settings):
         settings |= {"per_device_train_batch_size": 1, "save_steps": 3}
         arguments = options("finetune", checkpoint, eight_rows(tmp_path), output, **settings)
-        rank = "tests/support/training_rank.py"
-        launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", rank)
+        launcher = (
             "-m",
             "torch.distributed.run",
             "--standalone",
