@@ -59,7 +59,7 @@ def with_adapter(model: LlavaSTFForConditionalGeneration, settings: PeftConfig, 
     if not next((file for file in files if file.exists()), files[0]).is_file():
         raise ValueError(f"{adapter} is not an adapter: it has no {SAFETENSORS_WEIGHTS_NAME}.")
     with readable(Path(adapter)):
-        weights = load_peft_weights(adapter, device="cpu")
+        weights = load_peft_weights(adapter, device=model.device.type)
     adapted = get_peft_model(model, settings)
     places = get_peft_model_state_dict(adapted)
     missing, unknown = sorted(places.keys() - weights.keys()), sorted(weights.keys() - places.keys())

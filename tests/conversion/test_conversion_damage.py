@@ -235,6 +235,8 @@ def test_ctrl_c_ends_in_one_line_and_leaves_nothing(folders):
         cwd=GOLDENS.parents[1],
         stderr=subprocess.PIPE,
         text=True,
+        # A shell without job control starts what runs in the background with SIGINT ignored, and so would this be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while not list(folders.glob(".out@*")) and process.poll() is None:
         time.sleep(0.05)
