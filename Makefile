@@ -14,7 +14,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-main gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -34,6 +34,11 @@ MINUTES ?= 25
 
 gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the same command continues
 	$(VENV)/bin/python -m benchmarks gpu --minutes $(MINUTES)
+
+# torchao prints warnings at every start of transformers, so it is kept out of the environments.
+test-torchao: setup ## run the tests of quantising, with torchao
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target .cache/torchao torchao
+	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py -q
 
 # pip says that pyproject.toml does not allow this version: that is the point.
 test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' main branch, of today
@@ -78,7 +83,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,dev$(comma)train$(comma)qlora)
 
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
-	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev$(comma)torchao,transformers==$(FLOOR_TRANSFORMERS))
+	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))
 
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)
