@@ -35,6 +35,8 @@ from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 WORKER = Path(__file__).with_name("hub_worker.py")
 TINY, HALF, ADAPTER = "some/tiny", "some/tiny-half", "some/tiny-lora"
+# An older transformers refuses an adapter with modules that were trained in full: it would lose them.
+LOADS_ADAPTERS = version.parse(transformers.__version__) >= ADAPTERS_OFFLINE
 # The trainer whose pushes are tested, by its name in hub_worker.py: ours, where the extra `train` is installed.
 TRAINERS = ["ours" if importlib.util.find_spec("trl") else "transformers"]
 
@@ -138,7 +140,8 @@ def world(request, card_folder, adapter_folder, checkpoint, tmp_path_factory):
         work(hub, home, "train", request.param, checkpoint, "some/trained", home / "output")
         commits = [commit for commit in hub.repositories["some/trained"].commits if "model.safetensors" in commit.files]
         pinned = [(TINY, "v1", kind) for kind in ("snippet", "pipeline")]
-        pinned += [(HALF, "v1", "snippet"), (ADAPTER, "v1", "snippet"), (ADAPTER, "v1", "adapter")]
+        pinned += [(HALF, "v1", "snippet"), (ADAPTER, "v1", "snippet")]
+        pinned += [(ADAPTER, "v1", "adapter")] if LOADS_ADAPTERS else []
         pinned += [("some/pushed", "main", "model"), *(("some/trained", commit.oid, "model") for commit in commits)]
         questions = [{"repository": name, "revision": revision, "kind": kind} for name, revision, kind in pinned]
         stranger = tmp_path_factory.mktemp("stranger")
@@ -216,10 +219,11 @@ def test_what_a_stranger_gets(world, model, reply, processor, adapter_folder, ca
     plain = reply(base, shapes, "What is shown?", 8)
     adapted = PeftModel.from_pretrained(base, adapter_folder).eval()
     assert answers[ADAPTER, "snippet"] == in_words(reply(adapted, example, question, 32))
-    assert answers[ADAPTER, "adapter"] == reply(adapted, shapes, "What is shown?", 8) != plain
+    if LOADS_ADAPTERS:
+        assert answers[ADAPTER, "adapter"] == reply(adapted, shapes, "What is shown?", 8) != plain
     advice = "a place on this machine (render again with --base USER/NAME)"
     assert f"path: adapter_config.json names {str(adapter_folder / 'base')!r}, {advice}" in world["refused"]
-    if version.parse(transformers.__version__) >= ADAPTERS_OFFLINE:
+    if LOADS_ADAPTERS:
         assert world["accepted"] == []
     else:
         assert "cannot load an adapter offline" in world["accepted"][0]
