@@ -142,8 +142,11 @@ def world(request, card_folder, adapter_folder, checkpoint, tmp_path_factory):
         pinned = [(TINY, "v1", kind) for kind in ("snippet", "pipeline")]
         pinned += [(HALF, "v1", "snippet"), (ADAPTER, "v1", "snippet")]
         pinned += [(ADAPTER, "v1", "adapter")] if LOADS_ADAPTERS else []
-        pinned += [("some/pushed", "main", "model"), *(("some/trained", commit.oid, "model") for commit in commits)]
-        questions = [{"repository": name, "revision": revision, "kind": kind} for name, revision, kind in pinned]
+        pinned += [("some/pushed", "main", "model")]
+        trained = [("some/trained", commit.oid, "model") for commit in commits]
+        questions = [
+            {"repository": name, "revision": revision, "kind": kind} for name, revision, kind in pinned + trained
+        ]
         stranger = tmp_path_factory.mktemp("stranger")
         answers = work(hub, stranger, "load", json.dumps(questions), token="", isolated=True)
         yield {
@@ -152,8 +155,8 @@ def world(request, card_folder, adapter_folder, checkpoint, tmp_path_factory):
             "accepted": accepted,
             "commits": commits,
             "output": home / "output",
-            "answers": dict(zip([(name, kind) for name, _, kind in pinned][:6], answers, strict=False)),
-            "trained": answers[6:],
+            "answers": dict(zip([(name, kind) for name, _, kind in pinned], answers, strict=False)),
+            "trained": answers[len(pinned) :],
         }
 
 
