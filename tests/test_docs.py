@@ -26,7 +26,7 @@ def test_the_first_snippet_runs_as_pasted(page):
     snippet = snippets((ROOT / page).read_text(encoding="utf-8"), "python")[0]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     printed = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", snippet], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=3600
     )
     assert printed.returncode == 0, printed.stderr
     assert f"# {printed.stdout.strip()}" == snippet.strip().splitlines()[-1]

@@ -174,7 +174,7 @@ def test_streaming_gives_the_text_back(mode, mode_processor):
     for text, ids in zip(RECORDED["texts"], RECORDED[mode], strict=True):
         if "\n " in text and Version(transformers.__version__) < Version("5.24"):
             continue  # seen in transformers 5.16: a streamer begins anew behind a newline, and drops the space there
-        streamer = TextIteratorStreamer(mode_processor.tokenizer, skip_special_tokens=True, timeout=10)
+        streamer = TextIteratorStreamer(mode_processor.tokenizer, skip_special_tokens=True, timeout=3600)
         for token in (*ids, 2):
             streamer.put(torch.tensor([token]))
         streamer.end()
@@ -184,7 +184,7 @@ def test_streaming_gives_the_text_back(mode, mode_processor):
 def test_generated_text_is_streamed_as_it_is_decoded(mode_processor, converted):
     model = LlavaSTFForConditionalGeneration.from_pretrained(converted).eval()
     inputs = mode_processor(text="two   spaces", return_tensors="pt")
-    streamer = TextIteratorStreamer(mode_processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    streamer = TextIteratorStreamer(mode_processor.tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=3600)
     arguments = {**inputs, "max_new_tokens": 20, "do_sample": False}
     thread = threading.Thread(target=model.generate, kwargs={**arguments, "streamer": streamer})
     thread.start()

@@ -49,7 +49,7 @@ def work(hub, home, *arguments, token=WRITE_TOKEN, isolated=False):
         env=hub.environment(home, token),
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=3600,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

@@ -74,7 +74,7 @@ def rows(folder):
 def unbroken(pictures, tmp_path_factory):
     """The rows of one run, in a process of its own."""
     folder = tmp_path_factory.mktemp("unbroken") / "out"
-    done = subprocess.run(command(pictures, folder), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
+    done = subprocess.run(command(pictures, folder), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=3600)
     assert done.returncode == 0, done.stderr
     assert "16 of 16 pictures asked about, 2 of them with an error; 0 were there. 6 of 6 parts" in done.stdout
     assert "16/16" in done.stderr
@@ -144,7 +144,7 @@ def test_killed_and_run_again_it_gives_the_rows_of_an_unbroken_run(pictures, unb
     there = {file: file.stat().st_mtime_ns for file in out.glob("part-*.parquet")}
     assert 0 < len(there) < 6
     (out / ".part-00005.parquet.tmp").write_bytes(b"PAR1 and no more")
-    again = subprocess.run(command(pictures, out), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=300)
+    again = subprocess.run(command(pictures, out), cwd=ROOT, capture_output=True, encoding="utf-8", timeout=3600)
     assert f"{16 - 3 * len(there)} of 16 pictures asked about" in again.stdout
     assert rows(out) == unbroken
     assert {file: file.stat().st_mtime_ns for file in there} == there

@@ -35,7 +35,7 @@ def run(*arguments):
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=3600,
     )
 
 

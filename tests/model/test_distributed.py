@@ -23,7 +23,7 @@ def losses(tmp_path, checkpoint, strategy, ranks):
         strategy,
         str(out),
     ]
-    subprocess.run(command, check=True, timeout=240, capture_output=True, text=True)
+    subprocess.run(command, check=True, timeout=3600, capture_output=True, text=True)
     return json.loads(out.read_text())
 
 

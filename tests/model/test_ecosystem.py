@@ -49,7 +49,7 @@ def in_a_process(program, *arguments, **environment):
         env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)} | environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=3600,
     )
     assert result.returncode == 0, result.stderr
     return result

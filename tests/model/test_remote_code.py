@@ -54,7 +54,7 @@ def run_alone(function, home, *arguments):
         env=os.environ | {"HF_HUB_OFFLINE": "1"} | {name: str(path) for name, path in caches.items()},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3600,
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])

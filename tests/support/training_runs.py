@@ -55,7 +55,7 @@ def run(*arguments, launcher=("-m", "training"), **environment) -> subprocess.Co
         env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3600,
     )
 
 

@@ -50,7 +50,7 @@ def test_lora_teaches_a_new_kind_of_question(tmp_path):
         *("--output_dir", str(tmp_path / "adapter"), "--num_train_epochs", "4"),  # few rows, often
     ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-m", "training", *command], cwd=ROOT, env=environment, check=True, timeout=300)
+    subprocess.run([sys.executable, "-m", "training", *command], cwd=ROOT, env=environment, check=True, timeout=3600)
     taught = merge(tmp_path / "adapter", tmp_path / "merged")
     before, after = (evaluate(folder, data, new=True)["kinds"]["furthest left"] for folder in (MODEL, taught))
     rights = [sum(part["right"] for part in parts.values()) for parts in (before, after)]

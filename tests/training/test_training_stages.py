@@ -44,7 +44,7 @@ def stages(tmp_path_factory):
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=3600,
     )
     return root, done(result).stdout
 
@@ -157,7 +157,7 @@ def test_folders_load_by_themselves_and_answer(name, loader, stages, tmp_path):
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1", "PATH": ""},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=3600,
     )
     assert result.returncode == 0, result.stderr
     assert len(json.loads(result.stdout.strip().splitlines()[-1])) == 5
