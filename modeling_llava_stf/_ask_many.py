@@ -114,7 +114,7 @@ class PictureCache:
 
 
 def ask_many(pictures: Sequence[PictureCache], questions: Sequence[str], **kwargs: Any) -> list[str]:
-    """As [`generate_many`], in words."""
+    """Answers as [`generate_many`] does, and returns the answers as text."""
     if not questions:
         return []
     tokens = generate_many(pictures, questions, **kwargs)

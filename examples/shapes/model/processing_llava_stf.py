@@ -143,7 +143,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         return super().process_image(image, do_convert_rgb=False, **kwargs)
 
     def pad_to_square(self, image: np.ndarray, background_color: Any = 0) -> np.ndarray:
-        """As [`LlavaImageProcessorPil.pad_to_square`]; numbers from 0 to 1 get a colour of that range."""
+        """Pads to a square (see [`LlavaImageProcessorPil.pad_to_square`]); floats get a colour from 0 to 1."""
         if image.dtype.kind != "f":
             return super().pad_to_square(image, background_color)
         height, width = image.shape[1:]
@@ -151,7 +151,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         return super().pad_to_square(image, tuple(channel / 255 for channel in background_color or (0, 0, 0)))
 
     def resize(self, image: np.ndarray, *args: Any, **kwargs: Any) -> np.ndarray:
-        """As [`LlavaImageProcessorPil.resize`]; numbers from 0 to 1 are resized as their picture of 8 bits is."""
+        """Resizes (see [`LlavaImageProcessorPil.resize`]); floats from 0 to 1 are resized as their 8-bit picture."""
         if image.dtype.kind != "f":
             return super().resize(image, *args, **kwargs)
         return self.rescale(super().resize(np.rint(image * 255).astype(np.uint8), *args, **kwargs), 1 / 255)
