@@ -2,16 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains a miniature CLIP by contrast between pictures and short captions.
 
-The architecture is that of CLIP. Two things of the training differ, because it takes minutes instead of GPU years. A
-picture has many true captions, and the contrast is with all false ones, including those that differ in one word
-(NegCLIP, arXiv 2210.01936). A caption is compared with the best token of a picture instead of the class token (FILIP,
-arXiv 2111.07783), so that each patch learns what it shows.
+The architecture is that of CLIP. Two things of the training differ, because it takes minutes instead of GPU years. The
+contrast is between texts and patches instead of whole pictures (as in RegionCLIP, arXiv 2112.09106): what each patch
+shows is known. And a patch has several true texts, which are compared with all false ones.
 """
 
 import math
-from collections import defaultdict
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
@@ -22,13 +22,15 @@ from conversion.checkpoints.folders import complete_or_absent, require_empty
 from modeling_llava_stf import LlavaSTFImageProcessor
 
 from .generate import read_scenes
-from .phrases import Phrase, all_phrases
-from .scenes import SIDE, Scene
+from .phrases import NOTHING, Phrase, all_phrases, shown_at, true_phrases
+from .scenes import GROUPS, SIDE
 from .text import read_tokenizer
 from .training import DEVICE, save_log, train
 
-PATCH = 12  # pixels; they give a grid of 8 x 8, which windows of 2 and 4 divide
-WIDTH, LAYERS, TEXT_LAYERS, HEADS, SHARED_WIDTH = 64, 5, 2, 4, 128
+PATCH = 16  # pixels; they give a grid of 8 x 8, which windows of 2 and 4 divide
+WIDTH, LAYERS, TEXT_LAYERS, HEADS, SHARED_WIDTH = 128, 5, 2, 4, 128
+MOST = 5  # true phrases of a patch
+NOTHING_SHARE = 0.1  # of the patches that show nothing, so many take part in the contrast
 # Position embeddings are as long as patch embeddings: with CLIP's own 0.02 they take far longer to learn.
 POSITION_SCALE = 2.0
 SCALE = 10.0  # initial scale of the cosines
@@ -47,47 +49,62 @@ def train_clip(
 ) -> Path:
     """Trains a CLIP on the training pictures of `data` and writes it into `out`, which must not exist or be empty.
 
-    `out` is a CLIP folder of transformers (model and preprocessing). The log of the training also has, by kind of
-    caption, the share of test pictures for which all true captions score higher than all false ones.
+    `out` is a CLIP folder of transformers (model and preprocessing). The log of the training also has, by group of the
+    test and kind of phrase, the share of patches for which a true phrase of that kind scores highest.
     """
     out = require_empty(out)
     torch.manual_seed(seed)
     phrases, words = all_phrases(), read_tokenizer(Path(tokenizer))
     texts = encode(words, phrases)
     image_processor = LlavaSTFImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    pixels, truth = read_pictures(Path(data), "train", image_processor, phrases)
+    pixels, truth = read_pictures(Path(data), "train", phrases)
     model = build_clip(words).to(DEVICE)
+    nothing = phrases.index(Phrase("print", NOTHING))
 
     def loss() -> torch.Tensor:
         batch = torch.randint(len(pixels), (batch_size,))
-        cosines = similarity(model, pixels[batch].float().to(DEVICE), texts)
-        return contrast(model.logit_scale.exp() * cosines, truth[batch].to(DEVICE))
+        cosines = similarity(model, normalised(pixels[batch], image_processor), texts).flatten(0, 1)
+        shown = truth[batch].flatten(0, 1)
+        used = (shown[:, 0] != nothing) | (torch.rand(len(shown)) < NOTHING_SHARE)
+        return contrast(model.logit_scale.exp() * cosines[used], marks(shown[used], len(phrases)).to(DEVICE))
 
     log = train(model, loss, steps, muon_rate, adam_rate, "CLIP")
-    told_apart = measure(model, *read_pictures(Path(data), "test", image_processor, phrases), texts, phrases)
     with complete_or_absent(out) as folder:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
         settings = {"steps": steps, "batch_size": batch_size, "muon_rate": muon_rate, "adam_rate": adam_rate}
-        save_log(folder, settings | {"seed": seed}, log, told_apart=told_apart)
+        save_log(folder, settings | {"seed": seed}, log, told=measure(model, Path(data), image_processor, texts))
     return out
 
 
-def read_pictures(
-    data: Path, split: str, image_processor: LlavaSTFImageProcessor, phrases: list[Phrase]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the pictures of a split, (P, 3, SIDE, SIDE) in float16, and which phrases are true, (P, phrases)."""
+def normalised(pixels: torch.Tensor, image_processor: LlavaSTFImageProcessor) -> torch.Tensor:
+    """Does what the image processor does with pictures of the right size: (P, S, S, 3) to (P, 3, S, S)."""
+    mean, deviation = (torch.tensor(part).view(3, 1, 1) for part in (image_processor.image_mean, image_processor.image_std))
+    return ((pixels.permute(0, 3, 1, 2) * image_processor.rescale_factor - mean) / deviation).to(DEVICE)
+
+
+def read_pictures(data: Path, split: str, phrases: list[Phrase]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the pictures of a split, (P, SIDE, SIDE, 3) in uint8, and what their patches show.
+
+    The second is (P, N, MOST): the numbers of the true phrases of each patch, and `len(phrases)` where there are fewer.
+    """
+    number = {phrase: index for index, phrase in enumerate(phrases)}
     scenes = read_scenes(data, split)
-    names = list(scenes)
-    pixels = []
-    for start in tqdm(range(0, len(names), READ_AT_ONCE), desc=f"{split} pictures", unit=f"{READ_AT_ONCE} pictures"):
-        pictures = [Image.open(data / "images" / f"{name}.png") for name in names[start : start + READ_AT_ONCE]]
-        pixels.append(image_processor(pictures, return_tensors="pt")["pixel_values"].half())
-    return torch.cat(pixels), torch.tensor([_truths(scene, phrases) for scene in scenes.values()])
+    pixels = torch.empty(len(scenes), SIDE, SIDE, 3, dtype=torch.uint8)
+    truth = torch.full((len(scenes), (SIDE // PATCH) ** 2, MOST), len(phrases), dtype=torch.int16)
+    for index, (name, scene) in enumerate(tqdm(scenes.items(), desc=f"{split} pictures")):
+        with Image.open(data / "images" / f"{name}.png") as picture:
+            pixels[index] = torch.from_numpy(np.asarray(picture))
+        for patch, (y, x) in enumerate(product(range(SIDE // PATCH), repeat=2)):
+            true = true_phrases(shown_at(scene, (x + 0.5) * PATCH, (y + 0.5) * PATCH))
+            truth[index, patch, : len(true)] = torch.tensor([number[phrase] for phrase in true])
+    return pixels, truth
 
 
-def _truths(scene: Scene, phrases: list[Phrase]) -> list[bool]:
-    return [phrase.holds(scene) for phrase in phrases]
+def marks(truth: torch.Tensor, phrases: int) -> torch.Tensor:
+    """Converts the numbers of true phrases, (P, MOST), to marks, (P, phrases)."""
+    filled = torch.zeros(len(truth), phrases + 1, dtype=torch.bool)
+    return filled.scatter_(1, truth.long(), True)[:, :-1]
 
 
 def build_clip(tokenizer: PreTrainedTokenizerFast) -> CLIPModel:
@@ -131,11 +148,11 @@ def encode(tokenizer: PreTrainedTokenizerFast, phrases: list[Phrase]) -> dict[st
 
 
 def similarity(model: CLIPModel, pixels: torch.Tensor, texts: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Returns the cosine between each text and the best token of each picture, (pictures, texts)."""
-    tokens = model.vision_model.post_layernorm(model.vision_model(pixels).last_hidden_state)  # (B, 1 + N, C)
+    """Returns the cosine between each patch of each picture and each text, (P, N, texts)."""
+    tokens = model.vision_model.post_layernorm(model.vision_model(pixels).last_hidden_state[:, 1:])  # (P, N, C)
     tokens = nn.functional.normalize(model.visual_projection(tokens), dim=-1)
     meanings = nn.functional.normalize(model.text_projection(model.text_model(**texts).pooler_output), dim=-1)
-    return torch.einsum("bnd,pd->bnp", tokens, meanings).amax(1)
+    return tokens @ meanings.T
 
 
 def contrast(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -146,18 +163,27 @@ def contrast(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 
 @torch.inference_mode()
 def measure(
-    model: CLIPModel, pixels: torch.Tensor, truth: torch.Tensor, texts: dict[str, torch.Tensor], phrases: list[Phrase]
-) -> dict[str, float]:
-    """Returns, by kind of phrase, the share of pictures for which all true ones score higher than all false ones."""
+    model: CLIPModel, data: Path, image_processor: LlavaSTFImageProcessor, texts: dict[str, torch.Tensor]
+) -> dict[str, dict[str, float]]:
+    """Returns, by group and kind of phrase, the share of patches for which a true phrase of the kind scores highest."""
+    phrases, groups = all_phrases(), [scene.group for scene in read_scenes(data, "test").values()]
+    pixels, truth = read_pictures(data, "test", phrases)
     batches = pixels.split(READ_AT_ONCE)
-    cosines = torch.cat([similarity(model, batch.float().to(DEVICE), texts).cpu() for batch in batches])
-    columns: dict[str, list[int]] = defaultdict(list)
-    for column, phrase in enumerate(phrases):
-        columns[phrase.kind].append(column)
-    shares = {}
-    for kind, of_kind in columns.items():
-        true, found = truth[:, of_kind], cosines[:, of_kind]
-        worst = found.masked_fill(~true, torch.inf).amin(1)
-        right = worst > found.masked_fill(true, -torch.inf).amax(1)
-        shares[kind] = round(right[true.any(1)].float().mean().item(), 4)
-    return shares
+    cosines = torch.cat([similarity(model, normalised(batch, image_processor), texts).cpu() for batch in batches])
+    result = {}
+    for group in GROUPS:
+        of_group = torch.tensor([one == group for one in groups])
+        found = cosines[of_group].flatten(0, 1)
+        true = marks(truth[of_group].flatten(0, 1), len(phrases))
+        result[group] = {
+            kind: _share_told(found, true, [phrase.kind == kind for phrase in phrases])
+            for kind in dict.fromkeys(phrase.kind for phrase in phrases)
+        }
+    return result
+
+
+def _share_told(cosines: torch.Tensor, true: torch.Tensor, of_kind: list[bool]) -> float:
+    cosines, true = cosines[:, of_kind], true[:, of_kind]
+    asked = true.any(1)
+    right = true[asked].gather(1, cosines[asked].argmax(1, keepdim=True))
+    return round(right.float().mean().item(), 4)

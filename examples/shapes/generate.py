@@ -12,13 +12,21 @@ from tqdm import tqdm
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty
 
+from .pictograms import SAMPLE, read_pictograms
 from .questions import Question, caption, conversation, describe, furthest_left, one_of_each
 from .scenes import Print, Scene, Thing, draw_picture, draw_scene
 from .text import PLACEHOLDER, read_rows
 
 
-def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 8, seed: int = 0) -> Path:
-    """Draws `scenes` training scenes and `test_scenes` other scenes for the test.
+def generate(
+    out: str | Path,
+    scenes: int,
+    test_scenes: int = 500,
+    turns: int = 8,
+    seed: int = 0,
+    pictograms: str | Path = SAMPLE,
+) -> Path:
+    """Draws `scenes` training scenes and `test_scenes` other scenes for the test, with the pictograms of a folder.
 
     It writes these files into `out`, which must not exist or be empty. The folder appears complete or not at all.
 
@@ -28,17 +36,18 @@ def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 
     - dialogues.json: picture, other questions, and at the end the caption, for a second part of stage 2
     - text.json: the same scenes with the caption instead of the picture, and other questions, for the language model
     - test.json: one question of each kind per test scene, each in its own conversation
-    - truth.jsonl: for each row of test.json the kind, and whether it is about a pair that training never shows
+    - truth.jsonl: for each row of test.json the kind, and the group of its scene
     - new-train.json, new-test.json, new-truth.jsonl: a kind of question that none of these ask, to fine-tune with
     - scenes.jsonl: the objects and the print of every scene, positions and radii in pixels
 
     The same arguments give the same files.
     """
     out = require_empty(out)
+    families = read_pictograms(pictograms)
     with complete_or_absent(out) as folder:
         (folder / "images").mkdir()
-        train = _draw_split(folder, "train", scenes, seed)
-        test = _draw_split(folder, "test", test_scenes, seed)
+        train = _draw_split(folder, families, "train", scenes, seed)
+        test = _draw_split(folder, families, "test", test_scenes, seed)
         rng = Random(f"{seed}/questions")
         rows = {name: _row(name, True, [caption(scene, rng)]) for name, scene in train.items()}
         _write_json(folder / "captions.json", rows.values())
@@ -49,7 +58,7 @@ def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 
             first = rows[name]["conversations"][0]
             first["value"] = f"{describe(scene)}\n{first['value']}"
         _write_json(folder / "text.json", rows.values())
-        _write_test(folder, "", {name: one_of_each(scene, rng) for name, scene in test.items()})
+        _write_test(folder, "", test, {name: one_of_each(scene, rng) for name, scene in test.items()})
         rng = Random(f"{seed}/dialogues")
         rows = {
             name: _row(name, True, [*conversation(scene, turns, rng), caption(scene, rng)])
@@ -59,19 +68,19 @@ def generate(out: str | Path, scenes: int, test_scenes: int = 500, turns: int = 
         new = {name: furthest_left(scene) for name, scene in (train | test).items()}
         new_train = (_row(name, True, [new[name]]) for name in train if new[name])
         _write_json(folder / "new-train.json", new_train)
-        _write_test(folder, "new-", {name: [new[name]] for name in test if new[name]})
+        _write_test(folder, "new-", test, {name: [new[name]] for name in test if new[name]})
         truth = ({"id": name, "split": scene.split, **asdict(scene)} for name, scene in (train | test).items())
         _write_lines(folder / "scenes.jsonl", truth)
     return out
 
 
-def _draw_split(folder: Path, split: str, number: int, seed: int) -> dict[str, Scene]:
+def _draw_split(folder: Path, pictograms: dict, split: str, number: int, seed: int) -> dict[str, Scene]:
     scenes = {}
     for index in tqdm(range(number), desc=f"{split} pictures"):
         rng = Random(f"{seed}/{split}/{index}")
         name = f"{split}-{index:06}"
-        scenes[name] = draw_scene(split, rng)
-        draw_picture(scenes[name], rng).save(folder / "images" / f"{name}.png")
+        scenes[name] = draw_scene(pictograms, split, rng)
+        draw_picture(scenes[name], pictograms, rng).save(folder / "images" / f"{name}.png")
     return scenes
 
 
@@ -87,12 +96,12 @@ def _row(name: str, picture: bool, questions: list[Question], image_name: str | 
     return {"id": name, "image": f"images/{image_name or name}.png", "conversations": turns}
 
 
-def _write_test(folder: Path, prefix: str, questions: dict[str, list[Question]]) -> None:
+def _write_test(folder: Path, prefix: str, scenes: dict[str, Scene], questions: dict[str, list[Question]]) -> None:
     asked = [(f"{name}-{question.kind}", name, question) for name, several in questions.items() for question in several]
     _write_json(
         folder / f"{prefix}test.json", (_row(row_id, True, [question], name) for row_id, name, question in asked)
     )
-    truth = ({"id": row_id, "kind": question.kind, "unseen": question.unseen} for row_id, _, question in asked)
+    truth = ({"id": row_id, "kind": question.kind, "group": scenes[name].group} for row_id, name, question in asked)
     _write_lines(folder / f"{prefix}truth.jsonl", truth)
 
 

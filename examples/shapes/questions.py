@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Writes captions, questions and true answers. The caption of a scene contains all that a question can ask."""
+"""Writes captions, questions and true answers. The caption of a scene contains nearly all that a question can ask."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,7 +9,8 @@ from itertools import combinations
 from random import Random
 from typing import TypeVar
 
-from .scenes import COLOURS, HELD_OUT_PAIRS, PAIRS, SHAPES, Scene, Thing
+from .pictograms import OBJECTS
+from .scenes import Scene, Thing
 
 T = TypeVar("T")
 
@@ -17,9 +18,16 @@ NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 CAPTION_REQUESTS = ("Describe the picture.", "What is in the picture?", "What does the picture show?")
 # The data has both spellings, so that the model knows both.
 COLOUR_QUESTIONS = ("What color is the {}?", "What colour is the {}?", "Which color does the {} have?")
-SHAPE_QUESTIONS = ("What shape is the {} object?", "Which shape does the {} object have?")
+NAME_QUESTIONS = ("What is {}?", "Which object is {}?")
 READ_QUESTIONS = ("What is written in the picture?", "Read the word or number.", "What does the text say?")
 ALL_QUESTIONS = ("How many objects are there?", "How many objects are in the picture?", "Count the objects.")
+
+PLURALS = {"mouse": "mice", "wolf": "wolves", "ox": "oxen", "sheep": "sheep", "fish": "fish", "knife": "knives"}
+PLURALS |= {"leaf": "leaves", "loaf": "loaves", "die": "dice", "deer": "deer", "octopus": "octopuses"}
+PLURALS |= {"squid": "squid", "shrimp": "shrimp", "gallows": "gallows", "cactus": "cacti", "bus": "buses"}
+ARTICLES = {"hourglass": "an", "unicorn": "a"}
+
+CATEGORIES = sorted({one.category for one in OBJECTS} - {""})
 
 
 @dataclass(frozen=True)
@@ -27,16 +35,10 @@ class Question:
     kind: str
     text: str
     answer: str
-    about: frozenset[tuple[str, str]]  # the colour-shape pairs in the question
-
-    @property
-    def unseen(self) -> bool:
-        """Returns whether the question is about a pair that no training picture shows."""
-        return not self.about.isdisjoint(HELD_OUT_PAIRS)
 
 
 def caption(scene: Scene, rng: Random) -> Question:
-    return Question("caption", rng.choice(CAPTION_REQUESTS), describe(scene), frozenset(t.pair for t in scene.things))
+    return Question("caption", rng.choice(CAPTION_REQUESTS), describe(scene))
 
 
 def describe(scene: Scene) -> str:
@@ -50,70 +52,67 @@ def describe(scene: Scene) -> str:
 
 def count(scene: Scene, rng: Random) -> Question:
     if rng.random() < 0.5:
-        return _count_of(rng.choice(ALL_QUESTIONS), "object", list(scene.things))
-    part, values = rng.choice(((0, tuple(COLOURS)), (1, SHAPES)))
-    present = Counter(thing.pair[part] for thing in scene.things)
-    # The number is drawn before the object: otherwise nearly all answers would be none or one.
-    by_number: dict[int, list[str]] = {}
-    for value in values:
-        by_number.setdefault(present[value], []).append(value)
-    value = rng.choice(by_number[rng.choice(sorted(by_number))])
-    noun = f"{value} object" if part == 0 else value
-    things = [thing for thing in scene.things if thing.pair[part] == value]
-    return _count_of(f"How many {_plural(noun)} are there?", noun, things)
+        return _count_of(rng.choice(ALL_QUESTIONS), "object", len(scene.things))
+    names = Counter(thing.name for thing in scene.things)
+    names.update(thing.category for thing in scene.things if thing.category)
+    names.update({rng.choice(OBJECTS).name: 0, rng.choice(CATEGORIES): 0})
+    # The number is drawn before the noun: otherwise nearly all answers would be one.
+    number = rng.choice(sorted(set(names.values())))
+    noun = rng.choice(sorted(name for name in names if names[name] == number))
+    return _count_of(f"How many {plural(noun)} are there?", noun, number)
 
 
-def _count_of(text: str, noun: str, things: list[Thing]) -> Question:
-    verb = "is" if len(things) == 1 else "are"
-    answer = f"There {verb} {counted(len(things), noun)}."
-    return Question("count", text, answer, frozenset(thing.pair for thing in things))
+def _count_of(text: str, noun: str, number: int) -> Question:
+    return Question("count", text, f"There {'is' if number == 1 else 'are'} {counted(number, noun)}.")
+
+
+def name(scene: Scene, rng: Random) -> Question | None:
+    thing = _choice(_unique(scene, lambda thing: thing.place), rng)
+    if thing is None:
+        return None
+    text = rng.choice(NAME_QUESTIONS).format(thing.place)
+    return Question("name", text, f"{article(thing.name).capitalize()}.")
+
+
+def category(scene: Scene, rng: Random) -> Question:
+    present = sorted({thing.category for thing in scene.things} - {""})
+    if present and rng.random() < 0.5:
+        noun = rng.choice(present)
+        first = next(thing.name for thing in scene.things if thing.category == noun)
+        return Question("category", f"Is there {article(noun)}?", f"Yes, there is {article(noun)}: {article(first)}.")
+    noun = rng.choice([noun for noun in CATEGORIES if noun not in present])
+    return Question("category", f"Is there {article(noun)}?", f"No, there is no {noun}.")
 
 
 def colour(scene: Scene, rng: Random) -> Question | None:
-    thing = _choice(_unique(scene, lambda thing: thing.shape), rng)
+    thing = _choice([thing for thing in _unique(scene, lambda thing: thing.name) if thing.colour], rng)
     if thing is None:
         return None
-    text = rng.choice(COLOUR_QUESTIONS).format(thing.shape)
-    return Question("colour", text, f"The {thing.shape} is {thing.colour}.", frozenset([thing.pair]))
-
-
-def shape(scene: Scene, rng: Random) -> Question | None:
-    thing = _choice(_unique(scene, lambda thing: thing.colour), rng)
-    if thing is None:
-        return None
-    text = rng.choice(SHAPE_QUESTIONS).format(thing.colour)
-    return Question("shape", text, f"The {thing.colour} object is {article(thing.shape)}.", frozenset([thing.pair]))
+    text = rng.choice(COLOUR_QUESTIONS).format(thing.name)
+    return Question("colour", text, f"The {thing.name} is {thing.colour}.")
 
 
 def where(scene: Scene, rng: Random) -> Question | None:
-    thing = _choice(_unique(scene, lambda thing: thing.pair), rng)
+    thing = _choice(_unique(scene, lambda thing: thing.name), rng)
     if thing is None:
         return None
-    answer = f"The {thing.name} is {thing.place}."
-    return Question("where", f"Where is the {thing.name}?", answer, frozenset([thing.pair]))
+    return Question("where", f"Where is the {thing.name}?", f"The {thing.name} is {thing.place}.")
 
 
 def is_there(scene: Scene, rng: Random) -> Question:
-    present = {thing.pair for thing in scene.things}
+    present = {thing.name for thing in scene.things}
     if rng.random() < 0.5:
-        pair = rng.choice(sorted(present))
-        answer = f"Yes, there is {article(' '.join(pair))}."
-    else:
-        pair = _absent_pair(present, rng)
-        answer = f"No, there is no {' '.join(pair)}."
-    return Question("is there", f"Is there {article(' '.join(pair))}?", answer, frozenset([pair]))
+        noun = rng.choice(sorted(present))
+        return Question("is there", f"Is there {article(noun)}?", f"Yes, there is {article(noun)}.")
+    noun = _absent(scene, rng)
+    return Question("is there", f"Is there {article(noun)}?", f"No, there is no {noun}.")
 
 
-def _absent_pair(present: set[tuple[str, str]], rng: Random) -> tuple[str, str]:
-    """Picks a pair that is not in the scene; about half have a colour and a shape of the scene.
-
-    It is held out as often as in questions with the answer "yes".
-    """
-    unseen = rng.choice(sorted(present)) in HELD_OUT_PAIRS
-    absent = [pair for pair in PAIRS if pair not in present and (pair in HELD_OUT_PAIRS) == unseen]
-    colours, shapes = zip(*present, strict=True)
-    near = [pair for pair in absent if pair[0] in colours and pair[1] in shapes]
-    return rng.choice(near if near and rng.random() < 0.5 else absent)
+def _absent(scene: Scene, rng: Random) -> str:
+    """Picks an object that is not in the scene; about half are of a category in the scene."""
+    absent = [one for one in OBJECTS if all(one.name != thing.name for thing in scene.things)]
+    near = [one for one in absent if any(one.category == thing.category for thing in scene.things)]
+    return rng.choice(near if near and rng.random() < 0.5 else absent).name
 
 
 def side(scene: Scene, rng: Random) -> Question | None:
@@ -133,7 +132,7 @@ def _relation(
     first, second = rng.sample(pair, 2)
     word = words[order(first) > order(second)]
     text = f"Is the {first.name} {choice} the {second.name}?"
-    return Question(kind, text, f"The {first.name} is {word} the {second.name}.", frozenset([first.pair, second.pair]))
+    return Question(kind, text, f"The {first.name} is {word} the {second.name}.")
 
 
 def larger(scene: Scene, rng: Random) -> Question | None:
@@ -143,24 +142,24 @@ def larger(scene: Scene, rng: Random) -> Question | None:
     first, second = rng.sample(pair, 2)
     text = f"Which is larger, the {first.name} or the {second.name}?"
     answer = f"The {(first if first.size == 'large' else second).name} is larger."
-    return Question("larger", text, answer, frozenset([first.pair, second.pair]))
+    return Question("larger", text, answer)
 
 
 def read(scene: Scene, rng: Random) -> Question | None:
     text = rng.choice(READ_QUESTIONS)
     if scene.print is not None:
-        answer = f"The {kind_of_print(scene.print.text)} is {scene.print.text}."
-        return Question("read", text, answer, frozenset())
+        return Question("read", text, f"The {kind_of_print(scene.print.text)} is {scene.print.text}.")
     # This is rare, so that it is not the best guess.
-    return Question("read", text, "There is no text.", frozenset()) if rng.random() < 0.05 else None
+    return Question("read", text, "There is no text.") if rng.random() < 0.05 else None
 
 
 # Each function returns None if the scene has no clear answer to its kind of question.
 KINDS: dict[str, Callable[[Scene, Random], Question | None]] = {
     "caption": caption,
     "count": count,
+    "name": name,
+    "category": category,
     "colour": colour,
-    "shape": shape,
     "where": where,
     "left/right": side,
     "above/below": height,
@@ -176,7 +175,7 @@ def furthest_left(scene: Scene) -> Question | None:
     if not others or any(thing.column == first.column for thing in others):
         return None
     text, answer = "Which object is furthest to the left?", f"The {first.name} is furthest to the left."
-    return Question("furthest left", text, answer, frozenset([first.pair]))
+    return Question("furthest left", text, answer)
 
 
 def one_of_each(scene: Scene, rng: Random) -> list[Question]:
@@ -195,13 +194,13 @@ def conversation(scene: Scene, turns: int, rng: Random) -> list[Question]:
 
 
 def _unique(scene: Scene, key: Callable[[Thing], object]) -> list[Thing]:
-    """Returns the objects that one word or pair of words names uniquely."""
+    """Returns the objects that one word or place names uniquely."""
     times = Counter(key(thing) for thing in scene.things)
     return [thing for thing in scene.things if times[key(thing)] == 1]
 
 
 def _different(scene: Scene, key: Callable[[Thing], object]) -> list[tuple[Thing, Thing]]:
-    pairs = combinations(_unique(scene, lambda thing: thing.pair), 2)
+    pairs = combinations(_unique(scene, lambda thing: thing.name), 2)
     return [(first, second) for first, second in pairs if key(first) != key(second)]
 
 
@@ -210,15 +209,26 @@ def _choice(items: list[T], rng: Random) -> T | None:
 
 
 def article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+    return f"{ARTICLES.get(noun, 'an' if noun[0] in 'aeiou' else 'a')} {noun}"
 
 
-def _plural(noun: str) -> str:
-    return f"{noun}es" if noun.endswith("ss") else f"{noun}s"
+def plural(noun: str) -> str:
+    """Returns the plural of a noun; of "pair of jeans" it is "pairs of jeans"."""
+    head, of, rest = noun.partition(" of ")
+    *words, last = head.split(" ")
+    if last in PLURALS:
+        ending = PLURALS[last]
+    elif last.endswith(("s", "x", "ch", "sh")):
+        ending = f"{last}es"
+    elif last.endswith("y") and last[-2] not in "aeiou":
+        ending = f"{last[:-1]}ies"
+    else:
+        ending = f"{last}s"
+    return " ".join([*words, ending]) + of + rest
 
 
 def counted(number: int, noun: str) -> str:
-    return f"{NUMBER_WORDS[number]} {noun if number == 1 else _plural(noun)}"
+    return f"{NUMBER_WORDS[number]} {noun if number == 1 else plural(noun)}"
 
 
 def _listed(items: list[str]) -> str:

@@ -1,43 +1,27 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Draws scenes of one to five objects, some with a printed word, and divides them into splits."""
+"""Composes scenes of one to five pictograms, some with a printed word, and divides them into splits."""
 
 import math
 import zlib
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from random import Random
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE = 96  # side of a picture, in pixels
-OVERSAMPLING = 4  # drawn this much larger, then averaged for smooth edges
+from .pictograms import HELD_OUT_FAMILY, Pictogram
 
-COLOURS = {
-    "red": (215, 35, 35),
-    "green": (40, 160, 60),
-    "blue": (40, 80, 220),
-    "yellow": (240, 215, 40),
-    "purple": (140, 50, 170),
-    "orange": (245, 130, 25),
-}
-SHAPES = ("circle", "square", "triangle", "cross", "ring")
-PAIRS = tuple(product(COLOURS, SHAPES))
-# Each shape occurs once; only the test has pictures of these pairs.
-HELD_OUT_PAIRS = (
-    ("red", "triangle"),
-    ("green", "cross"),
-    ("blue", "circle"),
-    ("yellow", "ring"),
-    ("purple", "square"),
-)
-RADII = {"small": (8.0, 9.5), "large": (13.0, 15.0)}  # half the side of the square around an object, in pixels
+SIDE = 128  # side of a picture, in pixels
+
+RADII = {"small": (14.0, 17.0), "large": (21.0, 25.0)}  # half the side of the square around an object, in pixels
 WORDS = ("box", "cat", "dog", "hat", "key", "map", "sun", "tea")
 NUMBERS = tuple(str(number) for number in range(1, 10))
 
 CELL = SIDE / 3  # a picture has 3 x 3 places
 # Least distance in pixels of centres from the borders between places, and of objects from each other.
-MARGIN, GAP = 4, 2
+MARGIN, GAP = 5, 2
 PLACES = (
     ("at the top left", "at the top", "at the top right"),
     ("on the left", "in the middle", "on the right"),
@@ -45,28 +29,24 @@ PLACES = (
 )
 ATTEMPTS = 50  # attempts to place an object before another scene is drawn
 
-SPLITS = ("train", "test")
+# Each group of the test asks for something that training never shows. All groups have contents that are not trained.
+GROUPS = ("seen", "unseen pair", "unseen artist")
 TEST_SHARE = 8  # one in so many contents belongs to the test
+PAIR_SHARE = 12  # one in so many pairs of objects is together in no training picture
 
 
 @dataclass(frozen=True)
 class Thing:
-    """Describes an object; centre and radius are in pixels."""
+    """Describes an object in a scene; centre and radius are in pixels."""
 
-    colour: str
-    shape: str
+    name: str
+    category: str
+    colour: str | None
+    family: str
     size: str
     x: float
     y: float
     radius: float
-
-    @property
-    def pair(self) -> tuple[str, str]:
-        return self.colour, self.shape
-
-    @property
-    def name(self) -> str:
-        return f"{self.colour} {self.shape}"
 
     @property
     def column(self) -> int:
@@ -100,38 +80,64 @@ class Scene:
 
     @property
     def content(self) -> str:
-        """Returns all that a question can ask; it does not depend on background and exact pixels."""
+        """Returns all that a question can ask; it does not depend on background, artists and exact pixels."""
         things = sorted((thing.name, thing.size, thing.place) for thing in self.things)
         return repr((things, self.print and self.print.text))
 
     @property
     def split(self) -> str:
         """Returns the split; it depends only on the content, so that no seed or size can mix train and test."""
-        return "train" if zlib.crc32(self.content.encode()) % TEST_SHARE else "test"
+        held_out = any(thing.family == HELD_OUT_FAMILY for thing in self.things) or self.has_unseen_pair
+        return "train" if zlib.crc32(self.content.encode()) % TEST_SHARE and not held_out else "test"
+
+    @property
+    def has_unseen_pair(self) -> bool:
+        return any(is_held_out(a.name, b.name) for a, b in combinations(self.things, 2))
+
+    @property
+    def group(self) -> str:
+        """Returns what is new in the scene for a model that has seen the training."""
+        if any(thing.family == HELD_OUT_FAMILY for thing in self.things):
+            return "unseen artist"
+        return "unseen pair" if self.has_unseen_pair else "seen"
 
 
-def draw_scene(split: str, rng: Random) -> Scene:
-    """Returns a random scene of a split, `train` or `test`; half of the test scenes have a held-out pair."""
-    if split not in SPLITS:
-        raise ValueError(f"The split is {split!r}, expected one of {', '.join(SPLITS)}.")
-    held_out = split == "test" and rng.random() < 0.5
-    count = rng.randint(1, 5)
+def is_held_out(first: str, second: str) -> bool:
+    """Returns whether two objects are together in no training picture; the names decide it, in either order."""
+    return first != second and not zlib.crc32(" and ".join(sorted((first, second))).encode()) % PAIR_SHARE
+
+
+def draw_scene(pictograms: dict[str, list[Pictogram]], split: str, rng: Random) -> Scene:
+    """Returns a random scene of a split, `train` or `test`; each group has a third of the test.
+
+    Args:
+        pictograms: the pictograms of each family.
+        split: "train" or "test".
+        rng: source of randomness.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"The split is {split!r}, expected train or test.")
+    group = rng.choice(GROUPS) if split == "test" else "seen"
+    families = [family for family in pictograms if (family == HELD_OUT_FAMILY) == (group == "unseen artist")]
+    by_name: dict[str, list[Pictogram]] = {}
+    for pictogram in (pictogram for family in families for pictogram in pictograms[family]):
+        by_name.setdefault(pictogram.object.name, []).append(pictogram)
+    count = rng.randint(2 if group == "unseen pair" else 1, 5)
     while True:
-        scene = _random_scene(count, held_out, rng)
-        if scene is not None and scene.split == split:
+        scene = _random_scene(list(by_name.values()), count, rng)
+        if scene is not None and (scene.split, scene.group) == (split, group):
             return scene
 
 
-def _random_scene(count: int, held_out: bool, rng: Random) -> Scene | None:
-    """Returns a scene, or None if its objects do not fit."""
+def _random_scene(objects: list[list[Pictogram]], count: int, rng: Random) -> Scene | None:
+    """Returns a scene, or None if its objects do not fit; each of `objects` has the pictograms of one name."""
     boxes: list[tuple[float, float, float, float]] = []
     printed = _random_print(rng) if rng.random() < 0.35 else None
     if printed is not None:
         boxes.append(printed.box)
     things: list[Thing] = []
-    for index in range(count):
-        pair = rng.choice(HELD_OUT_PAIRS) if held_out and index == 0 else _random_pair(things, rng)
-        thing = _random_thing(pair, boxes, rng)
+    for _ in range(count):
+        thing = _random_thing(rng.choice(_random_object(objects, things, rng)), boxes, rng)
         if thing is None:
             return None
         boxes.append(thing.box)
@@ -139,21 +145,22 @@ def _random_scene(count: int, held_out: bool, rng: Random) -> Scene | None:
     return Scene(tuple(sorted(things, key=lambda thing: thing.x)), printed)
 
 
-def _random_pair(things: list[Thing], rng: Random) -> tuple[str, str]:
-    """Returns a pair of the training; in half of the cases it shares colour or shape with an earlier object."""
-    pairs = [pair for pair in PAIRS if pair not in HELD_OUT_PAIRS]
-    if things and rng.random() < 0.5:
-        like, part = rng.choice(things).pair, rng.randrange(2)
-        pairs = [pair for pair in pairs if pair[part] == like[part]]
-    return rng.choice(pairs)
+def _random_object(objects: list[list[Pictogram]], things: list[Thing], rng: Random) -> list[Pictogram]:
+    """Returns one of `objects`; one in four times it has the name of an earlier thing, and as often its category."""
+    chance = rng.random()
+    if things and chance < 0.5:
+        like = rng.choice(things)
+        key = "name" if chance < 0.25 or not like.category else "category"
+        objects = [one for one in objects if getattr(one[0].object, key) == getattr(like, key)]
+    return rng.choice(objects)
 
 
-def _random_thing(pair: tuple[str, str], boxes: list, rng: Random) -> Thing | None:
-    size = rng.choice(tuple(RADII))
+def _random_thing(pictogram: Pictogram, boxes: list, rng: Random) -> Thing | None:
+    size, what = rng.choice(tuple(RADII)), pictogram.object
     for _ in range(ATTEMPTS):
         radius = rng.uniform(*RADII[size])
         x, y = (_random_centre(radius, rng) for _ in range(2))
-        thing = Thing(*pair, size, x, y, radius)
+        thing = Thing(what.name, what.category, pictogram.colour, pictogram.family, size, x, y, radius)
         if not any(_overlap(thing.box, box) for box in boxes):
             return thing
     return None
@@ -178,41 +185,37 @@ def _overlap(a: tuple, b: tuple) -> bool:
     return a[0] < b[2] + GAP and b[0] < a[2] + GAP and a[1] < b[3] + GAP and b[1] < a[3] + GAP
 
 
-def draw_picture(scene: Scene, rng: Random) -> Image.Image:
-    """Draws a scene, (SIDE, SIDE) in RGB; `rng` sets the background and the exact colours."""
-    background, ink = _background(rng)
-    canvas = background.resize((SIDE * OVERSAMPLING,) * 2, Image.Resampling.BILINEAR)
-    pen = ImageDraw.Draw(canvas)
+def draw_picture(scene: Scene, pictograms: dict[str, list[Pictogram]], rng: Random) -> Image.Image:
+    """Draws a scene, (SIDE, SIDE) in RGB; `rng` sets the background, and how each pictogram is turned and lit."""
+    canvas, ink = _background(rng)
     for thing in scene.things:
-        _draw_thing(pen, thing, _near(COLOURS[thing.colour], rng))
+        picture = next(one.picture for one in pictograms[thing.family] if one.object.name == thing.name)
+        varied = _varied(picture, round(2 * thing.radius), rng)
+        canvas.paste(varied, (round(thing.x - varied.width / 2), round(thing.y - varied.height / 2)), varied)
     if scene.print is not None:
+        left, top = (int(side) for side in scene.print.box[:2])
         glyphs = _glyphs(scene.print.text)
-        mask = glyphs.resize([side * OVERSAMPLING for side in glyphs.size], Image.Resampling.NEAREST)
-        left, top = (int(side) * OVERSAMPLING for side in scene.print.box[:2])
-        canvas.paste(ink, (left, top, left + mask.width, top + mask.height), mask)
-    return canvas.resize((SIDE, SIDE), Image.Resampling.BOX)
+        canvas.paste(ink, (left, top, left + glyphs.width, top + glyphs.height), glyphs)
+    return canvas
 
 
-def _draw_thing(pen: ImageDraw.ImageDraw, thing: Thing, colour: tuple[int, ...]) -> None:
-    left, top, right, bottom = (side * OVERSAMPLING for side in thing.box)
-    x, y, radius = thing.x * OVERSAMPLING, thing.y * OVERSAMPLING, thing.radius * OVERSAMPLING
-    if thing.shape == "circle":
-        pen.ellipse((left, top, right, bottom), fill=colour)
-    elif thing.shape == "ring":
-        pen.ellipse((left, top, right, bottom), outline=colour, width=round(radius * 0.45))
-    elif thing.shape == "square":
-        inset = radius * 0.12  # gives about the area of the circle
-        pen.rectangle((left + inset, top + inset, right - inset, bottom - inset), fill=colour)
-    elif thing.shape == "cross":
-        arm = radius * 0.36
-        pen.rectangle((left, y - arm, right, y + arm), fill=colour)
-        pen.rectangle((x - arm, top, x + arm, bottom), fill=colour)
-    else:
-        pen.polygon([(x, top), (right, bottom), (left, bottom)], fill=colour)
+def _varied(picture: Image.Image, side: int, rng: Random) -> Image.Image:
+    """Returns a pictogram of about `side` pixels, perhaps mirrored, a little turned, squeezed and lit otherwise."""
+    colours = np.asarray(picture.convert("RGB"), dtype=np.float32)
+    grey = colours.mean(-1, keepdims=True)
+    light = [rng.uniform(0.9, 1.1) for _ in range(3)]
+    colours = (grey + (colours - grey) * rng.uniform(0.8, 1.3)) * light + rng.uniform(-15, 15)
+    varied = Image.fromarray(colours.clip(0, 255).astype(np.uint8)).convert("RGBA")
+    varied.putalpha(picture.getchannel("A"))
+    if rng.random() < 0.5:
+        varied = varied.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    varied = varied.rotate(rng.gauss(0, 8), Image.Resampling.BICUBIC)
+    width, height = (round(side * rng.uniform(0.85, 1)) for _ in range(2))
+    return varied.resize((width, height), Image.Resampling.BOX)
 
 
 def _background(rng: Random) -> tuple[Image.Image, tuple[int, ...]]:
-    """Returns a pale or dark background in few pixels, to be enlarged, and a readable colour of print."""
+    """Returns a pale or dark background, and a readable colour of print."""
     pale = rng.random() < 0.7
     tone = rng.randint(185, 245) if pale else rng.randint(15, 60)
     tint = [rng.randint(-10, 10) for _ in range(3)]
@@ -224,11 +227,7 @@ def _background(rng: Random) -> tuple[Image.Image, tuple[int, ...]]:
         along = (math.cos(angle) * (x - cells / 2) + math.sin(angle) * (y - cells / 2)) / (cells / 2)
         relief = {"plain": 0.0, "gradient": along, "stripes": math.sin(9 * along), "blotches": rng.uniform(-1, 1)}[kind]
         picture.putpixel((x, y), tuple(round(min(255, max(0, tone + t + depth * relief))) for t in tint))
-    return picture, (20, 20, 20) if pale else (240, 240, 240)
-
-
-def _near(colour: tuple[int, ...], rng: Random) -> tuple[int, ...]:
-    return tuple(min(255, max(0, part + rng.randint(-15, 15))) for part in colour)
+    return picture.resize((SIDE, SIDE), Image.Resampling.BILINEAR), (20, 20, 20) if pale else (240, 240, 240)
 
 
 def _glyphs(text: str) -> Image.Image:

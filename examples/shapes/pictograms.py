@@ -1,0 +1,168 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fetches colour emoji as pictures of objects: several artists have drawn each of about 300 objects.
+
+The families are npm packages of Iconify with the artists' SVG; `objects.csv` says which of their pictures shows which
+object. NOTICE has their licences. This step needs npm and resvg-py (`pip install resvg-py`).
+"""
+
+import colorsys
+import csv
+import io
+import json
+import subprocess
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from conversion.checkpoints.folders import complete_or_absent, require_empty
+
+FAMILIES = {
+    "noto": "1.2.9",
+    "noto-v1": "1.2.5",
+    "twemoji": "1.2.5",
+    "fluent-emoji-flat": "1.2.6",
+    "emojione": "1.2.3",
+    "fxemoji": "1.2.2",
+}
+HELD_OUT_FAMILY = "fluent-emoji-flat"  # only the test has pictures of this family
+TABLE = Path(__file__).parent / "objects.csv"
+SAMPLE = Path(__file__).parent / "sample"  # a few objects of every family, for the tests
+RENDERED = 64  # side of a picture in the folder, in pixels
+
+# Degrees of hue. Between two colours is room, so that people would agree on the name.
+HUES = {"red": (345, 12), "orange": (22, 38), "yellow": (44, 58), "green": (80, 160), "blue": (195, 235)}
+CERTAIN = 0.7  # share of the pixels that must have the colour
+
+
+@dataclass(frozen=True)
+class Object:
+    """Describes an object by its name and its category, which is empty for what has none."""
+
+    name: str
+    category: str
+
+
+def _rows() -> list[dict[str, str]]:
+    with TABLE.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+OBJECTS = tuple(Object(row["name"], row["category"]) for row in _rows())
+
+
+@dataclass(frozen=True)
+class Pictogram:
+    """An object as one family draws it."""
+
+    object: Object
+    family: str
+    picture: Image.Image  # RGBA, (RENDERED, RENDERED), cut to what is drawn
+
+    @cached_property
+    def colour(self) -> str | None:
+        """Returns the one colour of the picture, if it is certain."""
+        return certain_colour(self.picture)
+
+
+def fetch(out: str | Path) -> Path:
+    """Downloads all families, and writes a picture per object and family into `out`/FAMILY/NAME.png.
+
+    `out` must not exist or be empty; it appears complete or not at all.
+
+    Raises:
+        ValueError: if npm fails, or resvg-py is missing.
+    """
+    out = require_empty(out)
+    with complete_or_absent(out) as folder:
+        for family, version in tqdm(FAMILIES.items(), desc="families"):
+            icons = _download(family, version)
+            (folder / family).mkdir()
+            for row in _rows():
+                if row[family]:
+                    render(_svg(icons, row[family])).save(folder / family / f"{row['name']}.png")
+    return out
+
+
+def _download(family: str, version: str) -> dict:
+    """Returns Iconify's JSON of a family."""
+    package = f"@iconify-json/{family}@{version}"
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise ValueError("npm was not found. Install it: it downloads the pictograms.") from None
+        except subprocess.CalledProcessError as error:
+            raise ValueError(f"npm could not download {package}: {error.stderr.strip()}") from error
+        (archive,) = Path(scratch).glob("*.tgz")
+        with tarfile.open(archive) as files:
+            return json.load(files.extractfile("package/icons.json"))  # type: ignore[arg-type]
+
+
+def _svg(icons: dict, name: str) -> str:
+    icon = icons["icons"][name]
+    width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+    spaces = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
+    return f'<svg {spaces} viewBox="{box}">{icon["body"]}</svg>'
+
+
+def render(svg: str) -> Image.Image:
+    """Returns a picture of RENDERED pixels a side, with what is drawn in its middle and up to two of its edges."""
+    try:
+        import resvg_py  # here because only this command needs it
+    except ImportError:
+        raise ValueError("resvg-py is missing: pip install resvg-py") from None
+    data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * RENDERED, height=2 * RENDERED)
+    drawn = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    drawn = drawn.crop(drawn.getbbox())
+    side = max(drawn.size)
+    square = Image.new("RGBA", (side, side))
+    square.paste(drawn, ((side - drawn.width) // 2, (side - drawn.height) // 2))
+    return square.resize((RENDERED, RENDERED), Image.Resampling.BOX)
+
+
+def read_pictograms(folder: str | Path) -> dict[str, list[Pictogram]]:
+    """Returns the pictograms of each family in a folder that `fetch` wrote.
+
+    Raises:
+        ValueError: if a family is missing.
+    """
+    return {family: list(_read_family(Path(folder), family)) for family in FAMILIES}
+
+
+def _read_family(folder: Path, family: str) -> Iterator[Pictogram]:
+    if not (folder / family).is_dir():
+        raise ValueError(f"There is no {folder / family}: fetch them first (python -m examples.shapes pictograms OUT).")
+    for one in OBJECTS:
+        file = folder / family / f"{one.name}.png"
+        if file.exists():
+            with Image.open(file) as picture:
+                yield Pictogram(one, family, picture.convert("RGBA"))
+
+
+def certain_colour(picture: Image.Image) -> str | None:
+    """Returns the colour that at least CERTAIN of a picture's opaque pixels have, or None."""
+    small = picture.resize((16, 16), Image.Resampling.BOX)
+    pixels = [pixel for pixel in small.getdata() if pixel[3] > 200]
+    names = [_colour_of(pixel[:3]) for pixel in pixels]
+    for name in HUES:
+        if pixels and names.count(name) >= CERTAIN * len(pixels):
+            return name
+    return None
+
+
+def _colour_of(pixel: tuple[int, ...]) -> str | None:
+    hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in pixel))
+    if saturation < 0.5 or value < 0.45:
+        return None  # grey, pale, dark or brown
+    for name, (low, high) in HUES.items():
+        if (hue * 360 - low) % 360 <= (high - low) % 360:
+            return name
+    return None
