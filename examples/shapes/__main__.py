@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the steps that make a small LLaVA-STF from scratch.
 
-python -m examples.shapes generate DATA --scenes N --seed S    draws pictures, writes questions and answers
+python -m examples.shapes pictograms OUT                       fetches pictures of objects by several artists
+python -m examples.shapes generate DATA --scenes N --seed S    draws scenes, writes questions and answers
 python -m examples.shapes tokenizer DATA OUT                   trains the language model's tokenizer
 python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniature CLIP
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
@@ -21,6 +22,7 @@ from .clip import train_clip
 from .evaluate import evaluate
 from .generate import generate
 from .language_model import train_language_model
+from .pictograms import SAMPLE, fetch
 from .recipe import make
 from .renew import renew
 from .text import train_tokenizer
@@ -43,6 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True)
 
+    fetching = commands.add_parser("pictograms", help="fetch the pictures of objects (needs npm and resvg-py)")
+    fetching.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    fetching.set_defaults(step=fetch)
+
     data = commands.add_parser("generate", help="draw pictures, ask and answer questions")
     data.add_argument("out", metavar="DATA", help="folder to write; must not exist, or be empty")
     data.add_argument("--scenes", type=int, required=True, metavar="N", help="number of training scenes")
@@ -51,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
         "--turns", type=int, default=8, metavar="N", help="maximum of questions about a scene (default: 8)"
     )
     data.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
+    data.add_argument(
+        "--pictograms", default=SAMPLE, metavar="FOLDER", help="folder that `pictograms` wrote (default: a small sample)"
+    )
     data.set_defaults(step=generate)
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on the data's texts")

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
+from .scenes import GROUPS
 from .text import messages_of, read_rows
 from .training import DEVICE
 
@@ -79,12 +80,12 @@ def ask(
 
 
 def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
-    """Counts right answers and questions of each kind, separately for pairs that training never shows.
+    """Counts right answers and questions of each kind and group.
 
     An answer is right if it equals the true sentence; a caption may name the objects in another order.
 
     Returns:
-        `kinds`: for each kind `seen` and `unseen`, each with `right`, `questions` and, if there are any, `accuracy`;
+        `kinds`: for each kind the groups, each with `right`, `questions` and, if there are any, `accuracy`;
         `mistakes`: id, expected and given answer.
 
     Raises:
@@ -101,10 +102,10 @@ def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
     kinds = {}
     for kind in dict.fromkeys(row["kind"] for row in truth):
         marks = {
-            name: [right[row["id"]] for row in truth if row["kind"] == kind and row["unseen"] == (name == "unseen")]
-            for name in ("seen", "unseen")
+            group: [right[row["id"]] for row in truth if row["kind"] == kind and row["group"] == group]
+            for group in GROUPS
         }
-        kinds[kind] = {name: _counts(of_kind) for name, of_kind in marks.items()}
+        kinds[kind] = {group: _counts(of_group) for group, of_group in marks.items()}
     mistakes = [
         {"id": name, "expected": expected[name], "answer": answers[name]} for name in expected if not right[name]
     ]
@@ -112,7 +113,7 @@ def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
 
 
 def card_results(kinds: dict, model: str) -> dict:
-    """Returns the accuracies in the form that `hub_card` reads: a benchmark per kind, and per seen or unseen pairs."""
+    """Returns the accuracies in the form that `hub_card` reads: a benchmark per kind and group."""
     return {
         "source": {"name": "examples/shapes", "url": ""},
         "measured_by": "",
@@ -120,23 +121,24 @@ def card_results(kinds: dict, model: str) -> dict:
         "model": model,
         "conditions": "`python -m examples.shapes evaluate`, greedy, on drawings that `generate` made for testing. An "
         "answer is right if it is the true sentence, word for word; a caption may name the objects in another order. "
-        "No picture of the training shows the unseen pairs of colour and shape",
+        "No picture of the training has the two objects of an unseen pair together, or an object as the unseen artist "
+        "draws it",
         "results": [
-            _card_result(kind, f"{name} pairs" if parts["unseen"]["questions"] else "", part)
+            _card_result(kind, group, part)
             for kind, parts in kinds.items()
-            for name, part in parts.items()
+            for group, part in parts.items()
             if part["questions"]
         ],
     }
 
 
-def _card_result(kind: str, pairs: str, part: dict) -> dict:
+def _card_result(kind: str, group: str, part: dict) -> dict:
     return {
-        "benchmark": ", ".join(filter(None, [f"shapes: {kind}", pairs])),
-        "dataset": "shapes",
+        "benchmark": f"pictograms: {kind}, {group}",
+        "dataset": "pictograms",
         "dataset_config": kind,
-        "split": ", ".join(filter(None, ["test", pairs])),
-        "metric": " ".join(filter(None, [f"{kind} accuracy", pairs and f"({pairs})"])),
+        "split": f"test, {group}",
+        "metric": f"{kind} accuracy ({group})",
         "metric_type": "accuracy",
         "value": part["accuracy"],
         "samples": str(part["questions"]),
@@ -153,11 +155,9 @@ def _counts(marks: list[bool]) -> dict:
 
 
 def accuracy_table(kinds: dict) -> str:
-    """Returns a Markdown table: a row for each kind, with seen and unseen pairs."""
-    lines = [
-        "| kind of question | seen pairs, right, % | of | unseen pairs, right, % | of |",
-        "| --- | --: | --: | --: | --: |",
-    ]
+    """Returns a Markdown table: a row for each kind, with the groups side by side."""
+    heads = " | ".join(f"{group}, right, % | of" for group in GROUPS)
+    lines = [f"| kind of question | {heads} |", "| --- |" + " --: |" * (2 * len(GROUPS))]
     for kind, parts in kinds.items():
         cells = [
             f"{100 * part['accuracy']:.1f} | {part['questions']}" if part["questions"] else " | 0"

@@ -13,7 +13,7 @@ from conversion.checkpoints.folders import complete_or_absent, require_empty
 from .text import CHAT_TEMPLATE, CONTEXT, messages_of, read_rows, read_tokenizer
 from .training import DEVICE, save_log, train
 
-WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 344
+WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 384
 # The base of the rotary waves is larger than Llama's: heads are narrow, and questions attend over any distance.
 ROPE_THETA = 1e6
 

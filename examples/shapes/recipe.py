@@ -79,12 +79,13 @@ def make(
     """
     out, work = require_empty(out), Path(work).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    data, tokenizer, clip, language_model, start = (
-        work / name for name in ("data", "tokenizer", "clip", "language-model", "start")
+    pictograms, data, tokenizer, clip, language_model, start = (
+        work / name for name in ("pictograms", "data", "tokenizer", "clip", "language-model", "start")
     )
     timer = Timer(work / "seconds.json")
     counts = ("--scenes", scenes, "--test-scenes", test_scenes, "--seed", seed)
-    timer.run({data: ("examples.shapes", "generate", data, *counts)})
+    timer.run({pictograms: ("examples.shapes", "pictograms", pictograms)})
+    timer.run({data: ("examples.shapes", "generate", data, *counts, "--pictograms", pictograms)})
     timer.run({tokenizer: ("examples.shapes", "tokenizer", data, tokenizer)})
     steps = {clip: clip_steps, language_model: language_model_steps}
     timer.run(
