@@ -46,7 +46,7 @@ def main() -> int:
             arguments.model,
             arguments.revision,
             arguments.max_new_tokens,
-            {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None},
+            _image_options(arguments),
         )
     except TemplateError as error:
         return _refused(f"The model's chat template cannot be used: {error}")
@@ -71,19 +71,27 @@ def _parser() -> argparse.ArgumentParser:
     ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens (default: 128)")
-    ask_parser.add_argument(
+    _add_image_options(ask_parser)
+    _add_image_options(_bulk.add_parser(commands))
+    commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
+    return parser
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--do-exif-transpose",
         action=argparse.BooleanOptionalAction,
         help="rotate a photo upright by its EXIF orientation (default: the setting of the model's processor)",
     )
-    ask_parser.add_argument(
+    parser.add_argument(
         "--alpha-background",
         metavar="COLOUR",
         help="colour behind transparent pixels, such as white (default: the setting of the model's processor)",
     )
-    _bulk.add_parser(commands)
-    commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
-    return parser
+
+
+def _image_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None}
 
 
 def ask(
@@ -134,7 +142,13 @@ def caption(arguments: argparse.Namespace) -> int:
     """Prints how many pictures were asked about; their answers are in the parts."""
     if not arguments.server:
         arguments.model = arguments.model or _default_model()
-    print(_bulk.caption(arguments, lambda: _load(arguments.model, arguments.revision)))
+
+    def load() -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
+        processor, network = _load(arguments.model, arguments.revision)
+        _check_length(arguments.max_new_tokens, network.config.text_config.max_position_embeddings)
+        return processor, network
+
+    print(_bulk.caption(arguments, load, _image_options(arguments)))
     return 0
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageColor
 import torch
 from tqdm.auto import tqdm
 
@@ -75,7 +76,7 @@ class Answer:
         }
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "caption",
         help="answer a question about each of very many pictures",
@@ -94,32 +95,43 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode (default: one a core)")
     parser.add_argument("--server", help="address of an OpenAI-compatible server that answers instead of --model")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at once (default: 16)")
+    return parser
 
 
 Load = Callable[[], tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]]
 
 
-def caption(arguments: argparse.Namespace, load: Load) -> str:
+def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, Any] | None = None) -> str:
     """Writes the parts of a shard that are not there yet; returns what was done, in a sentence.
+
+    Args:
+        arguments: what the parser of [`add_parser`] gives.
+        load: loads processor and model; is called if there is something for them to do.
+        image_options: `do_exif_transpose` and `alpha_background` where they are not those of the processor.
 
     Raises:
         ValueError: if an argument is wrong, the input cannot be read, the output holds something else, or the server
             refuses or is gone. Parts that are complete stay.
     """
+    image_options = image_options or {}
     shard, shards = _shard(arguments.shard)
-    _check(arguments)
+    _check(arguments, image_options)
     rows = read_input(Path(arguments.input), arguments.prompt, arguments.images)
-    server = Server(arguments.server, arguments.model, arguments.max_new_tokens) if arguments.server else None
+    limit = arguments.max_new_tokens
+    server = Server(arguments.server, arguments.model, limit, image_options) if arguments.server else None
     model_name = server.model if server else str(arguments.model)
-    settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": arguments.max_new_tokens}
+    settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": limit}
+    settings["image_options"] = image_options or None
     output = Output(Path(arguments.output), rows, arguments.part_size, settings)
     parts = range(shard, output.parts, shards)
     todo = [part for part in parts if not output.file(part).exists()]
     total, left = (sum(len(output.range(part)) for part in chosen) for chosen in (parts, todo))
+    answerer = server or (_captioner(load, limit, image_options) if todo else None)
+    output.claim()
     errors, threads = 0, arguments.concurrency if server else arguments.workers
     with ThreadPoolExecutor(threads) as pool, tqdm(total=total, initial=total - left, unit=" pictures") as bar:
         try:
-            answers = _answers(pool, server, load, arguments, rows, [output.range(part) for part in todo])
+            answers = _answers(pool, answerer, arguments, rows, [output.range(part) for part in todo])
             for part in todo:
                 answered = []
                 for answer in islice(answers, len(output.range(part))):
@@ -135,12 +147,19 @@ def caption(arguments: argparse.Namespace, load: Load) -> str:
     )
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _captioner(load: Load, max_new_tokens: int, image_options: dict[str, Any]) -> "Captioner":
+    if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return Captioner(*load(), max_new_tokens, image_options)
+
+
+def _check(arguments: argparse.Namespace, image_options: dict[str, Any]) -> None:
     for name in ("max_new_tokens", "batch_size", "part_size", "workers", "concurrency"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1.")
     if not arguments.prompt.strip():
         raise ValueError("--prompt is empty.")
+    PIL.ImageColor.getrgb(image_options.get("alpha_background", "white"))  # raises a ValueError that names the colour
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -179,21 +198,25 @@ class Captioner:
     """Answers rows with a model in this process, greedily: what [`LlavaSTFForConditionalGeneration.generate`] gives."""
 
     def __init__(
-        self, processor: LlavaSTFProcessor, network: LlavaSTFForConditionalGeneration, max_new_tokens: int = 128
+        self,
+        processor: LlavaSTFProcessor,
+        network: LlavaSTFForConditionalGeneration,
+        max_new_tokens: int = 128,
+        image_options: dict[str, Any] | None = None,
     ):
-        self.processor, self.network, self.max_new_tokens = processor, network.eval(), max_new_tokens
+        self.processor, self.network = processor, network.eval()
+        self.max_new_tokens, self.image_options = max_new_tokens, image_options or {}
 
     def prepare(self, row: Row) -> Prepared:
         """Decodes a picture, in a thread; whatever is wrong with it is the row's error."""
         content = [{"type": "image"}, {"type": "text", "text": row.prompt}]
         try:
-            pixels = self.processor(images=load_picture(row.picture), return_tensors="pt")[
-                "pixel_values"
-            ]  # (1, 3, height, width)
+            picture = load_picture(row.picture)
+            inputs = self.processor(images=picture, return_tensors="pt", **self.image_options)
             ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]])[0]
         except Exception as error:  # damaged files make PIL raise errors of every kind
             return Prepared(row, [], None, _reason(error))
-        return Prepared(row, ids, pixels)
+        return Prepared(row, ids, inputs["pixel_values"])  # (1, 3, height, width)
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """The answers of one batch."""
@@ -233,25 +256,22 @@ class Captioner:
 
 def _answers(
     pool: ThreadPoolExecutor,
-    server: "Server | None",
-    load: Load,
+    answerer: "Server | Captioner | None",
     arguments: argparse.Namespace,
     rows: Sequence[Row],
     parts: list[range],
 ) -> Iterator[Answer]:
-    """The answers of all rows of some parts, in their order."""
+    """The answers of all rows of some parts, in their order; `answerer` is None if there are no parts."""
     source = chain.from_iterable(rows[part.start : part.stop] for part in parts)
-    if server:
-        yield from _ahead(pool, server.answer, source, PREPARED_BATCHES * arguments.concurrency)
-    elif parts:
-        if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        captioner, size = Captioner(*load(), arguments.max_new_tokens), arguments.batch_size
-        prepared = _ahead(pool, captioner.prepare, source, PREPARED_BATCHES * size)
+    if isinstance(answerer, Server):
+        yield from _ahead(pool, answerer.answer, source, PREPARED_BATCHES * arguments.concurrency)
+    elif answerer:
+        size = arguments.batch_size
+        prepared = _ahead(pool, answerer.prepare, source, PREPARED_BATCHES * size)
         for part in parts:
             # Batches end where parts do, so that a part is the same in every run.
             for start in range(0, len(part), size):
-                yield from captioner.answer(list(islice(prepared, min(size, len(part) - start))))
+                yield from answerer.answer(list(islice(prepared, min(size, len(part) - start))))
 
 
 def _answer(row: Row, **outcome: Any) -> Answer:
@@ -272,11 +292,17 @@ class Server:
         ValueError: if there is no server, or it refuses.
     """
 
-    def __init__(self, url: str, model: str | None = None, max_new_tokens: int = 128):
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        max_new_tokens: int = 128,
+        image_options: dict[str, Any] | None = None,
+    ):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"--server is {url!r}, expected an address such as http://127.0.0.1:8000.")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.max_new_tokens = max_new_tokens
+        self.max_new_tokens, self.image_options = max_new_tokens, image_options or {}
         self.model: str = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -290,7 +316,7 @@ class Server:
     def answer(self, row: Row) -> Answer:
         """The answer; a picture that cannot be read, or that the server refuses, is an error of the row."""
         try:
-            picture = _data_url(row.picture)
+            picture = _data_url(row.picture, **self.image_options)
         except Exception as error:  # as in `Captioner.prepare`
             return _answer(row, error=_reason(error))
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row.prompt}]
@@ -339,7 +365,7 @@ class RefusedError(Exception):
     """The server takes other requests, but not this one."""
 
 
-def _data_url(picture: bytes | str | Path) -> str:
+def _data_url(picture: bytes | str | Path, **image_options: Any) -> str:
     """The file as it is, if all decode it alike; else the pixels that the processor here would see, as PNG."""
     opened = load_picture(picture)
     content = picture.read_bytes() if isinstance(picture, Path) else picture
@@ -348,7 +374,7 @@ def _data_url(picture: bytes | str | Path) -> str:
     opaque = opened.mode in ("L", "RGB") and "transparency" not in opened.info
     if not (isinstance(content, bytes) and kind and upright and opaque):
         kind, stream = "image/png", BytesIO()
-        to_rgb(opened).save(stream, "png")
+        to_rgb(opened, **image_options).save(stream, "png")
         content = stream.getvalue()
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -504,17 +530,25 @@ class Output:
         if not self.llava:
             _pyarrow()
         settings = settings | {"rows": self.rows, "part_size": part_size, "listing": listing.hexdigest()}
-        self._claim(folder / "run.json", settings)
+        self.run, self.settings = folder / "run.json", settings
+        if self.run.exists():
+            self._check_run()
+        elif any(folder.glob("[!.]*")):
+            raise ValueError(f"{folder} is not empty, and no run began there: name a new folder.")
 
-    def _claim(self, file: Path, settings: dict[str, Any]) -> None:
+    def claim(self) -> None:
+        """Writes `run.json`, or checks that of another shard."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            if any(self.folder.glob("[!.]*")):
-                raise ValueError(f"{self.folder} is not empty, and no run began there: name a new folder.")
-            _write(file, json.dumps(settings, indent=2).encode())
-        found = json.loads(file.read_text(encoding="utf-8"))
+        if not self.run.exists():
+            _write(self.run, json.dumps(self.settings, indent=2).encode())
+        self._check_run()
+
+    def _check_run(self) -> None:
+        found = json.loads(self.run.read_text(encoding="utf-8"))
         other = [
-            f"{name} was {found.get(name)!r}, is {new!r}" for name, new in settings.items() if found.get(name) != new
+            f"{name} was {found.get(name)!r}, is {new!r}"
+            for name, new in self.settings.items()
+            if found.get(name) != new
         ]
         if other:
             raise ValueError(

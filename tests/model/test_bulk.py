@@ -371,6 +371,35 @@ def test_a_server_without_models_is_refused_in_one_line(server, photos, tmp_path
     assert (status, output) == (2, "") and "name one with --model" in errors and len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize("where", ["here", "server"])
+def test_photos_are_turned_and_transparency_is_painted_as_asked(server, pictures, tmp_path, caption, where):
+    """The drawing lies on its side, or is drawn on nothing."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    drawing = Image.open(pictures / "01.png").convert("RGB")
+    drawing.paste((240, 240, 0), (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawing.save(folder / "lying.png", exif=exif)
+    drawing.save(folder / "as_it_lies.png")
+    drawing.rotate(-90).save(folder / "upright.png")
+    nothing = drawing.convert("RGBA")
+    nothing.putalpha(0)
+    nothing.save(folder / "nothing.png")
+    Image.new("RGB", drawing.size, "white").save(folder / "white.png")
+
+    def answers(*options):
+        out = tmp_path / f"out{len(options)}"
+        assert caption(folder, out, *options, *(("--server", server.url) if where == "server" else ()))[0] == 0
+        return {row["path"].removesuffix(".png"): row["answer"] for row in rows(out)}
+
+    found = answers()
+    assert found["lying"] == found["upright"] != found["as_it_lies"] == found["nothing"] != found["white"]
+    found = answers("--no-do-exif-transpose", "--alpha-background", "white")
+    assert found["lying"] == found["as_it_lies"] != found["upright"]
+    assert found["nothing"] == found["white"] != found["as_it_lies"]
+
+
 # Mistakes
 
 
@@ -404,6 +433,10 @@ def test_mistakes_are_one_line(pictures, tmp_path, caption, monkeypatch):
     for option in ("max-new-tokens", "batch-size", "part-size", "workers", "concurrency"):
         assert f"--{option} is 0" in refused(pictures, out, f"--{option}", 0)
     assert "--prompt is empty" in refused(pictures, out, "--prompt", " ")
+    for limit in (512, 100000):
+        assert f"--max-new-tokens is {limit}, expected 1 to 511" in refused(pictures, out, "--max-new-tokens", limit)
+    assert "'no-such-colour'" in refused(pictures, out, "--alpha-background", "no-such-colour")
+    assert "no folder" in refused(pictures, out, "--model", str(tmp_path / "no_model"))
     assert "--server is 'localhost:1'" in refused(pictures, out, "--server", "localhost:1")
     assert not out.exists()
     assert "is not empty" in refused(pictures, pictures)
@@ -415,7 +448,14 @@ def test_another_run_is_not_mixed_with_the_parts_of_one(pictures, tmp_path, capt
     out = tmp_path / "out"
     assert caption(pictures, out, "--part-size", 3, "--shard", "5/6")[0] == 0
     there = {file: file.read_bytes() for file in out.iterdir()}
-    for changed in (("--part-size", 4), ("--prompt", QUESTION), ("--max-new-tokens", 5), ("--revision", "main")):
+    for changed in (
+        ("--part-size", 4),
+        ("--prompt", QUESTION),
+        ("--max-new-tokens", 5),
+        ("--revision", "main"),
+        ("--no-do-exif-transpose",),
+        ("--alpha-background", "white"),
+    ):
         status, _, errors = caption(pictures, out, "--part-size", 3, *changed)
         assert status == 2 and "holds another run" in errors
     assert {file: file.read_bytes() for file in out.iterdir()} == there
