@@ -53,11 +53,16 @@ class PictureCache:
         self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._read(self._conversation(""), pixel_values=pixels.to(model.device, model.dtype))
 
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were read, those of the pictures included: the memory that is taken grows with them."""
+        return len(self._ids)
+
     def after(self, question: str, answer: str) -> "PictureCache":
         """The conversation with one more turn, which is read once, too; this one stays as it is.
 
         Raises:
-            ValueError: if an argument is not a string.
+            ValueError: if an argument is not a string, or has a placeholder of a picture.
         """
         _check_texts([question, answer])
         longer = copy.copy(self)
@@ -81,7 +86,8 @@ class PictureCache:
         """Token ids of the conversation with this question, as the chat template has them.
 
         Raises:
-            ValueError: if they do not begin with what was read, or do not fit the context.
+            ValueError: if they do not begin with what was read, have a placeholder of one more picture, or do not fit
+                the context.
         """
         ids = prompt_ids(self.processor, [self._conversation(question)])[0]
         if ids[: len(self._ids)] != self._ids:
@@ -89,6 +95,7 @@ class PictureCache:
                 "With this question the chat template begins the conversation in another way than it was read. A "
                 "template that puts the question before the pictures, or changes earlier turns, cannot be used here."
             )
+        self._check_no_picture(ids[len(self._ids) :])
         return ids
 
     def _conversation(self, question: str) -> list[dict[str, Any]]:
@@ -105,12 +112,21 @@ class PictureCache:
             raise ValueError(
                 "With this turn the chat template begins the conversation in another way than it was read."
             )
+        if not pixels:
+            self._check_no_picture(ids[len(self._ids) :])
         new = torch.tensor([ids[len(self._ids) :]], device=self.model.device)
         cache = _filled(DynamicCache(config=self.model.config.text_config), self._states)
         self.model(
             input_ids=new, attention_mask=new.new_ones(1, len(ids)), logits_to_keep=1, **{CACHE: cache}, **pixels
         )
         self._ids, self._states = ids, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _check_no_picture(self, ids: list[int]) -> None:
+        if self.processor.image_token_id in ids:
+            raise ValueError(
+                f"The text has the placeholder {self.processor.image_token}, but a conversation has only the pictures "
+                "that it began with. Leave the placeholder out."
+            )
 
 
 def ask_many(pictures: Sequence[PictureCache], questions: Sequence[str], **kwargs: Any) -> list[str]:
