@@ -6,6 +6,7 @@ PIP_FLAGS ?= --quiet
 VENV := .venv
 comma := ,
 FLOOR_VENV := .venv-floor
+SPACE_VENV := .venv-space
 MAIN_VENV := .venv-main
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
@@ -14,7 +15,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-space test-main gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -39,6 +40,10 @@ gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the 
 test-torchao: setup ## run the tests of quantising, with torchao
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target .cache/torchao torchao
 	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py -q
+
+# SCREENSHOT=FILE writes a picture of the page.
+test-space: $(SPACE_VENV)/.stamp ## drive the page of examples/space in a headless browser (apt-get install chromium)
+	PYTHONPATH=$(CURDIR) $(SPACE_VENV)/bin/python -m pytest tests/space -q --noconftest
 
 # pip says that pyproject.toml does not allow this version: that is the point.
 test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' main branch, of today
@@ -66,7 +71,7 @@ format: setup ## rewrite the files in the project's style
 	$(VENV)/bin/ruff format
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(FLOOR_VENV) $(MAIN_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(FLOOR_VENV) $(SPACE_VENV) $(MAIN_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.
@@ -88,3 +93,12 @@ $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)
 	grep -v '^transformers==' $< > $@
+
+# The package is not installed: a Space has only its requirements.
+$(SPACE_VENV)/.stamp: examples/space/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(SPACE_VENV)
+	grep -v '^pillow==' constraints.txt > $(SPACE_VENV)/constraints.txt
+	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt torch
+	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt -r $< playwright==1.65.2 pytest
+	$(SPACE_VENV)/bin/python -m pip check
+	@touch $@

@@ -24,6 +24,7 @@ QUESTIONS = ["Describe the picture.", "What is written in the picture?", "Where 
 CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds
 # Fonts of the system: the default theme asks a font server.
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
+SMALL = "The model is the small one of this repository: it knows drawn shapes and nothing else."
 WHAT_IT_SEES = "**What the model sees:** {0} x {0} patches (thin lines) become {1} x {1} tokens (thick)"
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto; }
@@ -39,7 +40,7 @@ LAUNCH = {"max_file_size": "32mb", "show_error": True, "css": CSS, "theme": THEM
 def build(chat: Chat, title: str) -> gr.Blocks:
     """The page; it answers one question at a time, and the others wait."""
     with gr.Blocks(title="LLaVA-STF", delete_cache=(CLEAN_EVERY, CLEAN_AFTER), analytics_enabled=False) as page:
-        gr.Markdown(f"# LLaVA-STF\n{title}")
+        gr.Markdown(f"# LLaVA-STF\nAsk about a picture. Token fusion makes few vision tokens of many patches. {title}")
         with gr.Row():
             with gr.Column(scale=2):
                 picture = gr.Image(
@@ -50,7 +51,7 @@ def build(chat: Chat, title: str) -> gr.Blocks:
                     height=210,
                     buttons=[],
                 )
-                # The processor's words, too, for a file that is no picture. (A subclass makes Gradio 6.31 write app.pyi.)
+                # The processor says what is wrong with a file. (For a subclass Gradio 6.31 would write app.pyi.)
                 picture.preprocess = lambda upload: upload and upload.path
                 gr.Examples(EXAMPLES, picture, label="Or pick one")
                 gr.Markdown(WHAT_IT_SEES.format(*chat.grids))
@@ -113,7 +114,7 @@ def show_figures(chat: Chat, answer: Answer | None = None) -> str:
     if answer:
         figures += [
             ("", f"{answer.seconds:.2f} s", f"first word after {answer.first_word:.2f} s"),
-            ("", answer.prompt_tokens, f"prompt tokens, {answer.new_tokens} of them new to the model"),
+            ("", answer.prompt_tokens, f"prompt tokens, {answer.new_tokens} of them new"),
         ]
     tiles = "".join(f'<div class="{kind}"><b>{number}</b>{words}</div>' for kind, number, words in figures)
     return f'<div class="figures">{tiles}</div>'
@@ -144,7 +145,7 @@ def main() -> int:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     chat = Chat(processor, network, arguments.max_new_tokens, arguments.kept_tokens)
-    title = f"Model: `{arguments.model}`" if arguments.model else "The small model knows drawn shapes and nothing else."
+    title = f"The model is `{arguments.model}`." if arguments.model else SMALL
     build(chat, title).launch(server_name=arguments.host, server_port=arguments.port, **LAUNCH)
     return 0
 

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import urllib.request
 from pathlib import Path
 from threading import enumerate as threads
 
+import httpx
 import pytest
 
 gradio = pytest.importorskip("gradio")
@@ -58,11 +60,14 @@ def address(pace, tmp_path_factory):
 
     processor, network = app._load(app._default_model(), None)
     network.register_forward_pre_hook(pace)
-    page = app.build(Chat(processor, network), "A page of a test.")
+    page = app.build(Chat(processor, network), app.SMALL)
     _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, **app.LAUNCH)
     yield url
+    overlays = {*temporary.rglob("image.png")}
     page.close()
     patch.undo()
+    assert overlays
+    wait_until(lambda: not [path for path in overlays if path.exists()])
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def page(browser, address, pace):
     """The page as it opens; no request may leave the machine."""
     pace.seconds = 0.0
     requested = []
-    page = browser.new_page(viewport={"width": 1180, "height": 890})
+    page = browser.new_page(viewport={"width": 1180, "height": 900})
     page.set_default_timeout(SECONDS * 1000)
     page.on("request", lambda request: requested.append(request.url))
     page.goto(address)
@@ -132,7 +137,7 @@ def test_a_picture_is_asked_about_twice(page, pace):
     assert answers(page)[0] == first
     figures = page.inner_text("#figures").split()
     assert figures[:1] == ["16"] and "64" in figures and "LLaVA-1.5" in figures
-    assert "first word after" in page.inner_text("#figures") and "of them new" in page.inner_text("#figures")
+    assert "first word after" in page.inner_text("#figures") and " of them new" in page.inner_text("#figures")
     if os.environ.get("SCREENSHOT"):
         page.mouse.move(0, 0)
         page.screenshot(path=os.environ["SCREENSHOT"])
@@ -222,16 +227,18 @@ def test_the_folder_of_a_space_runs_and_leaves_no_files(tmp_path):
     try:
         wait_until(lambda: answers_at(url) or server.poll() is not None)
         assert "LLaVA-STF" in answers_at(url), (tmp_path / "log").read_text()
-        assert [path for path in (tmp_path / "uploads").rglob("*") if path.is_file()]  # the samples
+        httpx.post(
+            f"{url}/gradio_api/upload", files={"files": ("mine.png", OTHER.read_bytes() + b" ")}
+        ).raise_for_status()
+        assert [*(tmp_path / "uploads").rglob("mine.png")]
     finally:
         server.send_signal(signal.SIGINT)
         server.wait(SECONDS)
-    assert not [path for path in (tmp_path / "uploads").rglob("*") if path.is_file()]
+    left = {path.name for path in (tmp_path / "uploads").rglob("*") if path.is_file()}
+    assert left == {path.name for path in (SPACE / "pictures").iterdir()}  # Gradio keeps the copies of the samples
 
 
 def free_port():
-    import socket
-
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
