@@ -40,7 +40,9 @@ LAUNCH = {"max_file_size": "32mb", "show_error": True, "css": CSS, "theme": THEM
 def build(chat: Chat, title: str) -> gr.Blocks:
     """The page; it answers one question at a time, and the others wait."""
     with gr.Blocks(title="LLaVA-STF", delete_cache=(CLEAN_EVERY, CLEAN_AFTER), analytics_enabled=False) as page:
-        gr.Markdown(f"# LLaVA-STF\nAsk about a picture. Token fusion makes few vision tokens of many patches. {title}")
+        gr.Markdown(
+            f"# LLaVA-STF\nAsk about a picture. Token fusion makes one vision token of several patches. {title}"
+        )
         with gr.Row():
             with gr.Column(scale=2):
                 picture = gr.Image(
@@ -96,7 +98,7 @@ def build(chat: Chat, title: str) -> gr.Blocks:
                 raise gr.Error(str(error), title="There is no answer") from error
 
         answering = box.submit(answer, [picture, box, talk], [talk, box, figures], show_progress="hidden")
-        box.stop(ready, None, box, cancels=answering)
+        gr.on([box.stop, talk.clear], ready, None, box, cancels=answering)
         picture.change(show, picture, [seen, talk, figures], cancels=answering).then(ready, None, box)
     return page
 
@@ -139,6 +141,8 @@ def main() -> int:
     parser.add_argument("--host", help="address to listen on (default: 127.0.0.1; in a Space all)")
     parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
     arguments = parser.parse_args()
+    if arguments.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens is {arguments.max_new_tokens}, expected at least 1")
     try:
         processor, network = _load(arguments.model or _default_model(), arguments.revision)
     except (OSError, ValueError, StrictDataclassError) as error:

@@ -132,6 +132,7 @@ def test_a_picture_is_asked_about_twice(page, pace):
     texts = page.evaluate("window.seen")
     assert len(set(texts)) > 3 and texts[-1] == first and "red ring" in first
     assert all(first.startswith(text) for text in texts)
+    pace.seconds = 0.0
     ask(page, SECOND)
     assert wait_for_answer(page, 2).startswith("The red ring is")
     assert answers(page)[0] == first
@@ -140,7 +141,7 @@ def test_a_picture_is_asked_about_twice(page, pace):
     assert "first word after" in page.inner_text("#figures") and " of them new" in page.inner_text("#figures")
     if os.environ.get("SCREENSHOT"):
         page.mouse.move(0, 0)
-        page.screenshot(path=os.environ["SCREENSHOT"])
+        page.screenshot(path=os.environ["SCREENSHOT"], clip={"x": 90, "y": 0, "width": 1000, "height": 900})
 
 
 def test_a_picked_picture_begins_a_new_conversation(page):
@@ -154,6 +155,16 @@ def test_a_picked_picture_begins_a_new_conversation(page):
     page.wait_for_function(f"document.querySelector('textarea').value == '{FIRST}'")
     page.locator("textarea").press("Enter")
     wait_for_answer(page, 1)
+
+
+def test_a_question_without_an_answer_is_no_turn(address):
+    import app
+
+    def message(role, text):
+        return {"role": role, "content": [{"type": "text", "text": text}], "metadata": None, "options": None}
+
+    history = [message("user", "a"), message("user", "b"), message("assistant", "c"), message("user", "d")]
+    assert app.turns(history) == [("b", "c")] and app.turns([]) == []
 
 
 def test_stop_ends_the_answer_and_its_thread(page, pace):
