@@ -49,7 +49,8 @@ def main() -> int:
             {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None},
         )
     except TemplateError as error:
-        return _refused(f"The model's chat template cannot be used: {error}")
+        refuses = type(error) is TemplateError  # that is what a template raises itself
+        return _refused(f"The model's chat template {'refuses this' if refuses else 'cannot be used'}: {error}")
     except (OSError, ValueError, StrictDataclassError) as error:
         return _refused(str(error))
     except KeyboardInterrupt:
