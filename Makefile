@@ -55,10 +55,9 @@ test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' 
 
 MODEL := examples/shapes/model
 
-sync-model: setup ## copy the package's files and chat templates into the small model, and render its card
+sync-model: setup ## copy the package's files and chat template into the small model, and render its card
 	cp modeling_llava_stf/[a-z]*_llava_stf.py $(MODEL)
 	cp conversion/checkpoints/chat_templates/vicuna_v1.jinja $(MODEL)/chat_template.jinja
-	cp conversion/checkpoints/chat_templates/plain.jinja $(MODEL)/additional_chat_templates
 	$(VENV)/bin/python -c 'from examples.shapes.recipe import render_card; render_card("$(MODEL)")'
 
 lint: setup ## check style and types
