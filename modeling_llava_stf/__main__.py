@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from jinja2 import TemplateError
@@ -157,11 +158,13 @@ def serve(model: str, options: list[str]) -> int:
         )
     folder, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
     _checked_config(folder, revision or None)
-    # Imported late, and not its `main`, which asks a server for newer versions.
-    from transformers.cli.transformers import app
+    # This command alone: the others need more packages in transformers 5.16, and `main` looks for newer versions.
+    from transformers.cli.serve import Serve
 
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(Serve)
     try:
-        app(["serve", model, *options], prog_name="python -m modeling_llava_stf")
+        app([model, *options], prog_name="python -m modeling_llava_stf serve")
     except ImportError as error:
         raise ValueError(str(error)) from error
     return 0
