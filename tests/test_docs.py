@@ -93,3 +93,24 @@ def test_the_readme_s_results_are_those_of_the_files():
         f"colour {share['colour']:.0f} %, where {share['where']:.0f} %, count {share['count']:.0f} %, "
         f"captions {share['caption']:.0f} %"
     )
+
+
+def test_the_size_of_a_server_is_that_of_the_count():
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    both = [count.NAMED[name]() for name in ("llava-1.5-7b", "stf-7b")]
+    cache = [count.cache_bytes(config, 66) for config in both]
+    rows = {
+        "weights, GB": [f"{count.weight_bytes(config) / 1e9:.2f}" for config in both],
+        "cache of a request (one picture, 50 tokens of text, 16 of the answer), MB": [f"{b / 1e6:.1f}" for b in cache],
+        "such requests in 50 GB of cache": [f"{50e9 // b:.0f}" for b in cache],
+    }
+    assert [row for row, cells in rows.items() if f"| {row} | {' | '.join(cells)} |" not in page] == []
+
+
+def test_commands_that_serve_are_complete():
+    """The server's own options are its own to check: those of the package's command begin behind the model."""
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:vllm serve|python -m modeling_llava_stf serve) .*", page, re.MULTILINE)
+    assert len(commands) >= 4 and all(re.search(r" serve MODEL\b", command) for command in commands)
+    assert all("--trust-remote-code" in command for command in commands if command.startswith("vllm"))
+    assert "--chat-template" not in page

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import zlib
 
@@ -503,3 +504,11 @@ def test_an_adapter_without_a_base_on_the_hub_is_refused(folder):
         "task_type": None,
         "auto_mapping": {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"},
     }
+
+
+def test_the_command_that_serves_needs_no_other_file(card_folder):
+    """It works with a Hub id from an empty folder, and names the tag of the snippet."""
+    card = (card_folder / "README.md").read_text(encoding="utf-8")
+    (serve,) = re.findall(r"^- \*\*Serve\*\*.*?(?=^- )", card, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"`([^`]+)`", serve)
+    assert shlex.split(command) == ["vllm", "serve", "some/tiny", "--revision", "v1", "--trust-remote-code"]
