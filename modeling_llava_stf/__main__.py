@@ -1,9 +1,10 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a LLaVA-STF model about a picture.
+"""Asks a LLaVA-STF model about pictures, and serves it.
 
 python -m modeling_llava_stf ask IMAGE "question" [--model DIR_OR_HUB_ID] [--revision COMMIT]
 python -m modeling_llava_stf caption INPUT OUTPUT [--model DIR_OR_HUB_ID] [--prompt "question"] [--shard I/N]
+python -m modeling_llava_stf serve DIR_OR_HUB_ID [options of `transformers serve`]
 python -m modeling_llava_stf demo
 """
 
@@ -19,6 +20,7 @@ from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from jinja2 import TemplateError
 from transformers.utils import logging
+from transformers.utils.import_utils import is_serve_available
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, _bulk
 from ._folder import check_folder, check_weights
@@ -40,6 +42,8 @@ def main() -> int:
             return demo()
         if arguments.command == "caption":
             return caption(arguments)
+        if arguments.command == "serve":
+            return serve(arguments.model, arguments.options)
         return ask(
             arguments.image,
             arguments.question,
@@ -49,7 +53,8 @@ def main() -> int:
             {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None},
         )
     except TemplateError as error:
-        return _refused(f"The model's chat template cannot be used: {error}")
+        refuses = type(error) is TemplateError  # that is what a template raises itself
+        return _refused(f"The model's chat template {'refuses this' if refuses else 'cannot be used'}: {error}")
     except (OSError, ValueError, StrictDataclassError) as error:
         return _refused(str(error))
     except KeyboardInterrupt:
@@ -82,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         help="colour behind transparent pixels, such as white (default: the setting of the model's processor)",
     )
     _bulk.add_parser(commands)
+    serve_parser = commands.add_parser("serve", help="answer requests of OpenAI's API, by `transformers serve`")
+    serve_parser.add_argument("model", help="folder or Hub id (NAME@REVISION) of a LLaVA-STF checkpoint")
+    serve_parser.add_argument(
+        "options", nargs=argparse.REMAINDER, help="options of `transformers serve`; MODEL --help lists them"
+    )
     commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
     return parser
 
@@ -138,6 +148,25 @@ def caption(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def serve(model: str, options: list[str]) -> int:
+    """Runs `transformers serve` until it is stopped; `options` are its own. Code of the checkpoint is not run."""
+    if not is_serve_available():
+        raise ValueError(
+            'The server needs more packages: pip install "transformers[serving]". If that brings a torchvision that '
+            "does not fit torch, uninstall it: this package needs none."
+        )
+    folder, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
+    _checked_config(folder, revision or None)
+    # Imported late, and not its `main`, which asks a server for newer versions.
+    from transformers.cli.transformers import app
+
+    try:
+        app(["serve", model, *options], prog_name="python -m modeling_llava_stf")
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+    return 0
+
+
 def _answer(
     processor: LlavaSTFProcessor,
     network: LlavaSTFForConditionalGeneration,
@@ -182,7 +211,8 @@ def _default_model() -> str:
     return str(DEFAULT_MODEL)
 
 
-def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
+def _checked_config(folder: str, revision: str | None) -> LlavaSTFConfig:
+    """Loads the configuration; raises a `ValueError` or an `OSError` if this is no LLaVA-STF checkpoint, or damaged."""
     if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
         raise ValueError(f"There is no folder {folder!r}.")
     if Path(folder).is_dir() and revision is not None:
@@ -193,6 +223,11 @@ def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaST
     config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
     if Path(folder).is_dir():
         check_weights(Path(folder), config)
+    return config
+
+
+def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
+    _checked_config(folder, revision)
     processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
     try:
         network, found = LlavaSTFForConditionalGeneration.from_pretrained(

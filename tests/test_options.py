@@ -11,6 +11,7 @@ OPTIONS = {
     "--alpha-background",
     "modeling_llava_stf caption": "input output --model --revision --prompt --images --max-new-tokens --batch-size "
     "--part-size --shard --workers --server --concurrency",
+    "modeling_llava_stf serve": "model options",
     "modeling_llava_stf demo": "",
     "conversion": "source destination --base --vision-tower --tokenizer --revision --base-revision "
     "--vision-tower-revision --tokenizer-revision --subfolder --init-fusion --taps --seed --keep-adapter "

@@ -301,6 +301,47 @@ def test_refuses_the_placeholders_of_an_image_and_a_video_in_one_text(content, p
     assert "expected one of them" in refused(processor, "default", messages)
 
 
+LITERAL = {
+    "alone": [{"role": "user", "content": [text("What is an <image>?")]}],
+    "a video": [{"role": "user", "content": [text("<video>\nWhat happens?")]}],
+    "in parts": [{"role": "user", "content": [text("Is "), text("<image>"), text(" a tag?")]}],
+    "after a picture": [
+        {"role": "user", "content": [PICTURE, text("Hi")]},
+        {"role": "assistant", "content": [text("Ho")]},
+        {"role": "user", "content": [text("And this <image>?")]},
+    ],
+    "before a picture": [
+        {"role": "user", "content": [text("This <image>?")]},
+        {"role": "assistant", "content": [text("Ho")]},
+        {"role": "user", "content": [PICTURE, text("Hi")]},
+    ],
+    "system": [{"role": "system", "content": [text("<image>")]}, {"role": "user", "content": [text("Hi")]}],
+    "an answer": [
+        {"role": "user", "content": [PICTURE, text("Hi")]},
+        {"role": "assistant", "content": [text("It is <image>.")]},
+    ],
+    "an answer before": [{"role": "assistant", "content": [text("<video>")]}],
+}
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize("name", LITERAL)
+def test_refuses_a_placeholder_in_a_list_of_parts(name, tokenize, processor):
+    """vLLM (0.32) makes such lists of all strings; it answered, with 200, about a picture that was not there."""
+    with pytest.raises(TemplateError, match=r"placeholder (of an image or a video|<(image|video)>), (which|but)"):
+        processor.apply_chat_template(LITERAL[name], tokenize=tokenize, return_dict=True)
+
+
+def test_a_placeholder_in_a_string_needs_its_picture(processor, picture):
+    """LLaVA's data are such strings."""
+    messages = [{"role": "user", "content": "<image>\nWhat is this?"}]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt.endswith("USER: <image>\nWhat is this? ")
+    assert processor(images=picture("wide.png"), text=prompt)["input_ids"]
+    with pytest.raises(ValueError, match="image"):
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+
+
 @pytest.mark.parametrize("template", ["default", "plain"])
 @pytest.mark.parametrize("given", ["tools", "documents"])
 def test_refuses_tools_and_documents(given, template, processor):
