@@ -45,6 +45,8 @@ CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) el
 NO_ANSWER_LOGIT = -1e4
 # These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# llm-compressor and vLLM (compressed-tensors) take regular expressions instead of names.
+NOT_QUANTISED_PATTERNS = [rf"re:.*{name.rpartition('.')[2]}.*" for name in NOT_QUANTISED]
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
 # This is fetched here because torch.compile cannot trace `property.fget`.
 _STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
