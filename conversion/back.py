@@ -140,8 +140,8 @@ def _read_config(folder: Path) -> LlavaSTFConfig:
     config = read_our_config(folder)
     if config.projector_hidden_act != "gelu":
         raise ConversionError(
-            f"{folder / 'config.json'}: `projector_hidden_act` is {config.projector_hidden_act!r}, expected 'gelu' (`mlp2x_gelu`): the "
-            "original's code has no other."
+            f"{folder / 'config.json'}: `projector_hidden_act` is {config.projector_hidden_act!r}, expected 'gelu' "
+            "(`mlp2x_gelu`): the original's code has no other."
         )
     return config
 
