@@ -1,7 +1,7 @@
 """Requests that are wrong, huge or broken off: each has its status, and the server goes on as before.
 
-`HOSTILE` is the table. A status of the 4xx says that the request is wrong, 200 that it is answered, and right. `engine`
-marks what vLLM 0.32 gets wrong, before our code sees the request: we can only show that the server survives.
+`HOSTILE` is the table. A status 4xx says that the request is wrong; 200 says that it is answered, and right. `engine`
+marks what vLLM 0.32 gets wrong before our code sees the request: we can only show that the server survives.
 """
 
 import json
@@ -56,7 +56,7 @@ def video():
     return {"messages": [turn]}
 
 
-# name: request, status, whose fault that status is if it is none of the user's
+# name: request, status, and who is at fault if that is not what it should be
 HOSTILE = {
     "the placeholder <image> without a picture": (lambda: with_file(text=f"<image>\n{TEXT}"), 400, ""),
     "the placeholder <image> in a string": (
@@ -80,7 +80,7 @@ HOSTILE = {
     "5000 x 1 pixels": (lambda: with_file(picture().resize((5000, 1))), 200, ""),
     "CMYK": (lambda: with_file(encoded(picture().convert("CMYK"), "JPEG")), 200, ""),
     "a palette": (lambda: with_file(encoded(picture().convert("P"))), 200, ""),
-    "16 bits": (lambda: with_file(sixteen_bits()), 200, ""),
+    "16 bits": (lambda: with_file(sixteen_bits()), 200, "engine"),  # clipped, see test_formats.py
     "an animation": (lambda: with_file(animated()), 200, ""),
     "an over-long prompt": (lambda: with_file(picture(), text="How many objects are there? " * 200), 400, ""),
     "a megabyte of text": (lambda: with_file(text="x" * 2**20), 400, ""),
@@ -113,7 +113,7 @@ def test_hostile_requests(eager, name, still_right, reference, figures):
     response = eager.post(body)
     figures[f"status: {name}"] = " ".join(filter(None, [str(response.status_code), fault and f"({fault}'s fault)"]))
     assert response.status_code == status, response.text[:1000]
-    if status == 200:
+    if status == 200 and not fault:
         answer = response.json()["choices"][0]["token_ids"]
         assert answer == reference()(body["messages"])["token_ids"]
     still_right()
