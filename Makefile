@@ -9,6 +9,7 @@ FLOOR_VENV := .venv-floor
 SPACE_VENV := .venv-space
 MAIN_VENV := .venv-main
 SERVING_VENV := .venv-serving
+QUANTISE_VENV := .venv-quantise
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
 PYTEST := -m pytest tests -q -n 2 --dist loadfile
@@ -16,7 +17,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-space test-serving test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-space test-serving quantise-vllm test-main gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -31,6 +32,12 @@ test: setup ## run the fast tests
 
 test-floor: $(FLOOR_VENV)/.stamp ## run the fast tests on the oldest supported transformers
 	$(FLOOR_VENV)/bin/python $(PYTEST) --ignore=tests/training # training needs a newer transformers
+
+# llm-compressor 0.14 brings an older transformers than constraints.txt has.
+quantise-vllm: ## make .venv-quantise, for examples/quantise_vllm.py
+	$(PYTHON) -m venv $(QUANTISE_VENV)
+	$(QUANTISE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt torch
+	$(QUANTISE_VENV)/bin/python -m pip install $(PIP_FLAGS) torch==$$($(QUANTISE_VENV)/bin/python -c 'import torch; print(torch.__version__)') llmcompressor==0.14.0.1
 
 MINUTES ?= 25
 
@@ -75,7 +82,7 @@ format: setup ## rewrite the files in the project's style
 	$(VENV)/bin/ruff format
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(FLOOR_VENV) $(SPACE_VENV) $(MAIN_VENV) $(SERVING_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(FLOOR_VENV) $(SPACE_VENV) $(MAIN_VENV) $(SERVING_VENV) $(QUANTISE_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.

@@ -32,7 +32,7 @@ TEMPLATES = "additional_chat_templates/"
 ALLOWED = (
     (r"README\.md|(LICENSE|NOTICE)(\.md|\.txt)?|merges\.txt", "text"),
     (
-        r"(config|generation_config|original_config|adapter_config|((video_)?pre)?processor_config|tokenizer|"
+        r"(config|generation_config|original_config|quantisation|adapter_config|((video_)?pre)?processor_config|tokenizer|"
         r"tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|model\.safetensors\.index)\.json",
         "JSON",
     ),

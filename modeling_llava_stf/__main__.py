@@ -246,9 +246,10 @@ def _checked_config(folder: str, revision: str | None) -> LlavaSTFConfig:
 def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
     _checked_config(folder, revision)
     processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a quantised model cannot be moved later
     try:
         network, found = LlavaSTFForConditionalGeneration.from_pretrained(
-            folder, revision=revision, dtype="auto", output_loading_info=True
+            folder, revision=revision, dtype="auto", device_map=device, output_loading_info=True
         )
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
@@ -260,7 +261,7 @@ def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaST
     surplus = sorted(found["unexpected_keys"])
     if surplus:
         raise ValueError(f"{folder} has {len(surplus)} weights that its config.json has no place for: {surplus[0]!r}.")
-    return processor, network.to("cuda" if torch.cuda.is_available() else "cpu")
+    return processor, network
 
 
 if __name__ == "__main__":

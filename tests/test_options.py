@@ -16,6 +16,7 @@ OPTIONS = {
     "conversion": "source destination --base --vision-tower --tokenizer --revision --base-revision "
     "--vision-tower-revision --tokenizer-revision --subfolder --init-fusion --taps --seed --keep-adapter "
     "--keep-full-tower --dtype --pad-vocabulary --max-shard-size --to-original --dry-run --verify --outputs",
+    "conversion quantise": "source destination --scheme --revision --subfolder --base-model",
     # Ours only: those of TRL, transformers and PEFT are theirs to change.
     "training": "--data_path --image_folder --eval_data_path --dataset_config --split --streaming --on_bad_image "
     "--on_bad_row --trainable --projector_learning_rate --global_batch_size --group_by_modality_length "
@@ -42,7 +43,7 @@ def options(command, monkeypatch):
         raise Asked(parser)
 
     module, *subcommand = command.split()
-    monkeypatch.setattr("sys.argv", [module, *(subcommand if module == "training" else ())])
+    monkeypatch.setattr("sys.argv", [module, *(subcommand if module in ("training", "conversion") else ())])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     with pytest.raises(Asked) as asked:
         import_module(f"{module}.__main__").main()

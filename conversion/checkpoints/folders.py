@@ -24,6 +24,8 @@ ADAPTER_FILE = "adapter_model.safetensors"
 NON_LORA_FILE = "non_lora_trainables.bin"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
+# How a checkpoint was quantised, and from what.
+QUANTISATION_FILE = "quantisation.json"
 UNFINISHED = ".partial"  # ends the name of a folder or file that is being written, and of no other
 NOTE = """---
 library_name: transformers

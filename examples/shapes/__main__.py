@@ -8,6 +8,7 @@ python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniatur
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
 python -m examples.shapes renew MODEL OUT                      makes new fusion modules
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
+python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
 python -m examples.shapes make WORK OUT                        runs all steps: makes the model of this repository
 python -m examples.shapes ablation WORK OUT                    trains and tests with other connectors and several seeds
 """
@@ -23,6 +24,7 @@ from .generate import generate
 from .language_model import train_language_model
 from .recipe import make
 from .renew import renew
+from .shrink import shrink
 from .text import train_tokenizer
 
 
@@ -72,6 +74,15 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=100, metavar="N", help="questions of a batch (default: 100)"
     )
     evaluation.set_defaults(step=evaluate)
+
+    shrinking = commands.add_parser("shrink", help="quantise by every scheme, and compare the answers with bfloat16")
+    shrinking.add_argument("model", metavar="MODEL", help="folder of a checkpoint")
+    shrinking.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    shrinking.add_argument("--output", metavar="FILE", required=True, help="write the result as JSON; must not exist")
+    shrinking.add_argument("--questions", type=int, default=1100, metavar="N", help="number of them (default: 1100)")
+    shrinking.add_argument("--workers", type=int, default=2, metavar="N", help="models asked at a time (default: 2)")
+    shrinking.add_argument("--also", metavar="DIR", nargs="+", default=(), help="folders that were quantised elsewhere")
+    shrinking.set_defaults(step=shrink)
 
     renewal = commands.add_parser("renew", help="put new fusion modules into a checkpoint")
     renewal.add_argument("checkpoint", metavar="MODEL", help="folder of a checkpoint")

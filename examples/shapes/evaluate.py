@@ -46,7 +46,7 @@ def evaluate(
     prefix = "new-" if new else ""
     rows, truth = read_rows(Path(data) / f"{prefix}test.json"), read_rows(Path(data) / f"{prefix}truth.jsonl")
     processor = LlavaSTFProcessor.from_pretrained(model)
-    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(DEVICE)
+    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=DEVICE).eval()
     scores = score(ask(network, processor, Path(data), rows, batch_size), rows, truth)
     print(accuracy_table(scores["kinds"]))
     result = card_results(scores["kinds"], name or str(model)) | scores

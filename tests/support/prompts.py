@@ -2,6 +2,7 @@
 
 import base64
 import io
+import math
 from random import Random
 from typing import Any
 
@@ -51,24 +52,34 @@ def prompts() -> list[list[dict]]:
     return found
 
 
-def generated(processor: Any, model: Any, messages: list[dict], **settings: Any) -> dict[str, Any]:
+def for_transformers(message: dict) -> dict:
+    """Returns a message with the same bytes, in the form of transformers."""
+    if isinstance(message["content"], str):
+        return message
+    parts = [
+        {"type": "image", "url": part["image_url"]["url"]} if part["type"] == "image_url" else part
+        for part in message["content"]
+    ]
+    return {**message, "content": parts}
+
+
+def generated(processor: Any, model: Any, messages: list[dict], **image_options: Any) -> dict[str, Any]:
     """Returns the greedy answer of `generate` to the same conversation.
 
     `prompt_ids`, `token_ids`, `text`, and `logprobs`: those of the answer's tokens, as the logits give them.
+    `image_options` are those of the image processor.
     """
-    content = [
-        {"type": "image", "url": part["image_url"]["url"]} if part["type"] == "image_url" else part
-        for part in messages[0]["content"]
-    ]
     inputs = processor.apply_chat_template(
-        [{**messages[0], "content": content}],
+        [for_transformers(message) for message in messages],
         add_generation_prompt=True,
         tokenize=True,
         return_dict=True,
         return_tensors="pt",
+        processor_kwargs=image_options,
     ).to(model.dtype)
-    settings = {"max_new_tokens": 64, **settings}
-    output = model.generate(**inputs, do_sample=False, return_dict_in_generate=True, output_logits=True, **settings)
+    output = model.generate(
+        **inputs, do_sample=False, max_new_tokens=64, return_dict_in_generate=True, output_logits=True
+    )
     ids = output.sequences[0, inputs["input_ids"].shape[1] :]
     chosen = torch.stack(output.logits)[:, 0].log_softmax(-1).gather(1, ids[:, None])[:, 0]
     return {
@@ -77,3 +88,11 @@ def generated(processor: Any, model: Any, messages: list[dict], **settings: Any)
         "text": processor.decode(ids, skip_special_tokens=True),
         "logprobs": chosen.tolist(),
     }
+
+
+def difference(served: dict, expected: dict) -> float:
+    """Returns the largest difference of a log-probability of two equal answers; infinity if a token differs."""
+    if served["token_ids"] != expected["token_ids"]:
+        return math.inf
+    tokens = served["logprobs"]["content"]
+    return max(abs(token["logprob"] - own) for token, own in zip(tokens, expected["logprobs"], strict=True))

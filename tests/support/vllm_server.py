@@ -44,7 +44,8 @@ class Server:
             "VLLM_NO_USAGE_STATS": "1",
             **environment,
         }
-        limits = httpx.Limits(max_connections=None)
+        # The server closes idle connections: a request that goes out at that moment would fail.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self.client = httpx.Client(base_url=self.url, timeout=HANGS, limits=limits, trust_env=False)
 
     def __enter__(self) -> "Server":
@@ -110,14 +111,12 @@ class Server:
             return list(threads.map(lambda messages: self.ask(messages, **settings), conversations))
 
     def metrics(self) -> dict[str, float]:
-        """Returns the sums of vLLM's metrics over their labels, and `abort` and so on: requests by how they ended."""
+        """Returns the sums of vLLM's metrics over their labels."""
         sums: dict[str, float] = defaultdict(float)
         for line in self.client.get("/metrics").text.splitlines():
             if line.startswith("vllm:"):
                 name, value = line.rsplit(" ", 1)
                 sums[name.split("{")[0].removeprefix("vllm:")] += float(value)
-                if name.startswith("vllm:request_success_total"):
-                    sums[name.split('finished_reason="')[1].split('"')[0]] += float(value)
         return sums
 
     def busy(self) -> float:
@@ -126,11 +125,11 @@ class Server:
         return metrics["num_requests_running"] + metrics["num_requests_waiting"]
 
     def memory(self) -> float:
-        """Returns the resident memory of all its processes in MiB; pages that they share count once for each."""
+        """Returns the resident memory of all its processes in MiB; pages that they share count once."""
         import psutil  # the tests of other environments import this module's folder, and not all have it
 
         server = psutil.Process(self.process.pid)
-        return sum(process.memory_info().rss for process in (server, *server.children(recursive=True))) / 2**20
+        return sum(process.memory_full_info().pss for process in (server, *server.children(recursive=True))) / 2**20
 
 
 def request(**settings: Any) -> dict[str, Any]:

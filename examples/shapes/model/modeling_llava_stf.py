@@ -19,7 +19,14 @@ import torch
 import transformers
 from packaging import version
 from torch import nn
-from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import (
+    AutoModel,
+    FPQuantConfig,
+    GenerationMixin,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
@@ -45,7 +52,11 @@ CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) el
 NO_ANSWER_LOGIT = -1e4
 # These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# llm-compressor and vLLM (compressed-tensors) take regular expressions instead of names.
+NOT_QUANTISED_PATTERNS = [rf"re:.*{name.rpartition('.')[2]}.*" for name in NOT_QUANTISED]
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+# FPQuantConfig of transformers 5.24 writes this list if its user gives none. Remove it when that stays None.
+FP_QUANT_DEFAULT = ["lm_head"]
 # This is fetched here because torch.compile cannot trace `property.fget`.
 _STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
 
@@ -254,8 +265,14 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         """Returns a mask of the positions that the images' tokens replace, (batch, sequence, 1).
 
         `image_features` is (images*T, D) or (images, T, D). Raises a `ValueError` if placeholders and tokens differ in
-        number.
+        number, or if the features are not finite in float16; the answers would be wrong without a sign.
         """
+        if image_features.dtype == torch.float16 and not self.training:  # in training a scaler skips such steps
+            torch_compilable_check(
+                image_features.isfinite().all(),
+                "The features of an image are not finite in float16, whose largest number is 65504. Load the model "
+                "with `dtype=torch.bfloat16` or `torch.float32`.",
+            )
         mask = self.find_placeholders(input_ids, inputs_embeds)
         features, per_image = image_features.numel() // image_features.shape[-1], self.config.tokens_per_image
         torch_compilable_check(
@@ -427,7 +444,8 @@ def _language_model_only(quantization_config: Any) -> Any:
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     settings = inspect.signature(type(quantization_config).__init__).parameters
     for name in SKIP_FIELDS:
-        if name in settings and getattr(quantization_config, name) in (None, settings[name].default):
+        written = FP_QUANT_DEFAULT if isinstance(quantization_config, FPQuantConfig) else None
+        if name in settings and getattr(quantization_config, name) in (None, settings[name].default, written):
             quantization_config = copy.copy(quantization_config)
             # The names without the prefix are those of the model without a head.
             in_base = [module.removeprefix("model.") for module in NOT_QUANTISED[:-1]]
