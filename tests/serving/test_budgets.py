@@ -4,10 +4,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from conftest import MODEL
 from prompts import generated
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf.__main__ import DEFAULT_MODEL as MODEL
 
 pytestmark = pytest.mark.serving
 
