@@ -82,7 +82,7 @@ format: setup ## rewrite the files in the project's style
 	$(VENV)/bin/ruff format
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(FLOOR_VENV) $(SPACE_VENV) $(MAIN_VENV) $(SERVING_VENV) $(QUANTISE_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.

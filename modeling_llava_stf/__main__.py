@@ -29,8 +29,8 @@ from ._folder import check_folder, check_weights
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
-# These options of the image processor change what the model sees; the original has neither.
-IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background")
+# These options of the image processor change what the model sees; the original has none of them.
+IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background", "max_soft_tokens")
 
 
 def main() -> int:
@@ -99,6 +99,11 @@ def _add_image_options(parser: argparse.ArgumentParser) -> None:
         metavar="COLOUR",
         help="colour behind transparent pixels, such as white (default: the setting of the model's processor)",
     )
+    parser.add_argument(
+        "--max-soft-tokens",
+        type=int,
+        help="tokens of the picture: fewer are faster (default: the setting of the model's processor)",
+    )
 
 
 def _image_options(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -119,11 +124,12 @@ def ask(
     question.encode()  # raises a ValueError if the argument is not valid UTF-8
     processor, network = _load(_default_model() if model is None else model, revision)
     _check_length(max_new_tokens, network.config.text_config.max_position_embeddings)
+    number = (image_options or {}).get("max_soft_tokens", processor.tokens_per_image)
     answer, seconds = _answer(processor, network, image, question, max_new_tokens, image_options)
     print(f"picture   {image}")
     print(f"question  {question}")
     print(f"answer    {answer}")
-    print(f"tokens    {_tokens(network.config)}")
+    print(f"tokens    {_tokens(network.config, number)}")
     print(f"time      {seconds:.2f} s on {network.device.type}, {network.dtype}, model loaded")
     if model is None:
         print("\nThis small model knows drawn shapes and nothing else. For photos name another: ask ... --model NAME")
@@ -136,7 +142,7 @@ def demo() -> int:
     processor, network = _load(folder, None)
     picture = str(SHAPES / truth["picture"])
     print(f"picture   {picture}  (not among those that the model was trained on)")
-    print(f"tokens    {_tokens(network.config)}")
+    print(f"tokens    {_tokens(network.config, processor.tokens_per_image)}")
     right = 0
     for turn in truth["questions"]:
         answer, seconds = _answer(processor, network, picture, turn["question"], max_new_tokens=64)
@@ -157,6 +163,7 @@ def caption(arguments: argparse.Namespace) -> int:
     def load() -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
         processor, network = _load(arguments.model, arguments.revision)
         _check_length(arguments.max_new_tokens, network.config.text_config.max_position_embeddings)
+        _check_budget(arguments.max_soft_tokens, network.config.allowed_token_budgets)
         return processor, network
 
     print(_bulk.caption(arguments, load, _image_options(arguments)))
@@ -218,8 +225,13 @@ def _check_length(max_new_tokens: int, context: int) -> None:
         )
 
 
-def _tokens(config: LlavaSTFConfig) -> str:
-    return f"{config.tokens_per_image} for the picture, LLaVA-1.5 would take {config.grid_size**2}"
+def _check_budget(max_soft_tokens: int | None, allowed: list[int]) -> None:
+    if max_soft_tokens is not None and max_soft_tokens not in allowed:
+        raise ValueError(f"--max-soft-tokens is {max_soft_tokens}, expected one of {allowed}.")
+
+
+def _tokens(config: LlavaSTFConfig, number: int) -> str:
+    return f"{number} for the picture, LLaVA-1.5 would take {config.grid_size**2}"
 
 
 def _default_model() -> str:

@@ -107,7 +107,7 @@ def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, 
     Args:
         arguments: what the parser of [`add_parser`] gives.
         load: loads processor and model; is called if there is something for them to do.
-        image_options: `do_exif_transpose` and `alpha_background` where they are not those of the processor.
+        image_options: options of the processor for the pictures, where they are not its defaults.
 
     Raises:
         ValueError: if an argument is wrong, the input cannot be read, the output holds something else, or the server
@@ -191,6 +191,7 @@ class Prepared:
     row: Row
     ids: list[int]
     pixels: torch.Tensor | None
+    image_tokens: list[int] | None = None
     error: str | None = None
 
 
@@ -213,10 +214,11 @@ class Captioner:
         try:
             picture = load_picture(row.picture)
             inputs = self.processor(images=picture, return_tensors="pt", **self.image_options)
-            ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]])[0]
+            tokens = inputs.get("image_tokens")
+            ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]], image_tokens=tokens)[0]
         except Exception as error:  # damaged files make PIL raise errors of every kind
-            return Prepared(row, [], None, _reason(error))
-        return Prepared(row, ids, inputs["pixel_values"])  # (1, 3, height, width)
+            return Prepared(row, [], None, error=_reason(error))
+        return Prepared(row, ids, inputs["pixel_values"], tokens)  # pixels: (1, 3, height, width)
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """The answers of one batch."""
@@ -237,6 +239,7 @@ class Captioner:
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             pixel_values=pixels.to(device, self.network.dtype),
+            image_tokens=[number for one in prepared for number in one.image_tokens or []] or None,
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )
@@ -288,6 +291,8 @@ def _reason(error: Exception) -> str:
 class Server:
     """Answers rows through an OpenAI-compatible server, greedily. `OPENAI_API_KEY` is sent if it is set.
 
+    `max_soft_tokens` is sent as vLLM takes it; a server that does not know it must refuse it.
+
     Raises:
         ValueError: if there is no server, or it refuses.
     """
@@ -302,7 +307,10 @@ class Server:
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"--server is {url!r}, expected an address such as http://127.0.0.1:8000.")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.max_new_tokens, self.image_options = max_new_tokens, image_options or {}
+        self.image_options = dict(image_options or {})
+        self.limits: dict[str, Any] = {"max_tokens": max_new_tokens}
+        if "max_soft_tokens" in self.image_options:
+            self.limits["mm_processor_kwargs"] = {"max_soft_tokens": self.image_options.pop("max_soft_tokens")}
         self.model: str = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -322,7 +330,7 @@ class Server:
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row.prompt}]
         request = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
-            reply = self._request("/chat/completions", request | {"max_tokens": self.max_new_tokens})
+            reply = self._request("/chat/completions", request | self.limits)
         except RefusedError as error:
             return _answer(row, error=str(error))
         try:

@@ -8,9 +8,9 @@ import pytest
 
 OPTIONS = {
     "modeling_llava_stf ask": "image question --model --revision --max-new-tokens --do-exif-transpose "
-    "--alpha-background",
+    "--alpha-background --max-soft-tokens",
     "modeling_llava_stf caption": "input output --model --revision --prompt --images --max-new-tokens --batch-size "
-    "--part-size --shard --workers --server --concurrency --do-exif-transpose --alpha-background",
+    "--part-size --shard --workers --server --concurrency --do-exif-transpose --alpha-background --max-soft-tokens",
     "modeling_llava_stf serve": "model options",
     "modeling_llava_stf demo": "",
     "conversion": "source destination --base --vision-tower --tokenizer --revision --base-revision "

@@ -512,3 +512,18 @@ def test_the_command_that_serves_needs_no_other_file(card_folder):
     (serve,) = re.findall(r"^- \*\*Serve\*\*.*?(?=^- )", card, re.MULTILINE | re.DOTALL)
     (command,) = re.findall(r"`([^`]+)`", serve)
     assert shlex.split(command) == ["vllm", "serve", "some/tiny", "--revision", "v1", "--trust-remote-code"]
+
+
+def test_card_names_the_budgets_that_the_model_was_trained_for(folder):
+    def card(budgets):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(settings | {"token_budgets": budgets}), encoding="utf-8")
+        return gather(folder, "some/tiny", CARD_FACTS).render()
+
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    assert card(None) == card([4]) == before
+    elastic = card([4, 1])
+    assert "**4 vision tokens**" in elastic and "trained for 4, 1 tokens" in elastic
+    assert '{"max_soft_tokens": 1}' in elastic
+    found = {"wrong": [], "tokens_per_image": 4, "printed": ""}
+    assert list(compare_use(elastic, found)) == list(compare_use(before, found)) == []
