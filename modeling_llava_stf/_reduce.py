@@ -6,6 +6,7 @@ inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True
 model.generate(**reduce_image_tokens(model, inputs, keep=72))
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -41,6 +42,18 @@ Select = Callable[[torch.Tensor, int, torch.Tensor, int], torch.Tensor]
 # Tokens (T, D) in float32, a count b -> b tokens (b, D), and the indices whose places in the text they take.
 Merge = Callable[[torch.Tensor, int], tuple[torch.Tensor, torch.Tensor]]
 Score = Callable[[torch.Tensor, int], torch.Tensor]
+
+
+class _Reduced(BatchFeature):
+    """Hands out a copy of the encoded pictures each time.
+
+    transformers 5.18 to 5.24 repeats their list for beams in the caller's own object (`_expand_multimodal_outputs`); in
+    a second call with it the rows of a batch would see each other's pictures. Remove this when it makes a new object.
+    """
+
+    def __getitem__(self, item: Any) -> Any:
+        value = super().__getitem__(item)
+        return {"image": copy.copy(value["image"])} if item == "mm_encoder_outputs" else value
 
 
 @torch.no_grad()
@@ -89,8 +102,8 @@ def reduce_image_tokens(
     """
     _check(model, inputs, score, positions)
     ids = inputs["input_ids"]
-    mask = inputs.get("attention_mask")
-    mask = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    given = inputs.get("attention_mask")
+    mask = torch.ones_like(ids).bool() if given is None else _along("attention_mask", given, ids).bool()
     pictures = _encoded(model, inputs)  # one (T, D) for each picture or frame
     places = _places(ids, mask, model.config.image_token_id, pictures)  # one (T, 2) for each: row and column
     counts = _counts(keep, pictures, min_tokens)
@@ -148,19 +161,17 @@ def _places(
     ids: torch.Tensor, mask: torch.Tensor, image_token: int, pictures: list[torch.Tensor]
 ) -> list[torch.Tensor]:
     """Returns row and column of each picture's placeholders, (T, 2) each; neighbouring pictures have no gap."""
-    all_places = ((ids == image_token) & mask).nonzero()  # in reading order
-    places = list(all_places.split([len(tokens) for tokens in pictures])) if _total(pictures) == len(all_places) else []
-    if len(places) != len(pictures) or any((place[:, 0] != place[0, 0]).any() for place in places):
+    in_text = (ids == image_token) & mask
+    sizes = [len(tokens) for tokens in pictures]
+    found = in_text.nonzero()  # in reading order
+    places = list(found.split(sizes)) if sizes and sum(sizes) == len(found) else []
+    if sum(sizes) != len(found) or any((place[:, 0] != place[0, 0]).any() for place in places):
         raise ValueError(
-            f"Image tokens and image features do not match: the text has {len(all_places)} image tokens, its rows "
-            f"{((ids == image_token) & mask).sum(1).tolist()}; the {len(pictures)} pictures or frames give "
-            f"{_total(pictures)}. Pass what the processor of this model returned, not truncated and not yet reduced."
+            f"Image tokens and image features do not match: the text has {len(found)} image tokens, its rows "
+            f"{in_text.sum(1).tolist()}; the {len(sizes)} pictures or frames give {sum(sizes)}. Pass what the "
+            "processor of this model returned, not truncated and not yet reduced."
         )
     return places
-
-
-def _total(pictures: list[torch.Tensor]) -> int:
-    return sum(len(tokens) for tokens in pictures)
 
 
 def _words(model: Model, ids: torch.Tensor, text: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
@@ -173,7 +184,7 @@ def _words(model: Model, ids: torch.Tensor, text: torch.Tensor, place: torch.Ten
 
 
 def _counts(keep: Any, pictures: list[torch.Tensor], min_tokens: int) -> list[int]:
-    one_for_all = isinstance(keep, (int, float, str))
+    one_for_all = keep is None or isinstance(keep, (int, float, str))
     wishes = [keep] * len(pictures) if one_for_all else list(keep)
     if len(wishes) != len(pictures):
         raise ValueError(f"`keep` has {len(wishes)} entries, but there are {len(pictures)} pictures or frames.")
@@ -221,7 +232,9 @@ def _fewer(
 def _checked(chosen: Any, count: int, size: int) -> torch.Tensor:
     chosen = torch.as_tensor(chosen)
     if chosen.shape != (count,) or len(chosen.unique()) != count or not (0 <= chosen.min() and chosen.max() < size):
-        raise ValueError(f"`score` returned {chosen.tolist()}, expected {count} different indices from 0 to {size - 1}.")
+        raise ValueError(
+            f"`score` returned {chosen.tolist()}, expected {count} different indices from 0 to {size - 1}."
+        )
     return chosen.long()
 
 
@@ -350,7 +363,7 @@ def _shortened(
     }
     for name in inputs.keys() - {*data, *ENCODER_INPUTS}:
         data[name] = _along(name, inputs[name], ids).gather(1, columns).masked_fill(~left, 0)
-    return BatchFeature(data | _pictures(model, data["input_ids"], kept))
+    return _Reduced(data | _pictures(model, data["input_ids"], kept))
 
 
 def _along(name: str, values: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -409,7 +422,9 @@ def suggest_budgets(
     choice = sorted(budgets or model.config.token_budgets or allowed)
     if not set(choice) <= set(allowed):
         raise ValueError(f"`budgets` is {list(choice)}, expected numbers from {allowed}.")
-    states = model.get_image_features(pixel_values, return_dict=True).last_hidden_state[:, 1:]  # without the class token
+    states = model.get_image_features(pixel_values, return_dict=True).last_hidden_state[
+        :, 1:
+    ]  # without the class token
     groups = (_groups(patches.float(), threshold) for patches in states)
     return [next((budget for budget in choice if budget >= count), choice[-1]) for count in groups]
 
