@@ -36,7 +36,6 @@ POSITIONS = ("original", "compact")
 # The smallest relevance of a token, and the smallest gain of a further one, in the determinant of `question`.
 RIDGE = 1e-6
 
-Model = LlavaSTFForConditionalGeneration | LlavaForConditionalGeneration
 # Tokens (T, D) in float32, a count b, the words' embeddings (W, D), a seed -> indices of b tokens.
 Select = Callable[[torch.Tensor, int, torch.Tensor, int], torch.Tensor]
 # Tokens (T, D) in float32, a count b -> b tokens (b, D), and the indices whose places in the text they take.
@@ -58,7 +57,7 @@ class _Reduced(BatchFeature):
 
 @torch.no_grad()
 def reduce_image_tokens(
-    model: Model,
+    model: LlavaForConditionalGeneration,
     inputs: Mapping[str, Any],
     keep: int | float | Sequence[int | float] | str,
     score: str | Score = "salience",
@@ -119,7 +118,7 @@ def reduce_image_tokens(
     return _shortened(model, inputs, mask, left, positions, kept)
 
 
-def _check(model: Model, inputs: Mapping[str, Any], score: str | Score, positions: str) -> None:
+def _check(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any], score: str | Score, positions: str) -> None:
     if model.config.model_type not in ("llava_stf", "llava"):
         raise ValueError(
             f"The model is a `{model.config.model_type}`, expected a `llava_stf` or a `llava`: others place their "
@@ -139,7 +138,7 @@ def _check(model: Model, inputs: Mapping[str, Any], score: str | Score, position
         raise ValueError(f"`positions` is {positions!r}, expected one of {list(POSITIONS)}.")
 
 
-def _refuse_flash_attention(model: Model) -> None:
+def _refuse_flash_attention(model: LlavaForConditionalGeneration) -> None:
     # transformers 5.16 to 5.24 (`_is_packed_sequence`): with one row and no mask each gap begins a new sequence, and
     # `generate` drops a mask without zeros. Remove this when the test takes falling positions only.
     if is_flash_attention_requested(model.config.get_text_config()):
@@ -149,7 +148,7 @@ def _refuse_flash_attention(model: Model) -> None:
         )
 
 
-def _encoded(model: Model, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
+def _encoded(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) -> list[torch.Tensor]:
     """Returns the language model's tokens of each picture or frame, (T, D) each."""
     if inputs.get("pixel_values") is None:
         return []
@@ -174,7 +173,9 @@ def _places(
     return places
 
 
-def _words(model: Model, ids: torch.Tensor, text: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+def _words(
+    model: LlavaForConditionalGeneration, ids: torch.Tensor, text: torch.Tensor, place: torch.Tensor
+) -> torch.Tensor:
     """Returns the embeddings of the row's words behind a picture or, if there are none, of all its words: (W, D)."""
     row, last = place[-1].tolist()
     behind = ids[row, last:][text[row, last:]]
@@ -231,10 +232,8 @@ def _fewer(
 
 def _checked(chosen: Any, count: int, size: int) -> torch.Tensor:
     chosen = torch.as_tensor(chosen)
-    if chosen.shape != (count,) or len(chosen.unique()) != count or not (0 <= chosen.min() and chosen.max() < size):
-        raise ValueError(
-            f"`score` returned {chosen.tolist()}, expected {count} different indices from 0 to {size - 1}."
-        )
+    if chosen.shape != (count,) or len(chosen.unique()) != count or chosen.min() < 0 or chosen.max() >= size:
+        raise ValueError(f"`score` returned {chosen.tolist()}, expected {count} different indices below {size}.")
     return chosen.long()
 
 
@@ -274,7 +273,8 @@ def _for_question(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: i
     relevance = relevance - relevance.min()
     relevance = relevance / relevance.max().clamp(min=RIDGE) + RIDGE
     kernel = relevance[:, None] * _cosines(tokens) * relevance
-    gain, rows, chosen = kernel.diagonal().clone(), tokens.new_zeros(0, len(tokens)), []
+    gain, rows = kernel.diagonal().clone(), tokens.new_zeros(0, len(tokens))
+    chosen: list[int] = []
     for _ in range(count):
         # Gains below the bound are rounding; these tokens are ranked by relevance, behind all others.
         rank = torch.where(gain > RIDGE, gain, RIDGE * relevance / 2)
@@ -338,7 +338,7 @@ MERGE: dict[str, Merge] = {"merging": _merged, "pool": _pooled}
 
 
 def _shortened(
-    model: Model,
+    model: LlavaForConditionalGeneration,
     inputs: Mapping[str, Any],
     mask: torch.Tensor,
     left: torch.Tensor,
@@ -372,7 +372,7 @@ def _along(name: str, values: Any, ids: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def _pictures(model: Model, ids: torch.Tensor, kept: list[torch.Tensor]) -> dict[str, Any]:
+def _pictures(model: LlavaForConditionalGeneration, ids: torch.Tensor, kept: list[torch.Tensor]) -> dict[str, Any]:
     if not kept:
         return {}
     if TAKES_ENCODED_PICTURES:
