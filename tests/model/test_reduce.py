@@ -257,6 +257,29 @@ def test_transformers_takes_gaps_for_the_borders_of_packed_sequences():
     assert bool(_is_packed_sequence(gap, batch_size=1))
 
 
+@torch.no_grad()
+def test_gaps_without_mask_and_cache_are_refused(model, inputs_of):
+    inputs = inputs_of("USER: <image>\nWhat is this? ASSISTANT:")
+    reduced = reduce_image_tokens(model, inputs, keep=0.25)
+    answer = new_tokens(model, reduced)
+    bare = {name: value for name, value in reduced.items() if name != "attention_mask"}
+    if "inputs_embeds" in bare:  # before transformers 5.18; a forward pass takes one of the two
+        del bare["input_ids"]
+    for refused in (
+        lambda: model.generate(**reduced, **EIGHT, use_cache=False),  # it drops a mask of ones
+        lambda: model(**bare, use_cache=False),
+    ):
+        with pytest.raises(ValueError, match="has gaps"):
+            refused()
+    mask = {"attention_mask": reduced["attention_mask"]}
+    right = [model(**bare, **given).logits for given in (mask, mask | {"use_cache": False}, {})]
+    torch.testing.assert_close(right[1], right[0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(right[2], right[0], atol=1e-5, rtol=1e-5)
+    compact = reduce_image_tokens(model, inputs, keep=0.25, positions="compact")
+    assert torch.equal(new_tokens(model, compact, use_cache=False), new_tokens(model, compact))
+    assert torch.equal(new_tokens(model, reduced), answer)
+
+
 MEDIA = {
     "USER: <image>\nWhat is this? ASSISTANT:": (["gradient.png"], []),
     "USER: <image><image>\nWhat differs? ASSISTANT:": (["shapes.png", "text.png"], []),
@@ -370,3 +393,62 @@ def test_flash_attention_is_refused_where_it_would_see_packed_sequences(stock, m
         reduce_image_tokens(stock, inputs, keep=4)
     reduce_image_tokens(stock, inputs, keep=16)
     reduce_image_tokens(stock, inputs, keep=4, positions="compact")
+
+
+def test_suggested_budgets_grow_with_the_picture_and_its_threshold(model, processor, picture, inputs_of):
+    grey, drawing, noise = (torch.zeros(1, 3, *[model.config.vision_config.image_size] * 2) for _ in range(3))
+    drawing = processor(images=picture("shapes.png"), return_tensors="pt")["pixel_values"]
+    noise = torch.randn(grey.shape, generator=torch.Generator().manual_seed(0))
+    pixels = torch.cat([grey, drawing, noise])
+    allowed = model.config.allowed_token_budgets
+    suggested = suggest_budgets(model, pixels, budgets=allowed)
+    assert set(suggested) <= set(allowed) and suggested == suggest_budgets(model, {"pixel_values": pixels})
+    assert suggested == [suggest_budgets(model, image[None])[0] for image in pixels]
+    by_threshold = [suggest_budgets(model, pixels, threshold) for threshold in (-1, 0.5, 0.9, 1.0)]
+    assert by_threshold[0] == [min(allowed)] * 3 and by_threshold[-1] == [max(allowed)] * 3
+    for lower, higher in zip(by_threshold, by_threshold[1:], strict=False):
+        assert all(few <= many for few, many in zip(lower, higher, strict=True))
+    assert suggest_budgets(model, pixels, 1.0, budgets=[1]) == [1] * 3  # the largest there is
+    model.config.token_budgets = [max(allowed)]
+    assert suggest_budgets(model, pixels) == [max(allowed)] * 3
+    text = "USER: <image>\nWhat is this? ASSISTANT:"
+    inputs = processor(images=picture("shapes.png"), text=text, return_tensors="pt")
+    inputs = processor(
+        images=picture("shapes.png"), text=text, max_soft_tokens=suggest_budgets(model, inputs), return_tensors="pt"
+    )
+    assert new_tokens(model, inputs).shape == (1, 8)
+    assert len(suggest_budgets(model, inputs_of(*MEDIA))) == 6
+
+
+def test_groups_are_those_of_the_greedy_cover():
+    angles = torch.tensor([0.0, 10, 20, 30, 90, 95, 180]).deg2rad()
+    patches = torch.stack([angles.cos(), angles.sin()], dim=1) * torch.arange(1.0, 8)[:, None]
+    # 10 covers 0, 10, 20; then 30 alone, though 20 is near it; 90 covers 95; 180.
+    assert _reduce._groups(patches, 0.98) == 4
+    assert _reduce._groups(patches, 0.9999) == 7 and _reduce._groups(patches, -1.1) == 1
+    assert _reduce._groups(torch.ones(5, 3), 0.99) == 1
+
+
+def test_suggestions_that_are_refused(stock, model):
+    pixels = torch.zeros(1, 3, *[model.config.vision_config.image_size] * 2)
+    for arguments, message in (
+        ((stock, pixels), "has no token budgets"),
+        ((model, {"input_ids": pixels}), "no `pixel_values`"),
+        ((model, pixels, 1.5), "`threshold` is 1.5"),
+        ((model, pixels, 0.5, [7]), r"`budgets` is \[7\], expected numbers from"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            suggest_budgets(*arguments)
+
+
+def test_a_budget_and_a_reducer_together(model, processor, picture):
+    smaller = sorted(model.config.allowed_token_budgets)[-2]
+    text = ["USER: <image>\nWhat is this? ASSISTANT:"] * 2
+    images = [picture("shapes.png"), picture("text.png")]
+    every = model.config.tokens_per_image
+    inputs = processor(images=images, text=text, max_soft_tokens=[smaller, every], return_tensors="pt", padding=True)
+    reduced = reduce_image_tokens(model, inputs, keep=0.5)
+    assert (reduced["input_ids"] == model.config.image_token_id).sum(1).tolist() == [max(1, smaller // 2), every // 2]
+    alone = processor(images=images[0], text=text[0], max_soft_tokens=smaller, return_tensors="pt")
+    alone = reduce_image_tokens(model, alone, keep=0.5)
+    assert torch.equal(new_tokens(model, reduced)[0], new_tokens(model, alone)[0])
