@@ -74,9 +74,9 @@ def reduce_image_tokens(
     Args:
         inputs: what the processor returned, with tensors. It stays as it is.
         keep: how many tokens of a picture, or of a video frame, are kept. An `int` is a number, a `float` a share, and
-            a list has one of them for each picture in reading order. "adaptive" keeps as many as stand out of the
-            picture: those whose salience is above the upper quartile by 1.5 interquartile ranges (LLaVA-PruMerge,
-            2403.15388, counts attention in this way).
+            a list has one of them for each picture in reading order. "adaptive" counts the tokens that stand out of the
+            picture, whose salience is above the upper quartile by 1.5 interquartile ranges, and keeps four times as
+            many (LLaVA-PruMerge+, 2403.15388, does so with attention: the outliers, and three more for each).
         score: which tokens are kept.
 
             - "salience": those farthest from the mean of the picture's tokens.
@@ -197,7 +197,7 @@ def _count(wish: Any, tokens: torch.Tensor, min_tokens: int) -> int:
     if not 1 <= min_tokens <= size:
         raise ValueError(f"`min_tokens` is {min_tokens}, expected 1 to {size}, the tokens of a picture.")
     if wish == "adaptive":
-        return max(min_tokens, _outliers(_salience(tokens.float())))
+        return max(min_tokens, min(size, 4 * _outliers(_salience(tokens.float()))))
     if isinstance(wish, float) and 0 < wish <= 1:
         return max(min_tokens, round(wish * size))
     if isinstance(wish, int) and not isinstance(wish, bool) and 1 <= wish <= size:

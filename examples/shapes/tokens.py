@@ -76,11 +76,12 @@ class Loaded:
         )
 
     def trained(self, system: System) -> bool:
-        """Returns whether the config names the budget of a row as trained."""
-        if not isinstance(system.budget, int):
-            return system.keep is None
+        """Returns whether the config names the row's budget, or all tokens, as trained."""
         config = self.network.config
-        return system.budget in (getattr(config, "token_budgets", None) or [config.image_seq_length])
+        budgets = getattr(config, "token_budgets", None)
+        if system.budget == "suggested":
+            return budgets is not None
+        return (system.budget or config.image_seq_length) in (budgets or [config.image_seq_length])
 
 
 def compare(
@@ -95,7 +96,7 @@ def compare(
 ) -> Path:
     """Asks every system the test's questions, and writes results.json, a table and a plot into `out`.
 
-    A stopped run continues: it keeps the rows in `out`/rows.
+    A stopped run continues: it keeps the rows in `out`/rows, and the times in `out`/first_tokens.json.
 
     Args:
         out: folder for the results.
@@ -126,8 +127,12 @@ def compare(
         results.append(json.loads(file.read_text(encoding="utf-8")))
         if results[-1]["of"] != of:
             raise ValueError(f"{file} has other questions or another model: name another folder, or remove it.")
+    times = out / "first_tokens.json"
     if timed:
-        seconds = _first_tokens(systems, loaded, data, rows, timed)
+        times.unlink(missing_ok=True)  # the systems of one file took turns
+        _write(json.dumps(_first_tokens(systems, loaded, data, rows, timed)) + "\n", times)
+    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    if {system.name for system in systems} <= seconds.keys():
         results = [row | {"first_token_seconds": seconds[row["name"]]} for row in results]
     return report(out, {"conditions": _conditions(), "rows": results})
 
@@ -270,7 +275,7 @@ def table(rows: list[dict]) -> str:
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " --: |" * (len(heads) - 1)]
     for row in rows:
         mean, half = difference(row, rows[0])
-        untrained = " (untrained)" if row["budget"] is not None and not row["trained"] else ""
+        untrained = "" if row["trained"] else " (untrained)"
         cells = [f"{row['name']}{untrained}", f"{row['vision_tokens']:.1f}".removesuffix(".0"), f"{accuracy(row):.1f}"]
         cells.append("" if row is rows[0] else f"{mean:+.1f} ± {half:.1f}")
         cells += [f"{accuracy(row, kind):.0f}" for kind in kinds]

@@ -132,10 +132,11 @@ def test_scores_choose_what_their_definitions_say():
 def test_the_count_may_come_from_the_picture():
     flat, busy = torch.zeros(100, 2), torch.zeros(100, 2)
     busy[[7, 50, 80]] = torch.tensor([[9.0, 0], [0, 9], [-9, 0]])
-    assert _reduce._counts("adaptive", [flat, busy], 1) == [1, 3]
-    assert _reduce._counts("adaptive", [flat, busy], 2) == [2, 3]
+    assert _reduce._counts("adaptive", [flat, busy], 1) == [1, 12]  # four for each outlier
+    assert _reduce._counts("adaptive", [flat, busy], 20) == [20, 20]
+    assert _reduce._counts("adaptive", [busy[:10]], 1) == [4] and _reduce._counts("adaptive", [busy[5:9]], 1) == [4]
     assert _reduce._counts(0.25, [flat, busy], 1) == [25, 25]
-    assert _reduce._counts([0.01, "adaptive"], [flat, busy], 1) == [1, 3]
+    assert _reduce._counts([0.01, "adaptive"], [flat, busy], 1) == [1, 12]
     assert _reduce._counts(1.0, [flat], 1) == [100] and _reduce._counts(1, [flat], 1) == [1]
 
 
@@ -265,12 +266,12 @@ def test_gaps_without_mask_and_cache_are_refused(model, inputs_of):
     bare = {name: value for name, value in reduced.items() if name != "attention_mask"}
     if "inputs_embeds" in bare:  # before transformers 5.18; a forward pass takes one of the two
         del bare["input_ids"]
-    for refused in (
-        lambda: model.generate(**reduced, **EIGHT, use_cache=False),  # it drops a mask of ones
-        lambda: model(**bare, use_cache=False),
-    ):
+        assert torch.equal(new_tokens(model, reduced, use_cache=False), answer)  # it uses a cache all the same
+    else:
         with pytest.raises(ValueError, match="has gaps"):
-            refused()
+            new_tokens(model, reduced, use_cache=False)  # it drops a mask of ones
+    with pytest.raises(ValueError, match="has gaps"):
+        model(**bare, use_cache=False)
     mask = {"attention_mask": reduced["attention_mask"]}
     right = [model(**bare, **given).logits for given in (mask, mask | {"use_cache": False}, {})]
     torch.testing.assert_close(right[1], right[0], atol=1e-5, rtol=1e-5)
