@@ -32,6 +32,8 @@ from .upstream import (
     name_base_commit,
 )
 
+PLAIN = Path(__file__).parent / "plain.jinja"  # the chat template of stage 1
+
 
 class LlavaSTFTrainer(SavingTrainer):
     """[`~trl.SFTTrainer`] for LLaVA-STF, and for the stock LLaVA: rows of `training.rows` in, loadable folders out.
@@ -249,13 +251,14 @@ def collator_of(processor: ProcessorMixin, args: LlavaSTFTrainingArguments) -> C
 
 
 def template_text(processor: Any, name: str) -> str:
-    """Returns the chat template of this name.
+    """Returns the chat template of this name: one of the processor's, or `plain`, that of stage 1.
 
     Raises:
         ValueError: if there is none; lists the names.
     """
     templates = processor.chat_template
     templates = templates if isinstance(templates, dict) else {"default": templates}
+    templates = {"plain": PLAIN.read_text(encoding="utf-8"), **templates}
     if name not in templates:
-        raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
+        raise ValueError(f"The training has no chat template {name!r}; it has {', '.join(sorted(templates))}.")
     return templates[name]
