@@ -118,7 +118,7 @@ def test_scores_choose_what_their_definitions_say():
     assert chosen("salience", 2) == [2, 3]
     assert chosen("diverse", 1) == [2] or chosen("diverse", 1) == [3]  # the two with the farthest neighbour
     assert set(chosen("diverse", 3)) & {0, 1, 4} and {2, 3} <= set(chosen("diverse", 3))
-    assert chosen("question", 1) == [2]  # points as the word does
+    assert chosen("question", 1) == [3]  # farthest in the direction of the word
     assert chosen("even", 2) == [1, 3]
     square = torch.arange(16.0)[:, None]
     means, centres = _reduce._pooled(square, 4)
