@@ -112,7 +112,7 @@ def reduce_image_tokens(
         words = _words(model, ids, left, place) if score == "question" else tokens[:0]
         fewer, chosen = _fewer(tokens, count, score, words, seed)
         kept.append(fewer)
-        left[tuple(place[chosen].T)] = True
+        left[tuple(place[chosen.to(place.device)].T)] = True
     if positions == "original" and not torch.equal(left, mask):
         _refuse_flash_attention(model)
     return _shortened(model, inputs, mask, left, positions, kept)
@@ -185,6 +185,7 @@ def _words(
 
 
 def _counts(keep: Any, pictures: list[torch.Tensor], min_tokens: int) -> list[int]:
+    keep = keep.tolist() if hasattr(keep, "tolist") else keep  # of numpy or torch
     one_for_all = keep is None or isinstance(keep, (int, float, str))
     wishes = [keep] * len(pictures) if one_for_all else list(keep)
     if len(wishes) != len(pictures):
@@ -253,14 +254,13 @@ def _most_salient(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: i
 def _diverse(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> torch.Tensor:
     """DivPrune (2503.02175): the first is farthest from its nearest neighbour, each other from those chosen."""
     distance = 1 - _cosines(tokens)
-    nearest = distance.clone().fill_diagonal_(torch.inf).amin(1)  # to any other token, later to any chosen one
-    chosen = [nearest.argmax()]
-    nearest = distance[chosen[0]]
-    for _ in range(count - 1):
-        nearest = nearest.index_fill(0, torch.stack(chosen), -torch.inf)
-        chosen.append(nearest.argmax())
+    chosen = [int(distance.clone().fill_diagonal_(torch.inf).amin(1).argmax())]
+    nearest = distance[chosen[0]].clone()  # distance of each token to those that are chosen
+    while len(chosen) < count:
+        nearest[chosen[-1]] = -torch.inf
+        chosen.append(int(nearest.argmax()))
         nearest = nearest.minimum(distance[chosen[-1]])
-    return torch.stack(chosen)
+    return torch.tensor(chosen)
 
 
 def _for_question(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> torch.Tensor:
@@ -272,7 +272,7 @@ def _for_question(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: i
     Where the rank of the kernel is smaller than the count, its update divides by zero and repeats tokens. Here a gain
     has a lower bound, and a chosen token is never chosen again: the rest then follows relevance.
     """
-    relevance = ((tokens - tokens.mean(0)) @ normalize(words, dim=-1).T).amax(1)
+    relevance = ((tokens - tokens.mean(0)) @ normalize(words.to(tokens.device), dim=-1).T).amax(1)
     relevance = relevance - relevance.min()
     relevance = relevance / relevance.max().clamp(min=RIDGE) + RIDGE
     kernel = relevance[:, None] * _cosines(tokens) * relevance
@@ -364,8 +364,9 @@ def _shortened(
         "attention_mask": left.long(),
         "position_ids": position_ids.masked_fill(~left, 0),
     }
-    for name in inputs.keys() - {*data, *ENCODER_INPUTS}:
-        data[name] = _along(name, inputs[name], ids).gather(1, columns).masked_fill(~left, 0)
+    for name, values in inputs.items():
+        if values is not None and name not in (*data, *ENCODER_INPUTS):
+            data[name] = _along(name, values, ids).gather(1, columns).masked_fill(~left, 0)
     return _Reduced(data | _pictures(model, data["input_ids"], kept))
 
 

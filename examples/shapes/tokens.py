@@ -15,7 +15,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -134,7 +134,8 @@ def compare(
     seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     if {system.name for system in systems} <= seconds.keys():
         results = [row | {"first_token_seconds": seconds[row["name"]]} for row in results]
-    return report(out, {"conditions": _conditions(), "rows": results})
+    kinds = {row["id"]: row["kind"] for row in truth}
+    return report(out, {"conditions": _conditions(), "questions": kinds, "rows": results})
 
 
 def _further(models: list[str]) -> list[System]:
@@ -191,8 +192,6 @@ def _row(system: System, loaded: Loaded, data: Path, rows: list[dict], truth: li
         "trained": loaded.trained(system),
         "vision_tokens": statistics.mean(tokens),
         "seconds": round(time.perf_counter() - started, 1),
-        "ids": [row["id"] for row in truth],
-        "kinds": [row["kind"] for row in truth],
         "right": "".join("01"[row["id"] not in wrong] for row in truth),
     }
 
@@ -239,19 +238,19 @@ def _write(text: str, file: Path) -> None:
 
 def report(out: Path, results: dict[str, Any]) -> Path:
     """Writes results.json, results.md and results.png into `out`."""
-    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", table(results["rows"]))):
+    for name, text in (("results.json", json.dumps(results, indent=1)), ("results.md", table(results))):
         (out / name).unlink(missing_ok=True)  # of a run with fewer rows
         _write(text + "\n", out / name)
-    draw(results["rows"], out / "results.png")
+    draw(results, out / "results.png")
     return out
 
 
-def difference(row: dict, reference: dict) -> tuple[float, float]:
+def difference(row: dict, reference: dict, questions: Iterable[str]) -> tuple[float, float]:
     """Returns the difference of two rows' accuracy, and half of its 95 % interval, in points.
 
     The questions are paired. Questions about one picture are not independent, so the pictures are the sample.
     """
-    pairs = list(zip(row["ids"], row["right"], reference["right"], strict=True))
+    pairs = list(zip(questions, row["right"], reference["right"], strict=True))
     mean = statistics.mean(int(ours) - int(theirs) for _, ours, theirs in pairs)
     by_picture: dict[str, float] = {}
     for name, ours, theirs in pairs:
@@ -261,34 +260,40 @@ def difference(row: dict, reference: dict) -> tuple[float, float]:
     return 100 * mean, 196 * error
 
 
-def accuracy(row: dict, kind: str | None = None) -> float:
-    """Returns the right answers in percent, of one kind or of all questions."""
-    marks = [mark == "1" for mark, of in zip(row["right"], row["kinds"], strict=True) if kind in (None, of)]
+def accuracy(row: dict, questions: dict[str, str], kind: str | None = None) -> float:
+    """Returns the right answers in percent, of one kind or of all questions; `questions` has the kind of each."""
+    marks = [mark == "1" for mark, of in zip(row["right"], questions.values(), strict=True) if kind in (None, of)]
     return 100 * statistics.mean(marks)
 
 
-def table(rows: list[dict]) -> str:
+def table(results: dict[str, Any]) -> str:
     """Returns a Markdown table: a row for each system, with its paired difference to the first."""
-    kinds = [kind for kind in KINDS if kind in rows[0]["kinds"]]
+    rows, questions = results["rows"], results["questions"]
+    kinds = [kind for kind in KINDS if kind in questions.values()]
     timed = "first_token_seconds" in rows[0]
     heads = ["system", "vision tokens", "all", "against all tokens", *kinds, *["first token, ms"][: int(timed)]]
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " --: |" * (len(heads) - 1)]
     for row in rows:
-        mean, half = difference(row, rows[0])
+        mean, half = difference(row, rows[0], questions)
         untrained = "" if row["trained"] else " (untrained)"
-        cells = [f"{row['name']}{untrained}", f"{row['vision_tokens']:.1f}".removesuffix(".0"), f"{accuracy(row):.1f}"]
+        cells = [
+            f"{row['name']}{untrained}",
+            f"{row['vision_tokens']:.1f}".removesuffix(".0"),
+            f"{accuracy(row, questions):.1f}",
+        ]
         cells.append("" if row is rows[0] else f"{mean:+.1f} ± {half:.1f}")
-        cells += [f"{accuracy(row, kind):.0f}" for kind in kinds]
+        cells += [f"{accuracy(row, questions, kind):.0f}" for kind in kinds]
         if timed:
             cells.append(f"{1e3 * statistics.median(row['first_token_seconds']):.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def draw(rows: list[dict], path: Path) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Draws accuracy against vision tokens and, if it was measured, against the time to the first token."""
     from matplotlib.figure import Figure  # imported here because only this command needs it
 
+    rows, height = results["rows"], partial(accuracy, questions=results["questions"])
     axes_of: list[tuple[str, Callable[[dict], float]]] = [("vision tokens of a picture", lambda r: r["vision_tokens"])]
     if "first_token_seconds" in rows[0]:
         axes_of.append(("time to the first token, ms", lambda r: 1e3 * statistics.median(r["first_token_seconds"])))
@@ -298,7 +303,7 @@ def draw(rows: list[dict], path: Path) -> None:
         for family in dict.fromkeys(row["family"] for row in rows):
             of_family = [row for row in rows if row["family"] == family]
             line = "-" if len(of_family) > 1 else ""
-            axes.plot([*map(value, of_family)], [*map(accuracy, of_family)], f"o{line}", label=family, alpha=0.8)
+            axes.plot([*map(value, of_family)], [*map(height, of_family)], f"o{line}", label=family, alpha=0.8)
         axes.set(xlabel=label, ylabel="right answers, %", ylim=(0, 100))
         axes.grid(alpha=0.3)
         if index == 0:

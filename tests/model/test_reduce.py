@@ -137,6 +137,7 @@ def test_the_count_may_come_from_the_picture():
     assert _reduce._counts("adaptive", [busy[:10]], 1) == [4] and _reduce._counts("adaptive", [busy[5:9]], 1) == [4]
     assert _reduce._counts(0.25, [flat, busy], 1) == [25, 25]
     assert _reduce._counts([0.01, "adaptive"], [flat, busy], 1) == [1, 12]
+    assert _reduce._counts(torch.tensor([3, 4]), [flat, busy], 1) == [3, 4]
     assert _reduce._counts(1.0, [flat], 1) == [100] and _reduce._counts(1, [flat], 1) == [1]
 
 
@@ -207,6 +208,11 @@ def test_positions_stay_and_new_tokens_follow_the_last_position(stock):
     assert (counted[1:] - logits[1:]).abs().max() > 1e-3
     compact = reduce_image_tokens(stock, inputs, keep=5, positions="compact")
     assert compact["position_ids"][0].tolist() == list(range(10))
+
+
+def test_drafts_from_the_prompt_continue_the_positions(stock):
+    reduced = reduce_image_tokens(stock, prompt([1, 5, 0, 7, 8, 9, 7, 8, 9, 7, 8]), keep=5)
+    assert torch.equal(new_tokens(stock, reduced, prompt_lookup_num_tokens=2), new_tokens(stock, reduced))
 
 
 def test_a_later_turn_on_the_same_cache_continues_from_the_last_position(stock):
@@ -347,6 +353,7 @@ def test_right_padding_position_ids_and_types_of_the_caller(stock):
     assert torch.equal(types, (ours["input_ids"] == IMAGE).long())
     given = torch.arange(100, 100 + left["input_ids"].shape[1])[None]
     assert int(reduce_image_tokens(stock, left | {"position_ids": given}, keep=4)["position_ids"][1, 0]) == 100
+    reduce_image_tokens(stock, left | {"labels": None, "position_ids": None}, keep=4)
     without = {name: value for name, value in prompt([1, 0, 7]).items() if name != "attention_mask"}
     assert reduce_image_tokens(stock, without, keep=4)["attention_mask"].tolist() == [[1] * 6]
 

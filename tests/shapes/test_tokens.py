@@ -18,26 +18,29 @@ def data(tmp_path_factory):
 
 
 def row(right, name="row", seconds=None):
-    """A row with questions about pictures of two questions each."""
-    ids = [f"test-{index // 2:06}-{kind}" for index, kind in enumerate(["count", "shape"] * (len(right) // 2))]
-    base = {"name": name, "ids": ids, "kinds": [name.split("-")[2] for name in ids], "right": right}
     timed = {} if seconds is None else {"first_token_seconds": seconds}
-    return base | {"vision_tokens": 4, "trained": True, "budget": None, "family": name} | timed
+    return {"name": name, "right": right, "vision_tokens": 4, "trained": True, "budget": None, "family": name} | timed
+
+
+# Two about each of 8 pictures.
+QUESTIONS = {f"test-{number:06}-{kind}": kind for number in range(8) for kind in ("count", "shape")}
 
 
 def test_differences_are_paired_and_pictures_are_the_sample():
     reference = row("1111" * 4)
-    assert difference(reference, reference) == (0, 0)
-    mean, half = difference(row("1110" * 4), reference)
+    assert difference(reference, reference, QUESTIONS) == (0, 0)
+    mean, half = difference(row("1110" * 4), reference, QUESTIONS)
     assert mean == -25
     # Of 8 pictures 4 differ by -1 of 2 questions: the sum of squares is 8 * 0.5**2.
     assert half == pytest.approx(196 * (8 * 0.5**2) ** 0.5 / 16)
     both_of_a_picture, one_of_each = row("1100" * 4), row("1010" * 4)
-    assert difference(both_of_a_picture, reference)[1] > 0 == difference(one_of_each, reference)[1]
+    assert difference(both_of_a_picture, reference, QUESTIONS)[1] > 0
+    assert difference(one_of_each, reference, QUESTIONS)[1] == 0
 
 
 def test_the_table_has_kinds_intervals_and_times():
-    lines = table([row("1111" * 4, "all", [0.02]), row("1110" * 4, "few", [0.01])]).splitlines()
+    rows = [row("1111" * 4, "all", [0.02]), row("1110" * 4, "few", [0.01])]
+    lines = table({"rows": rows, "questions": QUESTIONS}).splitlines()
     assert lines[0] == "| system | vision tokens | all | against all tokens | count | shape | first token, ms |"
     assert lines[2] == "| all | 4 | 100.0 |  | 100 | 100 | 20.0 |"
     assert lines[3].startswith("| few | 4 | 75.0 | -25.0 ± ") and lines[3].endswith(" | 100 | 50 | 10.0 |")
