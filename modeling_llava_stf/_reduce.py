@@ -426,10 +426,8 @@ def suggest_budgets(
     choice = sorted(budgets or model.config.token_budgets or allowed)
     if not set(choice) <= set(allowed):
         raise ValueError(f"`budgets` is {list(choice)}, expected numbers from {allowed}.")
-    states = model.get_image_features(pixel_values, return_dict=True).last_hidden_state[
-        :, 1:
-    ]  # without the class token
-    groups = (_groups(patches.float(), threshold) for patches in states)
+    states: Any = model.get_image_features(pixel_values, return_dict=True).last_hidden_state  # type: ignore[union-attr]
+    groups = (_groups(image[1:].float(), threshold) for image in states)  # without the class token
     return [next((budget for budget in choice if budget >= count), choice[-1]) for count in groups]
 
 

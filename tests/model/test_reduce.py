@@ -210,6 +210,7 @@ def test_positions_stay_and_new_tokens_follow_the_last_position(stock):
     assert compact["position_ids"][0].tolist() == list(range(10))
 
 
+@needs_encoded_pictures
 def test_drafts_from_the_prompt_continue_the_positions(stock):
     reduced = reduce_image_tokens(stock, prompt([1, 5, 0, 7, 8, 9, 7, 8, 9, 7, 8]), keep=5)
     assert torch.equal(new_tokens(stock, reduced, prompt_lookup_num_tokens=2), new_tokens(stock, reduced))
