@@ -11,6 +11,7 @@ python -m examples.shapes evaluate MODEL DATA                  counts right answ
 python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
 python -m examples.shapes make WORK OUT                        runs all steps: makes the model of this repository
 python -m examples.shapes ablation WORK OUT                    trains and tests with other connectors and several seeds
+python -m examples.shapes tokens OUT DATA MODEL                measures what fewer vision tokens cost
 """
 
 import argparse
@@ -26,6 +27,7 @@ from .recipe import make
 from .renew import renew
 from .shrink import shrink
 from .text import train_tokenizer
+from .tokens import SCORES, compare
 
 
 def main() -> int:
@@ -111,6 +113,31 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("index", "seed", "captions", "rows"):
         run.add_argument(name, type=int)
     run.set_defaults(step=run_one)
+
+    tokens = commands.add_parser("tokens", help="compare token budgets and reducers, in a table and a plot")
+    tokens.add_argument("out", metavar="OUT", help="folder for the results; a stopped run continues there")
+    tokens.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    tokens.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="FOLDER, NAME=FOLDER or NAME=FOLDER@BUDGET; the first gives rows for every budget and reducer, each "
+        "other one row, such as a model that was trained for one budget, or a stock LLaVA",
+    )
+    tokens.add_argument(
+        "--keep", type=int, nargs="+", metavar="N", help="tokens that the reducers keep (default: 1/2 to 1/16 of all)"
+    )
+    tokens.add_argument("--scores", nargs="+", choices=SCORES, help="reducers (default: all)")
+    tokens.add_argument("--questions", type=int, metavar="N", help="ask only the first N (default: all)")
+    tokens.add_argument("--batch-size", type=int, default=100, metavar="N", help="questions of a batch (default: 100)")
+    tokens.add_argument(
+        "--timed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also time the first token of N questions, one at a time, the systems in turns (default: 0)",
+    )
+    tokens.set_defaults(step=compare)
     return parser
 
 

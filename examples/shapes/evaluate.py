@@ -4,10 +4,13 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
@@ -56,26 +59,42 @@ def evaluate(
 
 
 def ask(
-    network: PreTrainedModel, processor: LlavaSTFProcessor, folder: Path, rows: list[dict], batch_size: int = 100
+    network: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: Path,
+    rows: list[dict],
+    batch_size: int = 100,
+    inputs_of: Callable[[list[list[dict]]], BatchFeature] | None = None,
 ) -> dict[str, str]:
-    """Returns the greedy answer to the first question of each row, by the row's id; `folder` has the pictures."""
+    """Returns the greedy answer to the first question of each row, by the row's id; `folder` has the pictures.
+
+    `inputs_of` makes the inputs of `generate` from conversations; by default [`prompts`] does.
+    """
+    inputs_of = inputs_of or partial(prompts, network, processor)
     # Batches have answers of similar length, because the longest answer ends a batch.
     rows = sorted(rows, key=lambda row: len(row["conversations"][1]["value"]))
     answers: dict[str, str] = {}
     for start in tqdm(range(0, len(rows), batch_size), desc="questions", unit="batch"):
         batch = rows[start : start + batch_size]
-        inputs = processor.apply_chat_template(
-            [messages_of(row, folder)[:1] for row in batch],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(network.device, network.dtype)
+        inputs = inputs_of([messages_of(row, folder)[:1] for row in batch])
         outputs = network.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
         texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers |= {row["id"]: text.strip() for row, text in zip(batch, texts, strict=True)}
     return answers
+
+
+def prompts(
+    network: PreTrainedModel, processor: ProcessorMixin, conversations: list[list[dict]], **kwargs: Any
+) -> BatchFeature:
+    """Returns the inputs of `generate` for conversations in the chat template; `kwargs` are the processor's."""
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, **kwargs},
+    ).to(network.device, network.dtype)
 
 
 def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:

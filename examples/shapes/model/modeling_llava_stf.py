@@ -378,6 +378,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         In training, a batch without images encodes a blank image and does not use the result, so that every rank of a
         distributed run uses the same parameters (original: the dummy image of its collator).
         """
+        if attention_mask is None and cache is None and kwargs.get(CACHE) is None and position_ids is not None:
+            self._check_gaps(position_ids, kwargs.get("use_cache"))
         has_images = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
         if not has_images:
             self._warn_of_missing_images(input_ids)
@@ -413,6 +415,17 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         features = features.to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
         return inputs_embeds.masked_scatter(mask, features)
+
+    def _check_gaps(self, position_ids: torch.Tensor, use_cache: bool | None) -> None:
+        # transformers (5.16 to 5.24) takes each gap in the positions for the border of two packed sequences if there is
+        # neither a mask nor a cache. Remove this when `find_packed_sequence_indices` looks for falling positions only.
+        cached = self.config.text_config.use_cache if use_cache is None else use_cache
+        if not cached and not is_tracing(position_ids) and (position_ids.diff(dim=-1) > 1).any():
+            raise ValueError(
+                "`position_ids` has gaps, and there is neither an `attention_mask` nor a cache: transformers would "
+                "split the prompt there. Pass the mask that `reduce_image_tokens` returned and, in `generate`, do not "
+                "set `use_cache=False`; or choose `positions='compact'`."
+            )
 
     def _warn_of_missing_images(self, input_ids: torch.Tensor | None) -> None:
         # This is no error: the cache may contain the images, and an assistant model drafts without them.
