@@ -1,0 +1,249 @@
+"""One training for several numbers of tokens per picture: what is drawn, trained, ordered, counted, saved and refused."""
+
+import itertools
+import json
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from conftest import GOLDENS
+from datasets import Dataset
+from peft import PeftConfig
+from torch.utils.flop_counter import FlopCounterMode
+from training_runs import CONVERSATIONS, IMAGES, eight_rows, history, options, run, trainer_of, weights_of
+
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from training import LlavaSTFTrainer
+from training.__main__ import main
+from training.batches import Collator
+from training.budgets import TokenBudgets, row_key
+from training.merge import merge
+from training.throughput import training_flops
+
+BUDGETS = [4, 1]  # those of the golden tower, a grid of four patches a side
+ALL = {"token_budget_mode": "all"}
+
+
+@pytest.fixture
+def trainer(checkpoint, tmp_path):
+    """Makes the trainer of the elastic recipe on the golden conversations, or of another recipe."""
+
+    def make(recipe="finetune_elastic", **changes):
+        settings = {"token_budgets": BUDGETS, **changes}
+        settings = {name: value for name, value in settings.items() if value is not None}
+        output, model = settings.pop("output", tmp_path / "out"), settings.pop("model", checkpoint)
+        return trainer_of(recipe, model, settings.pop("data", CONVERSATIONS), output, **settings)
+
+    return make
+
+
+def collate(trainer, rows):
+    return trainer.data_collator([trainer.train_dataset[row] for row in rows])
+
+
+# What is drawn
+
+
+def test_a_budget_follows_from_seed_epoch_and_row():
+    keys = [row_key({"id": "same", "messages": [{"role": "user", "content": number}]}) for number in range(300)]
+
+    def drawn(seed, epoch):
+        budgets = TokenBudgets((1, 144, 9, 36), 144, seed=seed)
+        return [budgets.draw(key, epoch) for key in keys]
+
+    first = drawn(0, 0)
+    assert first == drawn(0, 0) and len({tuple(first), tuple(drawn(0, 1)), tuple(drawn(1, 0))}) == 3
+    counts = Counter(itertools.chain.from_iterable(drawn(0, epoch) for epoch in range(20)))
+    assert set(counts) == {144, 36, 9, 1} and all(1350 < count < 1650 for count in counts.values())  # of 6000
+
+
+@pytest.mark.parametrize("mode", ["sample", "all"])
+def test_the_collator_gives_each_row_its_budgets(mode, trainer):
+    run = trainer(token_budget_mode=mode)
+    run.budgets.epoch.fill_(3)
+    token = run.model.config.image_token_id
+    for index, row in enumerate(run.train_dataset):
+        batch = collate(run, [index])
+        expected = run.budgets.of_row(row)
+        found = [int((ids == token).sum()) for ids in batch["input_ids"]]
+        assert found == [row["vision"] * budget for budget in expected], row["id"]
+        assert len(found) == (2 if mode == "all" and row["vision"] else 1)
+        counts = [budget for budget in expected for _ in range(row["vision"])]
+        assert batch.get("image_tokens", [4] * len(counts)) == counts
+        lengths = [run.budgets.length(row["length"], row["vision"], budget) for budget in expected]
+        assert batch["attention_mask"].sum(1).tolist() == lengths
+        assert len(set((batch["labels"] != -100).sum(1).tolist())) == 1
+
+
+def test_pictures_and_frames_of_a_row_have_its_budget(trainer, tmp_path):
+    frames = [str(IMAGES / f"frame_{number}.png") for number in range(2)]
+    turns = [{"from": "human", "value": "<image>\n<video>\nWhat?"}, {"from": "gpt", "value": "It."}]
+    rows = [{"id": "both", "image": frames[0], "video": [frames], "conversations": turns}]
+    data = tmp_path / "rows.json"
+    data.write_text(json.dumps(rows))
+    batch = collate(trainer(data=data, **ALL), [0])
+    assert batch["image_tokens"] == [4, 4, 4, 1, 1, 1]
+
+
+# What is trained
+
+
+def m3(model, processor, micro_batches, reduction):
+    """M3's loss by its definition: the mean over the budgets of the loss that all rows have with it, text rows too."""
+    losses = []
+    for budget in BUDGETS:
+        processor.image_processor.max_soft_tokens = budget
+        collator = Collator(processor, assistant_only_loss=True, chat_template=processor.chat_template["default"])
+        batches = [collator(rows) for rows in micro_batches]
+        tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+        means = [model(**batch).loss for batch in batches]
+        shares = [number / sum(tokens) if reduction == "token" else 1 / len(tokens) for number in tokens]
+        losses.append(sum(share * mean for share, mean in zip(shares, means, strict=True)))
+    return sum(losses) / len(losses)
+
+
+@pytest.mark.parametrize("reduction", ["token", "microbatch"])
+def test_all_is_the_loss_of_m3(reduction, trainer, checkpoint, monkeypatch):
+    """The micro-batches have a text row beside one with a picture, and one row of each kind alone."""
+    run = trainer(
+        loss_reduction=reduction, max_steps=1, max_grad_norm=0, optim="sgd", learning_rate=1.0, warmup_steps=0,
+        lr_scheduler_type="constant", group_by_modality_length=False, **ALL,
+    )  # fmt: skip
+    rows = {row["id"]: row for row in run.train_dataset}
+    micro_batches = [[rows["single_front"], rows["text_only_multi"]], [rows["text_only"], rows["multi_turn_end"]]]
+    batches, collator = iter(micro_batches), run.data_collator
+    run.data_collator = lambda _: collator(next(batches))
+    run.train()
+    reference = LlavaSTFForConditionalGeneration.from_pretrained(checkpoint, token_budgets=BUDGETS).train()
+    reference.model.vision_tower.requires_grad_(False)
+    expected = m3(reference, LlavaSTFProcessor.from_pretrained(checkpoint), micro_batches, reduction)
+    expected.backward()
+    assert run.state.log_history[0]["loss"] == pytest.approx(expected.item(), rel=1e-6)
+    before = dict(LlavaSTFForConditionalGeneration.from_pretrained(checkpoint).named_parameters())
+    for (name, weight), (_, other) in zip(run.model.named_parameters(), reference.named_parameters(), strict=True):
+        if other.grad is not None:  # the step of plain SGD with the rate 1 is the gradient
+            torch.testing.assert_close(before[name] - weight, other.grad, atol=2e-6, rtol=1e-3)
+
+
+def test_text_rows_that_count_once_are_not_m3(trainer, checkpoint, monkeypatch):
+    run = trainer(max_steps=1, group_by_modality_length=False, learning_rate=0.0, **ALL)
+    monkeypatch.setattr(LlavaSTFTrainer, "_repeats_text", False)
+    rows = {row["id"]: row for row in run.train_dataset}
+    micro_batches = [[rows["single_front"], rows["text_only_multi"]], [rows["text_only"], rows["multi_turn_end"]]]
+    batches, collator = iter(micro_batches), run.data_collator
+    run.data_collator = lambda _: collator(next(batches))
+    run.train()
+    reference = LlavaSTFForConditionalGeneration.from_pretrained(checkpoint, token_budgets=BUDGETS).train()
+    with torch.no_grad():
+        expected = m3(reference, LlavaSTFProcessor.from_pretrained(checkpoint), micro_batches, "token")
+    assert abs(run.state.log_history[0]["loss"] - expected.item()) > 1e-4
+
+
+def test_evaluation_has_the_largest_budget(trainer, checkpoint):
+    evaluation = {"eval_data_path": CONVERSATIONS, "eval_strategy": "steps", "per_device_eval_batch_size": 9}
+    run = trainer(**evaluation, **ALL)
+    (batch,) = run.get_eval_dataloader()
+    assert "image_tokens" not in batch and len(batch["input_ids"]) == 9
+    plain = trainer("finetune", token_budgets=None, **evaluation)
+    assert run.evaluate()["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+    assert run.data_collator.budgets is run.budgets
+
+
+def test_the_sampler_has_the_lengths_of_the_batches(trainer):
+    run = trainer()
+    loader = run.get_train_dataloader()
+    sampler = loader.base_dataloader.batch_sampler.sampler
+    seen = set()
+    for epoch in range(4):
+        sampler.set_epoch(epoch)
+        run.budgets.epoch.fill_(epoch)
+        list(sampler)
+        lengths = [int(collate(run, [row])["attention_mask"].sum()) for row in range(len(run.train_dataset))]
+        assert sampler.lengths == lengths
+        seen.add(tuple(lengths))
+    assert len(seen) > 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_that_live_longer_than_an_epoch_see_it_change(workers, trainer):
+    settings = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+    run = trainer(max_steps=6, learning_rate=0.0, group_by_modality_length=False, **settings)
+    drawn, step = [], run.training_step
+
+    def note(model, inputs, *args):
+        drawn.append((int(run.state.epoch or 0), inputs["attention_mask"].sum(1).tolist()))
+        return step(model, inputs, *args)
+
+    run.training_step = note
+    run.train()
+    possible = []
+    for epoch in range(3):
+        run.budgets.epoch.fill_(epoch)
+        lengths = [run.budgets.length(r["length"], r["vision"], run.budgets.of_row(r)[0]) for r in run.train_dataset]
+        possible.append(sorted(lengths))
+    assert len(set(map(tuple, possible))) == 3
+    for epoch in range(2):
+        assert sorted(sum((lengths for own, lengths in drawn if own == epoch), [])) == possible[epoch]
+
+
+def test_flops_are_those_of_pytorch(trainer):
+    """What a budget saves in the connector; the language model's follow from the number of tokens."""
+    model = trainer().model.train()
+    connector = model.model.multi_modal_projector
+    features = torch.zeros(1, 16, connector.block_fusion.linear_1.in_features, requires_grad=True)
+    found = []
+    for budget in BUDGETS:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            connector(features, [budget])[0].sum().backward()
+        found.append(counter.get_total_flops())
+    counted = [training_flops(model, 1, 50, budget) for budget in BUDGETS]
+    assert counted[0] - counted[1] == found[0] - found[1] > 0
+    assert counted[0] == training_flops(model, 1, 50)
+
+
+# Going on, and several ranks
+
+
+@pytest.mark.parametrize("recipe", ["finetune_elastic", "finetune_lora"])
+@pytest.mark.parametrize("mode", ["sample", "all"])
+def test_resume_is_exact(recipe, mode, trainer, tmp_path):
+    """Stopped within the first epoch and within the second one; the eight rows are two steps each."""
+    settings = {"data": eight_rows(tmp_path), "token_budget_mode": mode, "save_steps": 1, "save_total_limit": 4}
+    if recipe == "finetune_lora":
+        settings |= {"lora_r": 4, "lora_dropout": 0.3}
+    whole = tmp_path / "whole"
+    trainer(recipe, output=whole, **settings).train()
+    stop = 1 if mode == "all" else 3
+    trainer(recipe, **settings).train(resume_from_checkpoint=str(whole / f"checkpoint-{stop}"))
+    last = tmp_path / "out" / "checkpoint-4"
+    assert history(last) == history(whole / "checkpoint-4")
+    expected = weights_of(whole / "checkpoint-4")
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights_of(last).items())
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/support/training_rank.py")
+
+
+@pytest.mark.parametrize("mode", ["sample", "all"])
+def test_two_ranks_equal_one(mode, trainer, checkpoint, tmp_path):
+    settings = {
+        "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0,
+        "max_steps": 3, "per_device_train_batch_size": 1, "token_budgets": BUDGETS, "token_budget_mode": mode,
+        "group_by_modality_length": False,
+    }  # fmt: skip
+    data = eight_rows(tmp_path)
+    alone = trainer(data=data, **settings)
+    alone.train()
+    alone.save_model()
+    result = run(
+        *options("finetune_elastic", checkpoint, data, tmp_path / "two", **settings), launcher=TORCHRUN
+    )
+    assert result.returncode == 0, result.stderr
+    two = [row["loss"] for row in history(tmp_path / "two")]
+    assert two == pytest.approx([row["loss"] for row in alone.state.log_history if "loss" in row], rel=1e-4)
+    before, after = weights_of(checkpoint), weights_of(tmp_path / "out")
+    for name, weight in weights_of(tmp_path / "two").items():
+        step = (after[name] - before[name]).abs().max()
+        assert (weight - after[name]).abs().max() <= 1e-2 * step, name
