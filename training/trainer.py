@@ -15,7 +15,7 @@ from datasets import IterableDataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -26,7 +26,7 @@ from .batches import Collator
 from .budgets import ALL, BudgetEpoch, TokenBudgets, budgets_of, row_key
 from .rows import DataError
 from .sampler import BudgetLengthSampler, ModalityLengthSampler
-from .saving import SavingTrainer
+from .saving import CheckpointError, SavingTrainer
 from .throughput import Meter, measure_tflops
 from .upstream import (
     NoEndlessEpochs,
@@ -103,6 +103,7 @@ class LlavaSTFTrainer(SavingTrainer):
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self.check_checkpoint(Path(resume_from_checkpoint))
+            self._check_pass(resume_from_checkpoint)
             if done := finished(self, resume_from_checkpoint):
                 return done
         self._meter.restart()
@@ -183,6 +184,15 @@ class LlavaSTFTrainer(SavingTrainer):
                 raise ValueError("A streamed dataset cannot be grouped: set `group_by_modality_length` to false.")
             if self.args.train_sampling_strategy != "random":
                 raise ValueError("A streamed dataset has its own order: leave out `train_sampling_strategy`.")
+
+    def _check_pass(self, checkpoint: str) -> None:
+        """Raises a [`CheckpointError`] in the second pass over a stream: transformers would skip rows of the first."""
+        epoch = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).epoch
+        if isinstance(self.train_dataset, IterableDataset) and (epoch or 0) >= 1:
+            raise CheckpointError(
+                f"{checkpoint} is in pass {int(epoch or 0) + 1} over a stream, and a run over a stream goes on in "
+                "its first pass only. Begin a new run from its weights with another `--output_dir`, or do not stream."
+            )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset

@@ -170,7 +170,10 @@ class NoEndlessEpochs(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            raise DataError("The data has no row, or too few for one step: nothing was trained in a whole epoch.")
+            raise DataError(
+                "The data has no row, or too few for one step: nothing was trained in a whole epoch. (Or a checkpoint "
+                "at the end of a pass over a stream: a run goes on from within the first pass only.)"
+            )
 
 
 def finished(trainer: Trainer, checkpoint: str) -> TrainOutput | None:

@@ -1,24 +1,28 @@
-"""One training for several numbers of tokens per picture: what is drawn, trained, ordered, counted, saved and refused."""
+"""One training for several numbers of tokens per picture: what is drawn, trained, counted, saved and refused."""
 
 import itertools
 import json
+import re
+import shutil
 import sys
 from collections import Counter
 
 import pytest
 import torch
-from conftest import GOLDENS
-from datasets import Dataset
 from peft import PeftConfig
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import CONVERSATIONS, IMAGES, eight_rows, history, options, run, trainer_of, weights_of
 
+from conversion.checkpoints.folders import name_auto_class
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from training import LlavaSTFTrainer
+from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.__main__ import main
 from training.batches import Collator
 from training.budgets import TokenBudgets, row_key
+from training.checks import Checker, check_rows
 from training.merge import merge
+from training.rows import load_rows
+from training.saving import CheckpointError
 from training.throughput import training_flops
 
 BUDGETS = [4, 1]  # those of the golden tower, a grid of four patches a side
@@ -165,9 +169,8 @@ def test_the_sampler_has_the_lengths_of_the_batches(trainer):
     assert len(seen) > 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_workers_that_live_longer_than_an_epoch_see_it_change(workers, trainer):
-    settings = {"dataloader_num_workers": workers, "dataloader_persistent_workers": workers > 0}
+def test_workers_that_live_longer_than_an_epoch_see_it_change(trainer):
+    settings = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True}
     run = trainer(max_steps=6, learning_rate=0.0, group_by_modality_length=False, **settings)
     drawn, step = [], run.training_step
 
@@ -206,10 +209,9 @@ def test_flops_are_those_of_pytorch(trainer):
 # Going on, and several ranks
 
 
-@pytest.mark.parametrize("recipe", ["finetune_elastic", "finetune_lora"])
-@pytest.mark.parametrize("mode", ["sample", "all"])
+@pytest.mark.parametrize("recipe, mode", [("finetune_elastic", "sample"), ("finetune_lora", "all")])
 def test_resume_is_exact(recipe, mode, trainer, tmp_path):
-    """Stopped within the first epoch and within the second one; the eight rows are two steps each."""
+    """Stopped within an epoch, the first one or the second; the eight rows are two steps each."""
     settings = {"data": eight_rows(tmp_path), "token_budget_mode": mode, "save_steps": 1, "save_total_limit": 4}
     if recipe == "finetune_lora":
         settings |= {"lora_r": 4, "lora_dropout": 0.3}
@@ -226,7 +228,7 @@ def test_resume_is_exact(recipe, mode, trainer, tmp_path):
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/support/training_rank.py")
 
 
-@pytest.mark.parametrize("mode", ["sample", "all"])
+@pytest.mark.parametrize("mode", [pytest.param("sample", marks=pytest.mark.slow), "all"])
 def test_two_ranks_equal_one(mode, trainer, checkpoint, tmp_path):
     settings = {
         "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", "warmup_steps": 0, "max_grad_norm": 0,
@@ -237,9 +239,7 @@ def test_two_ranks_equal_one(mode, trainer, checkpoint, tmp_path):
     alone = trainer(data=data, **settings)
     alone.train()
     alone.save_model()
-    result = run(
-        *options("finetune_elastic", checkpoint, data, tmp_path / "two", **settings), launcher=TORCHRUN
-    )
+    result = run(*options("finetune_elastic", checkpoint, data, tmp_path / "two", **settings), launcher=TORCHRUN)
     assert result.returncode == 0, result.stderr
     two = [row["loss"] for row in history(tmp_path / "two")]
     assert two == pytest.approx([row["loss"] for row in alone.state.log_history if "loss" in row], rel=1e-4)
@@ -247,3 +247,194 @@ def test_two_ranks_equal_one(mode, trainer, checkpoint, tmp_path):
     for name, weight in weights_of(tmp_path / "two").items():
         step = (after[name] - before[name]).abs().max()
         assert (weight - after[name]).abs().max() <= 1e-2 * step, name
+
+
+# What is saved
+
+
+def test_the_budgets_are_saved(checkpoint, tmp_path, caplog):
+    """In the config of each checkpoint; in an adapter, from which they come into the merged config."""
+    elastic = trainer_of(
+        "finetune_elastic",
+        checkpoint,
+        CONVERSATIONS,
+        tmp_path / "elastic",
+        token_budgets=[1, 4],
+        max_steps=1,
+        save_steps=1,
+    )
+    elastic.train()
+    elastic.save_model()
+    for folder in (tmp_path / "elastic", tmp_path / "elastic" / "checkpoint-1"):
+        assert LlavaSTFConfig.from_pretrained(folder).token_budgets == [4, 1]
+        assert json.loads((folder / "config.json").read_text())["token_budgets"] == [4, 1]
+    lora = {"lora_r": 2, "max_steps": 1, "learning_rate": 0.1}
+    for budgets in ([1], None):
+        changes = {"token_budgets": budgets} if budgets else {}
+        folder = tmp_path / f"lora-{budgets}"
+        caplog.clear()
+        adapter = trainer_of("finetune_lora", tmp_path / "elastic", CONVERSATIONS, folder, **lora, **changes)
+        assert f"trained for [4, 1] tokens per picture. This run trains {budgets or [4]}, and its config" in caplog.text
+        assert "To keep them: --token_budgets 4 1" in caplog.text
+        assert ("and not 4: a call that does not pass `max_soft_tokens`" in caplog.text) == (budgets == [1])
+        adapter.train()
+        adapter.save_model()
+        assert (PeftConfig.from_pretrained(folder).auto_mapping.get("token_budgets")) == budgets
+        name_auto_class(folder)  # as rendering its card does
+        caplog.clear()
+        merge(str(folder), str(tmp_path / f"merged-{budgets}"))
+        assert LlavaSTFConfig.from_pretrained(tmp_path / f"merged-{budgets}").token_budgets == budgets
+        assert "The base was trained for [4, 1] tokens per picture" in caplog.text
+
+
+def test_a_run_without_budgets_saves_none(checkpoint, tmp_path, caplog):
+    plain = trainer_of("finetune_lora", checkpoint, CONVERSATIONS, tmp_path / "plain", lora_r=2, max_steps=1)
+    plain.train()
+    plain.save_model()
+    assert plain.data_collator.budgets is None and "tokens per picture" not in caplog.text
+    settings = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
+    assert settings["auto_mapping"].keys() == {"base_model_class", "parent_library"}
+
+
+def test_a_processor_with_a_default_of_its_own(checkpoint, tmp_path):
+    """Without `token_budgets` it is what is trained, and so what the config says."""
+    model = shutil.copytree(checkpoint, tmp_path / "one")
+    processor = LlavaSTFProcessor.from_pretrained(model)
+    processor.image_processor.max_soft_tokens = 1
+    processor.save_pretrained(model)
+    run = trainer_of("finetune", model, CONVERSATIONS, tmp_path / "out")
+    assert run.model.config.token_budgets == [1]
+    assert collate(run, [0])["image_tokens"] == [1]
+    assert int(collate(run, [0])["attention_mask"].sum()) == run.train_dataset[0]["length"]
+
+
+# What is refused
+
+
+@pytest.fixture
+def command(monkeypatch, capsys, checkpoint, tmp_path):
+    """Runs the command; returns its exit code and its own lines on stderr."""
+
+    def call(*arguments, **changes):
+        model, data = changes.pop("model", checkpoint), changes.pop("data", CONVERSATIONS)
+        named = options("finetune", model, data, tmp_path / "out", **changes)
+        monkeypatch.setattr(sys, "argv", ["training", *named, *arguments])
+        code = main()
+        return code, [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+
+    return call
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"token_budgets": [4, 3]}, "`token_budgets` has 3, expected some of 4, 1 (this model's)"),
+        ({"token_budgets": [144, 36]}, "`token_budgets` has 144, expected some of 4, 1"),
+        ({"token_budgets": [4, 1, 4]}, "`token_budgets` has 4 twice"),
+        ({"token_budgets": [0]}, "`token_budgets` has 0, expected whole numbers"),
+        ({"token_budgets": [-1]}, "`token_budgets` has -1, expected whole numbers"),
+        ({"token_budgets": "many"}, "invalid int value: 'many'"),
+        ({"token_budget_mode": "all"}, "`token_budget_mode` does not act without `token_budgets`"),
+        ({"token_budgets": [4], "token_budget_mode": "both"}, "invalid choice: 'both'"),
+        ({"token_budgets": BUDGETS, "loss_type": "dft", **ALL}, "`loss_type` is 'dft'"),
+        ({"token_budgets": BUDGETS, "torch_compile": True}, "`torch_compile` would compile the model anew"),
+        ({"token_budgets": BUDGETS, "packing": True}, "`packing` does not act here"),
+        ({"token_budgets": BUDGETS, "padding_free": True}, "`padding_free` does not act here"),
+        ({"token_budgets": BUDGETS, "use_liger_kernel": True}, "`use_liger_kernel` does not act here"),
+    ],
+)
+def test_a_mistake_is_one_line_before_any_work(changes, message, command, tmp_path):
+    code, lines = command(**changes)
+    assert code == 2 and len(lines) == 1 and message in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_empty_list_in_a_recipe_is_refused():
+    with pytest.raises(ValueError, match="`token_budgets` is empty"):
+        LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=[])
+    with pytest.raises(ValueError, match="`token_budgets` has 4.0, expected whole numbers"):
+        LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=[4.0])
+
+
+def test_a_collator_of_one_s_own_is_refused(trainer, tmp_path):
+    run = trainer()
+    with pytest.raises(ValueError, match="does not act on a `data_collator` of your own"):
+        LlavaSTFTrainer(
+            run.model, run.args, processing_class=run.processing_class, data_collator=lambda rows: rows,
+            train_dataset=run.train_dataset,
+        )  # fmt: skip
+
+
+def test_a_checkpoint_of_other_budgets_is_refused(trainer, tmp_path):
+    trainer(max_steps=2, save_steps=1).train()
+    stopped = str(tmp_path / "out" / "checkpoint-1")
+    for changes, message in (
+        ({"token_budgets": [1]}, "`token_budgets` was [4, 1], is [1]"),
+        ({"token_budgets": None}, "`token_budgets` was [4, 1], is None"),
+        (ALL, "`token_budget_mode` was sample, is all"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            recipe = "finetune_elastic" if changes.get("token_budgets", BUDGETS) else "finetune"
+            trainer(recipe, output=tmp_path / "other", **changes).train(resume_from_checkpoint=stopped)
+
+
+# Lengths
+
+
+def test_check_says_how_long_rows_are(checkpoint, monkeypatch, capsys):
+    def check(*more):
+        arguments = ["check", str(CONVERSATIONS), "--model", str(checkpoint), "--image_folder", str(IMAGES), *more]
+        monkeypatch.setattr(sys, "argv", ["training", *arguments])
+        return main(), capsys.readouterr()
+
+    code, output = check("--token_budgets", "4", "1", "--token-budget-mode", "all")
+    lines = output.out.splitlines()
+    assert code == 0, output.err
+    rows = list(check_rows(load_rows(str(CONVERSATIONS), str(IMAGES)), checker(checkpoint, None)))
+    lengths = [[row["length"] - row["vision"] * saved for row in rows] for saved in (0, 3)]
+    for budget, own in zip(BUDGETS, lengths, strict=True):
+        mean = f"{sum(own) / len(own):.1f}"
+        assert f"  with {budget} tokens for each picture: {min(own)} to {max(own)}, {mean} on average" in lines
+    copies = sum(map(sum, lengths)) - sum(row["length"] for row in rows if not row["vision"])
+    assert f"an epoch by `all`: about {copies:,} tokens" in lines
+    code, output = check("--token_budgets", "4", "2")
+    assert code == 2 and "`token_budgets` has 2, expected some of 4, 1" in output.err
+
+
+def checker(checkpoint, budgets, max_length=4096):
+    processor = LlavaSTFProcessor.from_pretrained(checkpoint)
+    return Checker(processor, processor.chat_template["default"], max_length, decode=False, budgets=budgets)
+
+
+def test_a_row_is_too_long_if_it_is_with_its_largest_budget(checkpoint):
+    rows = load_rows(str(CONVERSATIONS), str(IMAGES))
+    longest = max(check_rows(rows, checker(checkpoint, None)), key=lambda row: row["length"] * (row["vision"] > 0))
+    assert longest["vision"] == 1
+    for sizes, limit, fits in (((4, 1), 0, True), ((4, 1), -1, False), ((1,), -3, True), ((1,), -4, False)):
+        allowed = checker(checkpoint, TokenBudgets(sizes, 4), longest["length"] + limit)
+        (row,) = (row for row in check_rows(rows, allowed) if row["id"] == longest["id"])
+        assert (row["problem"] == "") == fits and row["length"] == longest["length"]
+
+
+# Streams
+
+
+def test_a_stream_has_budgets_and_resumes_exactly(checkpoint, tmp_path):
+    """Within the first of its passes, which are four steps; a checkpoint of the second pass is refused."""
+    folder = tmp_path / "rows"
+    folder.mkdir()
+    eight_rows(folder).rename(folder / "train.json")
+
+    def train(output, stopped=None):
+        run = trainer_of(
+            "finetune_elastic", checkpoint, folder, tmp_path / output, streaming=True, token_budgets=BUDGETS,
+            max_steps=5, save_steps=1, save_total_limit=5, group_by_modality_length=False, global_batch_size=2,
+        )  # fmt: skip
+        run.train(resume_from_checkpoint=stopped and str(tmp_path / "whole" / f"checkpoint-{stopped}"))
+        return run
+
+    assert int(train("whole").budgets.epoch) == 1
+    train("resumed", stopped=2)
+    assert history(tmp_path / "resumed" / "checkpoint-5") == history(tmp_path / "whole" / "checkpoint-5")
+    with pytest.raises(CheckpointError, match="checkpoint-5 is in pass 2 over a stream"):
+        train("refused", stopped=5)
