@@ -7,6 +7,7 @@ VENV := .venv
 comma := ,
 FLOOR_VENV := .venv-floor
 MAIN_VENV := .venv-main
+SERVING_VENV := .venv-serving
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
 PYTEST := -m pytest tests -q -n 2 --dist loadfile
@@ -14,7 +15,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-serving test-main gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -40,6 +41,10 @@ test-torchao: setup ## run the tests of quantising, with torchao
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target .cache/torchao torchao
 	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py -q
 
+# The tests train adapters in .venv, because training needs a newer transformers than vLLM allows.
+test-serving: setup $(SERVING_VENV)/.stamp ## run the tests of serving, with vLLM's build for a CPU
+	$(SERVING_VENV)/bin/python -m pytest tests/serving -q -m serving
+
 # pip says that pyproject.toml does not allow this version: that is the point.
 test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' main branch, of today
 	$(PYTHON) -m venv --clear $(MAIN_VENV)
@@ -50,10 +55,9 @@ test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' 
 
 MODEL := examples/shapes/model
 
-sync-model: setup ## copy the package's files and chat templates into the small model, and render its card
+sync-model: setup ## copy the package's files and chat template into the small model, and render its card
 	cp modeling_llava_stf/[a-z]*_llava_stf.py $(MODEL)
 	cp conversion/checkpoints/chat_templates/vicuna_v1.jinja $(MODEL)/chat_template.jinja
-	cp conversion/checkpoints/chat_templates/plain.jinja $(MODEL)/additional_chat_templates
 	$(VENV)/bin/python -c 'from examples.shapes.recipe import render_card; render_card("$(MODEL)")'
 
 lint: setup ## check style and types
@@ -66,7 +70,7 @@ format: setup ## rewrite the files in the project's style
 	$(VENV)/bin/ruff format
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(FLOOR_VENV) $(MAIN_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(FLOOR_VENV) $(MAIN_VENV) $(SERVING_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.
@@ -84,6 +88,11 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
 	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))
+
+$(SERVING_VENV)/.stamp: constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING_VENV)
+	$(SERVING_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $<
+	@touch $@
 
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)

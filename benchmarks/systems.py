@@ -157,6 +157,7 @@ def configs(size: str) -> tuple[LlavaConfig, LlavaSTFConfig]:
                 patch_size=14,
             )
         config.image_token_id = text.vocab_size - 1
+    ours.image_seq_length = ours.tokens_per_image
     return stock, ours
 
 

@@ -232,17 +232,14 @@ def build_image_processor(
 def build_processor(
     config: LlavaSTFConfig, image_processor: LlavaSTFImageProcessor, tokenizer: PreTrainedTokenizerFast
 ) -> LlavaSTFProcessor:
-    """The processor with the templates of chats and of stage 1."""
+    """The processor with the chat template: the only one, since vLLM does not start if there are several."""
     return LlavaSTFProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         fusion_window=config.fusion_window,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template={
-            "default": (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
-            "plain": (TEMPLATES / "plain.jinja").read_text(encoding="utf-8"),
-        },
+        chat_template=(TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
     )
 
 

@@ -256,14 +256,20 @@ def _copy(frozen: Frozen, name: str, kind: str, file: BinaryIO) -> str:
         frozen.foreign.append(name)
     if name in frozen.allow_code:
         return ""
+    if name.startswith(TEMPLATES):
+        return (
+            f"code: {shown(name)} is a second chat template, with which vLLM does not start; remove it (training has a "
+            f"`plain` of its own), or say --allow-code {shown(name)}"
+        )
     return f"code: {shown(name)} differs from this package's; look at it, and say --allow-code {shown(name)}"
 
 
 @cache
 def own_code(name: str) -> list[bytes]:
-    """Returns this package's content for a file of code: the file of that name, or all chat templates."""
+    """Returns this package's content for a file of code: the file of that name, or the chat template."""
     package = [ROOT / "modeling_llava_stf" / name] if re.fullmatch(r"\w+_llava_stf\.py", name) else []
-    templates = CHAT_TEMPLATES.glob("*.jinja") if name.endswith(".jinja") else []
+    is_template = name.endswith(".jinja") and not name.startswith(TEMPLATES)
+    templates = CHAT_TEMPLATES.glob("*.jinja") if is_template else []
     return [path.read_bytes() for path in (*package, *templates) if path.is_file()]
 
 

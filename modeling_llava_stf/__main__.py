@@ -26,8 +26,8 @@ from ._folder import check_folder, check_weights
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
-# These options of the image processor change what the model sees; the original has neither.
-IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background")
+# These options of the image processor change what the model sees; the original has none of them.
+IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background", "max_soft_tokens")
 
 
 def main() -> int:
@@ -81,6 +81,11 @@ def _parser() -> argparse.ArgumentParser:
         metavar="COLOUR",
         help="colour behind transparent pixels, such as white (default: the setting of the model's processor)",
     )
+    ask_parser.add_argument(
+        "--max-soft-tokens",
+        type=int,
+        help="tokens of the picture: fewer are faster (default: the setting of the model's processor)",
+    )
     _bulk.add_parser(commands)
     commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
     return parser
@@ -100,11 +105,12 @@ def ask(
     question.encode()  # raises a ValueError if the argument is not valid UTF-8
     processor, network = _load(_default_model() if model is None else model, revision)
     _check_length(max_new_tokens, network.config.text_config.max_position_embeddings)
+    number = (image_options or {}).get("max_soft_tokens", processor.tokens_per_image)
     answer, seconds = _answer(processor, network, image, question, max_new_tokens, image_options)
     print(f"picture   {image}")
     print(f"question  {question}")
     print(f"answer    {answer}")
-    print(f"tokens    {_tokens(network.config)}")
+    print(f"tokens    {_tokens(network.config, number)}")
     print(f"time      {seconds:.2f} s on {network.device.type}, {network.dtype}, model loaded")
     if model is None:
         print("\nThis small model knows drawn shapes and nothing else. For photos name another: ask ... --model NAME")
@@ -117,7 +123,7 @@ def demo() -> int:
     processor, network = _load(folder, None)
     picture = str(SHAPES / truth["picture"])
     print(f"picture   {picture}  (not among those that the model was trained on)")
-    print(f"tokens    {_tokens(network.config)}")
+    print(f"tokens    {_tokens(network.config, processor.tokens_per_image)}")
     right = 0
     for turn in truth["questions"]:
         answer, seconds = _answer(processor, network, picture, turn["question"], max_new_tokens=64)
@@ -134,6 +140,7 @@ def caption(arguments: argparse.Namespace) -> int:
     """Prints how many pictures were asked about; their answers are in the parts."""
     if not arguments.server:
         arguments.model = arguments.model or _default_model()
+        _check_budget(arguments.max_soft_tokens, arguments.model, arguments.revision)
     print(_bulk.caption(arguments, lambda: _load(arguments.model, arguments.revision)))
     return 0
 
@@ -172,8 +179,17 @@ def _check_length(max_new_tokens: int, context: int) -> None:
         )
 
 
-def _tokens(config: LlavaSTFConfig) -> str:
-    return f"{config.tokens_per_image} for the picture, LLaVA-1.5 would take {config.grid_size**2}"
+def _check_budget(max_soft_tokens: int | None, folder: str, revision: str | None) -> None:
+    """Checks the option before anything is written."""
+    if max_soft_tokens is None:
+        return
+    allowed = LlavaSTFConfig.from_pretrained(folder, revision=revision).allowed_token_budgets
+    if max_soft_tokens not in allowed:
+        raise ValueError(f"--max-soft-tokens is {max_soft_tokens}, expected one of {allowed}.")
+
+
+def _tokens(config: LlavaSTFConfig, number: int) -> str:
+    return f"{number} for the picture, LLaVA-1.5 would take {config.grid_size**2}"
 
 
 def _default_model() -> str:

@@ -9,7 +9,9 @@ ask_many([PictureCache(model, processor, one), PictureCache(model, processor, ot
 """
 
 import copy
+import re
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -31,9 +33,11 @@ class PictureCache:
         processor: of the same checkpoint.
         images: a picture, or a list of pictures that the conversation shows together; whatever the processor takes.
         system (`str`, *optional*): the system message, instead of that of the chat template.
+        max_soft_tokens (`int` or `list[int]`, *optional*): the number of tokens of each picture, as the processor takes
+            it.
 
     Raises:
-        ValueError: if there is no picture, or one that cannot be read.
+        ValueError: if there is no picture, or one that cannot be read, or the number of tokens is not allowed.
     """
 
     def __init__(
@@ -42,16 +46,20 @@ class PictureCache:
         processor: LlavaSTFProcessor,
         images: Any,
         system: str | None = None,
+        max_soft_tokens: int | Sequence[int] | None = None,
     ):
         if images is None or (isinstance(images, (list, tuple)) and not images):
             raise ValueError("There is no picture to be asked about. For text alone use `model.generate`.")
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"]  # (images, 3, height, width)
+        inputs = processor(images=images, return_tensors="pt", max_soft_tokens=max_soft_tokens)
+        pixels = inputs["pixel_values"]  # (images, 3, height, width)
+        self._image_tokens = inputs.get("image_tokens")
         self.model, self.processor = model, processor
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         self._next_content = [{"type": "image"}] * len(pixels)
         self._ids: list[int] = []
         self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._read(self._conversation(""), pixel_values=pixels.to(model.device, model.dtype))
+        pixels = pixels.to(model.device, model.dtype)
+        self._read(self._conversation(""), pixel_values=pixels, image_tokens=self._image_tokens)
 
     def after(self, question: str, answer: str) -> "PictureCache":
         """The conversation with one more turn, which is read once, too; this one stays as it is.
@@ -83,7 +91,7 @@ class PictureCache:
         Raises:
             ValueError: if they do not begin with what was read, or do not fit the context.
         """
-        ids = prompt_ids(self.processor, [self._conversation(question)])[0]
+        ids = prompt_ids(self.processor, [self._conversation(question)], image_tokens=self._image_tokens)[0]
         if ids[: len(self._ids)] != self._ids:
             raise ValueError(
                 "With this question the chat template begins the conversation in another way than it was read. A "
@@ -96,9 +104,9 @@ class PictureCache:
         return [*self._messages, {"role": "user", "content": content}]
 
     @torch.no_grad()
-    def _read(self, messages: list[dict[str, Any]], **pixels: torch.Tensor) -> None:
+    def _read(self, messages: list[dict[str, Any]], **images: Any) -> None:
         """Adds the states of all tokens up to the last special one: no later text changes how these are tokenized."""
-        ids = prompt_ids(self.processor, [messages], add_generation_prompt=False)[0]
+        ids = prompt_ids(self.processor, [messages], add_generation_prompt=False, image_tokens=self._image_tokens)[0]
         special = {*self.processor.tokenizer.all_special_ids, self.processor.image_token_id}
         ids = ids[: 1 + max(index for index, token in enumerate(ids) if token in special)]
         if ids[: len(self._ids)] != self._ids:
@@ -108,7 +116,7 @@ class PictureCache:
         new = torch.tensor([ids[len(self._ids) :]], device=self.model.device)
         cache = _filled(DynamicCache(config=self.model.config.text_config), self._states)
         self.model(
-            input_ids=new, attention_mask=new.new_ones(1, len(ids)), logits_to_keep=1, **{CACHE: cache}, **pixels
+            input_ids=new, attention_mask=new.new_ones(1, len(ids)), logits_to_keep=1, **{CACHE: cache}, **images
         )
         self._ids, self._states = ids, [(layer.keys, layer.values) for layer in cache.layers]
 
@@ -172,17 +180,21 @@ def generate_many(
 
 
 def prompt_ids(
-    processor: LlavaSTFProcessor, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool = True
+    processor: LlavaSTFProcessor,
+    conversations: list[list[dict[str, Any]]],
+    add_generation_prompt: bool = True,
+    image_tokens: list[int] | None = None,
 ) -> list[list[int]]:
     """Token ids of conversations, as `apply_chat_template` gives them, but with no need of the pictures themselves.
+
+    `image_tokens` has the number of tokens of each picture, in reading order; by default that of the processor.
 
     Raises:
         ValueError: if one with pictures is longer than the model's context.
     """
     texts = processor.apply_chat_template(conversations, add_generation_prompt=add_generation_prompt, tokenize=False)
-    crop = processor.image_processor.crop_size
-    image_tokens = processor.image_token * processor.num_image_tokens(crop["height"], crop["width"])
-    texts = [text.replace(processor.image_token, image_tokens) for text in texts]
+    token, numbers = processor.image_token, iter(image_tokens or repeat(processor.tokens_per_image))
+    texts = [re.sub(re.escape(token), lambda _: token * next(numbers), text) for text in texts]
     ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes them
     processor._check_context(ids)
     return ids

@@ -88,6 +88,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--prompt", default=PROMPT, help=f"for rows without one of their own (default: {PROMPT!r})")
     parser.add_argument("--images", help="folder that paths in a file are relative to (default: that of the file)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
+    parser.add_argument("--max-soft-tokens", type=int, help="tokens of a picture (default: the setting of the model)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures that the model sees at once (default: 8)")
     parser.add_argument("--part-size", type=int, default=512, help="rows of a part (default: 512)")
     parser.add_argument("--shard", help="I/N: every N-th part from part I on (default: RANK/WORLD_SIZE, else 0/1)")
@@ -109,9 +110,10 @@ def caption(arguments: argparse.Namespace, load: Load) -> str:
     shard, shards = _shard(arguments.shard)
     _check(arguments)
     rows = read_input(Path(arguments.input), arguments.prompt, arguments.images)
-    server = Server(arguments.server, arguments.model, arguments.max_new_tokens) if arguments.server else None
+    numbers = {name: getattr(arguments, name) for name in ("max_new_tokens", "max_soft_tokens")}
+    server = Server(arguments.server, arguments.model, **numbers) if arguments.server else None
     model_name = server.model if server else str(arguments.model)
-    settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": arguments.max_new_tokens}
+    settings = {"model": model_name, "revision": arguments.revision, **numbers}
     output = Output(Path(arguments.output), rows, arguments.part_size, settings)
     parts = range(shard, output.parts, shards)
     todo = [part for part in parts if not output.file(part).exists()]
@@ -172,6 +174,7 @@ class Prepared:
     row: Row
     ids: list[int]
     pixels: torch.Tensor | None
+    image_tokens: list[int] | None = None
     error: str | None = None
 
 
@@ -179,21 +182,26 @@ class Captioner:
     """Answers rows with a model in this process, greedily: what [`LlavaSTFForConditionalGeneration.generate`] gives."""
 
     def __init__(
-        self, processor: LlavaSTFProcessor, network: LlavaSTFForConditionalGeneration, max_new_tokens: int = 128
+        self,
+        processor: LlavaSTFProcessor,
+        network: LlavaSTFForConditionalGeneration,
+        max_new_tokens: int = 128,
+        max_soft_tokens: int | None = None,
     ):
         self.processor, self.network, self.max_new_tokens = processor, network.eval(), max_new_tokens
+        self.max_soft_tokens = max_soft_tokens
 
     def prepare(self, row: Row) -> Prepared:
         """Decodes a picture, in a thread; whatever is wrong with it is the row's error."""
         content = [{"type": "image"}, {"type": "text", "text": row.prompt}]
         try:
-            pixels = self.processor(images=load_picture(row.picture), return_tensors="pt")[
-                "pixel_values"
-            ]  # (1, 3, height, width)
-            ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]])[0]
+            picture = load_picture(row.picture)
+            inputs = self.processor(images=picture, return_tensors="pt", max_soft_tokens=self.max_soft_tokens)
+            tokens = inputs.get("image_tokens")
+            ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]], image_tokens=tokens)[0]
         except Exception as error:  # damaged files make PIL raise errors of every kind
-            return Prepared(row, [], None, _reason(error))
-        return Prepared(row, ids, pixels)
+            return Prepared(row, [], None, error=_reason(error))
+        return Prepared(row, ids, inputs["pixel_values"], tokens)  # pixels: (1, 3, height, width)
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """The answers of one batch."""
@@ -214,6 +222,7 @@ class Captioner:
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             pixel_values=pixels.to(device, self.network.dtype),
+            image_tokens=[number for one in prepared for number in one.image_tokens or []] or None,
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )
@@ -246,7 +255,8 @@ def _answers(
     elif parts:
         if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        captioner, size = Captioner(*load(), arguments.max_new_tokens), arguments.batch_size
+        captioner = Captioner(*load(), arguments.max_new_tokens, arguments.max_soft_tokens)
+        size = arguments.batch_size
         prepared = _ahead(pool, captioner.prepare, source, PREPARED_BATCHES * size)
         for part in parts:
             # Batches end where parts do, so that a part is the same in every run.
@@ -268,15 +278,21 @@ def _reason(error: Exception) -> str:
 class Server:
     """Answers rows through an OpenAI-compatible server, greedily. `OPENAI_API_KEY` is sent if it is set.
 
+    `max_soft_tokens` is sent as vLLM takes it; a server that does not know it must refuse it.
+
     Raises:
         ValueError: if there is no server, or it refuses.
     """
 
-    def __init__(self, url: str, model: str | None = None, max_new_tokens: int = 128):
+    def __init__(
+        self, url: str, model: str | None = None, max_new_tokens: int = 128, max_soft_tokens: int | None = None
+    ):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"--server is {url!r}, expected an address such as http://127.0.0.1:8000.")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.max_new_tokens = max_new_tokens
+        self.limits: dict[str, Any] = {"max_tokens": max_new_tokens}
+        if max_soft_tokens is not None:
+            self.limits["mm_processor_kwargs"] = {"max_soft_tokens": max_soft_tokens}
         self.model: str = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -296,7 +312,7 @@ class Server:
         content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row.prompt}]
         request = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
-            reply = self._request("/chat/completions", request | {"max_tokens": self.max_new_tokens})
+            reply = self._request("/chat/completions", request | self.limits)
         except RefusedError as error:
             return _answer(row, error=str(error))
         try:

@@ -8,9 +8,9 @@ import pytest
 
 OPTIONS = {
     "modeling_llava_stf ask": "image question --model --revision --max-new-tokens --do-exif-transpose "
-    "--alpha-background",
-    "modeling_llava_stf caption": "input output --model --revision --prompt --images --max-new-tokens --batch-size "
-    "--part-size --shard --workers --server --concurrency",
+    "--alpha-background --max-soft-tokens",
+    "modeling_llava_stf caption": "input output --model --revision --prompt --images --max-new-tokens "
+    "--max-soft-tokens --batch-size --part-size --shard --workers --server --concurrency",
     "modeling_llava_stf demo": "",
     "conversion": "source destination --base --vision-tower --tokenizer --revision --base-revision "
     "--vision-tower-revision --tokenizer-revision --subfolder --init-fusion --taps --seed --keep-adapter "

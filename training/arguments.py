@@ -99,7 +99,9 @@ class LlavaSTFTrainingArguments(SFTConfig):
     )
     chat_template_name: str = field(
         default="default",
-        metadata={"help": "Chat template of the processor to train with: 'default' (vicuna_v1), or 'plain' (stage 1)."},
+        metadata={
+            "help": "Chat template to train with: 'default', that of the processor (vicuna_v1), or 'plain' (stage 1)."
+        },
     )
     peak_tflops: float | None = field(
         default=None,

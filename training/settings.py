@@ -61,7 +61,7 @@ REFUSED = {
     "steps follow from `global_batch_size`",
     "batch_eval_metrics": LOSS_ONLY,
     "bf16_full_eval": IN_TRAINING,
-    "chat_template_path": "rows are written with a template of the checkpoint's processor, which is saved with it: "
+    "chat_template_path": "rows are written with the template of the checkpoint's processor, or with stage 1's: "
     "name it with `chat_template_name`",
     "completion_only_loss": "`assistant_only_loss` trains on the answers",
     "dataset_kwargs": "rows are prepared when their batch is made",

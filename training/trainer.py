@@ -40,6 +40,7 @@ from .upstream import (
 )
 
 logger = logging.get_logger(__name__)
+PLAIN = Path(__file__).parent / "plain.jinja"  # the chat template of stage 1
 
 
 class LlavaSTFTrainer(SavingTrainer):
@@ -349,13 +350,14 @@ def collator_of(
 
 
 def template_text(processor: Any, name: str) -> str:
-    """Returns the chat template of this name.
+    """Returns the chat template of this name: one of the processor's, or `plain`, that of stage 1.
 
     Raises:
         ValueError: if there is none; lists the names.
     """
     templates = processor.chat_template
     templates = templates if isinstance(templates, dict) else {"default": templates}
+    templates = {"plain": PLAIN.read_text(encoding="utf-8"), **templates}
     if name not in templates:
-        raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
+        raise ValueError(f"The training has no chat template {name!r}; it has {', '.join(sorted(templates))}.")
     return templates[name]

@@ -54,6 +54,15 @@ def test_vision_side(config):
     assert counted(model.multi_modal_projector, features) == connector
 
 
+@pytest.mark.parametrize("tokens", [144, 36, 9, 1])
+def test_vision_side_of_a_budget(tokens):
+    config = count.with_budget(count.NAMED["stf-7b"](), tokens)
+    projector = on_meta(config).model.multi_modal_projector
+    features = torch.empty(1, 576, 8 * 1024, device="meta")
+    assert counted(projector, features, [tokens]) == sum(part.flops for part in count.vision_parts(config)[1:])
+    assert count.image_tokens(config) == tokens and count.image_tokens(count.NAMED["stf-7b"]()) == 144
+
+
 def test_language_model(config):
     network = on_meta(config)
     settings = config.text_config
@@ -100,6 +109,18 @@ def test_command(checkpoint):
     lines = printed.stdout.splitlines()
     assert lines[2] == "| tokens of an image | 144 | 4 |"
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_command_of_budgets(monkeypatch, capsys):
+    command = ["count", "llava-1.5-7b", "stf-7b", "--max-soft-tokens"]
+    monkeypatch.setattr(sys, "argv", [*command, "36", "1"])
+    count.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | llava-1.5-7b | stf-7b, 36 tokens | stf-7b, 1 tokens |"
+    assert lines[2] == "| tokens of an image | 576 | 36 | 1 |"
+    monkeypatch.setattr(sys, "argv", [*command, "35"])
+    with pytest.raises(SystemExit, match=r"35 tokens, expected one of \[144, 36, 16, 9, 4, 1\]"):
+        count.main()
 
 
 def matrices(network, pattern=""):

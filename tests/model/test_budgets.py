@@ -13,8 +13,15 @@ from PIL import Image
 from torch.nn.functional import avg_pool2d
 from transformers import StaticCache, pipeline
 
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from modeling_llava_stf.__main__ import DEFAULT_MODEL
+from modeling_llava_stf import (
+    LlavaSTFConfig,
+    LlavaSTFForConditionalGeneration,
+    LlavaSTFProcessor,
+    PictureCache,
+    generate_many,
+)
+from modeling_llava_stf.__main__ import DEFAULT_MODEL, main
+from modeling_llava_stf._bulk import Row, Server
 from modeling_llava_stf.configuration_llava_stf import allowed_token_budgets
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
@@ -444,3 +451,100 @@ def test_images_of_any_kind_give_their_budget_alone(small_processor):
     """Without text, as a cache of features needs it."""
     inputs = small_processor(images=[Image.new("RGB", (40, 20)), Image.new("L", (5, 50))], max_soft_tokens=[1, 4])
     assert inputs["image_tokens"] == [1, 4] and len(inputs["pixel_values"]) == 2
+
+
+# Pictures that are read once, and the command lines
+
+
+QUESTIONS = ("Which color does the circle have?", "Is there a star?")
+
+
+def chat_inputs(processor, picture, question, **kwargs):
+    content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+    return processor.apply_chat_template(
+        [{"role": "user", "content": content}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs=kwargs,
+    )
+
+
+def test_many_questions_about_pictures_of_several_budgets(small, small_processor, pictures):
+    caches = [PictureCache(small, small_processor, pictures[0], max_soft_tokens=budget) for budget in (4, 1, None)]
+    inputs = [
+        chat_inputs(small_processor, pictures[0], question, max_soft_tokens=budget)
+        for budget in (4, 1, None)
+        for question in QUESTIONS
+    ]
+    rows = [(cache, question) for cache in caches for question in QUESTIONS]
+    tokens = generate_many(*zip(*rows, strict=True), **EIGHT)
+    for (cache, question), whole, row in zip(rows, inputs, tokens, strict=True):
+        assert cache.prompt(question) == whole["input_ids"][0].tolist()
+        assert torch.equal(row, generate(small, whole)[0])
+    later = caches[0].after(QUESTIONS[0], "Red.")
+    assert later.prompt("Why?").count(small_processor.image_token_id) == 4
+    both = PictureCache(small, small_processor, pictures[:2], max_soft_tokens=[16, 1])
+    assert both.prompt("Why?").count(small_processor.image_token_id) == 17
+    with pytest.raises(ValueError, match=r"\[16, 4, 1\]"):
+        PictureCache(small, small_processor, pictures[0], max_soft_tokens=9)
+
+
+def test_default_budget_acts_everywhere(small, saved_default, pictures):
+    processor = LlavaSTFProcessor.from_pretrained(saved_default)
+    cache = PictureCache(small, processor, pictures[0])
+    inputs = chat_inputs(processor, pictures[0], QUESTIONS[0])
+    assert inputs["image_tokens"] == [4] and cache.prompt(QUESTIONS[0]) == inputs["input_ids"][0].tolist()
+    assert torch.equal(generate_many([cache], QUESTIONS[:1], **EIGHT), generate(small, inputs))
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+        return main(), *capsys.readouterr()
+
+    yield run
+    transformers.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.enable_progress_bar()
+
+
+def test_ask_with_a_budget(command):
+    picture = DEFAULT_MODEL.parent / "demo.png"
+    status, output, _ = command("ask", picture, QUESTIONS[0], "--max-soft-tokens", 4)
+    assert status == 0 and "tokens    4 for the picture, LLaVA-1.5 would take 64" in output
+    status, output, error = command("ask", picture, QUESTIONS[0], "--max-soft-tokens", 9)
+    assert (status, output, error.count("\n")) == (2, "", 1) and "[16, 4, 1]" in error
+
+
+def test_caption_with_a_budget(command, small_processor, pictures, tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "in").mkdir()
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / "in" / f"{number}.png")
+    arguments = ("caption", tmp_path / "in", tmp_path / "out", "--max-new-tokens", 4)
+    status, output, error = command(*arguments, "--max-soft-tokens", 9)
+    assert (status, output) == (2, "") and "[16, 4, 1]" in error and not (tmp_path / "out").exists()
+    assert command(*arguments, "--max-soft-tokens", 1)[0] == 0
+    lengths = [
+        chat_inputs(small_processor, picture, "Describe the picture.", max_soft_tokens=1)["input_ids"].shape[1]
+        for picture in pictures
+    ]
+    table = pyarrow_rows(tmp_path / "out" / "part-00000.parquet")
+    assert [row["prompt_tokens"] for row in table] == lengths and not any(row["error"] for row in table)
+    status, _, error = command(*arguments, "--max-soft-tokens", 4)
+    assert status == 2 and "max_soft_tokens was 1, is 4" in error
+
+
+def pyarrow_rows(file):
+    return pytest.importorskip("pyarrow.parquet").read_table(file).to_pylist()
+
+
+def test_caption_asks_a_server_for_the_budget(monkeypatch, pictures, tmp_path):
+    sent = []
+    monkeypatch.setattr(Server, "_request", lambda self, path, content: sent.append(content) or {"choices": []})
+    pictures[0].save(tmp_path / "one.png")
+    for budget in (4, None):
+        Server("http://127.0.0.1:1", "model", max_soft_tokens=budget).answer(Row("one", "What?", tmp_path / "one.png"))
+    assert sent[0]["mm_processor_kwargs"] == {"max_soft_tokens": 4} and "mm_processor_kwargs" not in sent[1]

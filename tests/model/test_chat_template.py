@@ -1,6 +1,8 @@
 """The chat templates render the original's conversations to the character, and mark the original's targets."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jinja2
 import jinja2.ext
@@ -9,9 +11,15 @@ from conftest import GOLDENS
 from jinja2 import TemplateError
 from PIL import Image
 
+from conversion.checkpoints.folders import TEMPLATES as CHAT_TEMPLATES
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFProcessor
 
+PLAIN = Path(__file__).parents[2] / "training" / "plain.jinja"
+TEMPLATES = {
+    "default": (CHAT_TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
+    "plain": PLAIN.read_text(encoding="utf-8"),
+}
 ROLES = {"human": "user", "gpt": "assistant"}
 # The original loses every target of this row, because its tokens are counted one short; ours keeps both answers.
 FAULTY = "answer_contains_separator"
@@ -62,7 +70,7 @@ def rows_and_goldens(goldens, mode, template):
 @pytest.mark.parametrize("form", [messages_of, structured])
 def test_renders_the_original(template, form, mode, goldens, mode_processor):
     for row, golden in rows_and_goldens(goldens, mode, template):
-        text = mode_processor.apply_chat_template(form(row), chat_template=mode_processor.chat_template[template])
+        text = mode_processor.apply_chat_template(form(row), chat_template=TEMPLATES[template])
         assert text == mode_processor.tokenizer.bos_token + golden["rendered"], row["id"]
 
 
@@ -73,7 +81,7 @@ def test_ids_and_targets_are_the_original_s(template, mode, goldens, mode_proces
         image = {"image": picture(row["image"])} if golden["has_image"] else {}
         encoded = mode_processor.apply_chat_template(
             structured(row, **image),
-            chat_template=mode_processor.chat_template[template],
+            chat_template=TEMPLATES[template],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -127,6 +135,43 @@ def test_reloaded_tokenizer_is_the_same(mode, mode_processor, goldens, tmp_path)
         assert reloaded.tokenizer(row["prompt"]).input_ids == mode_processor.tokenizer(row["prompt"]).input_ids
     assert reloaded.tokenizer.padding_side == "left"
     assert reloaded.chat_template == mode_processor.chat_template
+
+
+# Older folders have the template of stage 1 beside the default one
+
+
+@pytest.fixture
+def old_folder(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "old")
+    (folder / "additional_chat_templates").mkdir()
+    shutil.copy(PLAIN, folder / "additional_chat_templates")
+    return folder
+
+
+def test_an_older_folder_loads_and_is_saved_with_one_template(old_folder, tmp_path):
+    """vLLM does not start with two."""
+    processor = LlavaSTFProcessor.from_pretrained(old_folder)
+    assert processor.chat_template == processor.tokenizer.chat_template == TEMPLATES
+    caption = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "Hi"}]
+    assert processor.apply_chat_template(caption, chat_template="plain") == "<s><image>Hi\n"
+    assert processor.apply_chat_template(caption).endswith("USER: <image> ASSISTANT: Hi</s>")
+    processor.save_pretrained(tmp_path / "saved")
+    assert processor.chat_template == processor.tokenizer.chat_template == TEMPLATES
+    assert not (tmp_path / "saved" / "additional_chat_templates").exists()
+    assert LlavaSTFProcessor.from_pretrained(tmp_path / "saved").chat_template == TEMPLATES["default"]
+
+
+def test_a_template_of_the_user_s_own_is_saved(old_folder, tmp_path):
+    (old_folder / "additional_chat_templates" / "brief.jinja").write_text("{{ messages }}")
+    LlavaSTFProcessor.from_pretrained(old_folder).save_pretrained(tmp_path / "saved")
+    saved = LlavaSTFProcessor.from_pretrained(tmp_path / "saved")
+    assert saved.chat_template == {"default": TEMPLATES["default"], "brief": "{{ messages }}"}
+
+
+def test_a_name_of_no_template_is_not_the_prompt(processor):
+    with pytest.raises(ValueError, match="no chat template 'plain': expected one of default, .* training/plain.jinja"):
+        processor.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template="plain")
+    assert processor.apply_chat_template([{"role": "user", "content": "Hi"}], "{{ messages[0].content }}") == "Hi"
 
 
 def test_generation_prompt(processor):
@@ -225,9 +270,7 @@ REFUSED_MESSAGES = {
 def refused(processor, template, messages):
     question = [{"role": "user", "content": [PICTURE, text("Hi")]}] if messages[0].get("role") == "assistant" else []
     with pytest.raises(TemplateError) as caught:
-        processor.tokenizer.apply_chat_template(
-            question + messages, chat_template=processor.chat_template[template], tokenize=False
-        )
+        processor.tokenizer.apply_chat_template(question + messages, chat_template=TEMPLATES[template], tokenize=False)
     return str(caught.value)
 
 
@@ -265,7 +308,7 @@ def test_refuses_tools_and_documents(given, template, processor):
     with pytest.raises(TemplateError, match="no place for tools or documents"):
         processor.tokenizer.apply_chat_template(
             [{"role": "user", "content": "<image>"}],
-            chat_template=processor.chat_template[template],
+            chat_template=TEMPLATES[template],
             tokenize=False,
             **{given: [tool]},
         )
@@ -279,9 +322,7 @@ def test_what_means_nothing_is_no_reason_to_refuse(processor):
         {"role": "user", "content": parts, **nothing},
         {"role": "assistant", "content": "Ho", **nothing, "weight": 1},
     ]
-    rendered = processor.tokenizer.apply_chat_template(
-        messages, chat_template=processor.chat_template["default"], tokenize=False
-    )
+    rendered = processor.tokenizer.apply_chat_template(messages, chat_template=TEMPLATES["default"], tokenize=False)
     assert rendered.endswith("USER: <image>\nHi ASSISTANT: Ho</s>")
 
 
@@ -313,14 +354,14 @@ def test_plain_is_one_picture_and_one_caption(roles, processor):
 
 def test_both_templates_read_a_message_alike(processor):
     start, end = "{%- macro text_of", "{%- endmacro -%}"
-    macros = {text[text.index(start) : text.index(end)] for text in processor.chat_template.values()}
+    macros = {text[text.index(start) : text.index(end)] for text in TEMPLATES.values()}
     assert len(macros) == 1
 
 
 @pytest.mark.parametrize("template", ["default", "plain"])
 def test_engines_see_that_contents_are_lists_of_parts(template, processor):
     """vLLM (0.32) gives a template strings, in which one picture has a place, unless a loop goes over the contents."""
-    tree = jinja2.Environment(extensions=[GenerationTag]).parse(processor.chat_template[template])
+    tree = jinja2.Environment(extensions=[GenerationTag]).parse(TEMPLATES[template])
     contents = [
         loop
         for loop in tree.find_all(jinja2.nodes.For)

@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -41,6 +42,8 @@ from .configuration_llava_stf import LlavaSTFConfig, allowed_token_budgets
 MODEL_SETTINGS = ("patch_size", "fusion_window", "vision_feature_select_strategy")
 # These arguments of `from_pretrained` say where to look for a file.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Folders of version 0.1 have the chat template of training's stage 1, too, which begins like this.
+STAGE_1 = "{#- The conversation `plain` of the original's stage 1"
 ORIENTATION = PIL.ExifTags.Base.Orientation
 # A video file is read at this many frames per second, as in the original's evaluation.
 VIDEO_FPS = 1
@@ -315,6 +318,37 @@ class LlavaSTFProcessor(LlavaProcessor):
             processor.tokenizer.init_kwargs.pop(name, None)
         return loaded
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the processor (see [`ProcessorMixin.save_pretrained`]) without the chat template of stage 1.
+
+        vLLM (seen in 0.32.0) does not start if there are several. Older folders have that one beside the default.
+        """
+        parts = (self, self.tokenizer)
+        loaded = [part.chat_template for part in parts]
+        for part, templates in zip(parts, loaded, strict=True):
+            part.chat_template = _without_stage_1(templates)
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            for part, templates in zip(parts, loaded, strict=True):
+                part.chat_template = templates
+
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Writes a conversation as a prompt (see [`ProcessorMixin.apply_chat_template`]).
+
+        Raises:
+            ValueError: if `chat_template` is a name that no template of the processor has, and would be the prompt.
+        """
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if chat_template is not None and re.fullmatch(r"[\w.-]+", chat_template) and chat_template not in named:
+            raise ValueError(
+                f"The processor has no chat template {chat_template!r}: expected one of {', '.join(named)}, or a "
+                "template's text. That of training's stage 1, `plain`, is in the repository's training/plain.jinja."
+            )
+        return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
+
     def check_settings(self) -> None:
         """Raises a `ValueError` if a setting that the token count needs is missing or does not fit."""
         missing = [name for name in MODEL_SETTINGS if getattr(self, name) is None]
@@ -558,6 +592,14 @@ class LlavaSTFProcessor(LlavaProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings (see [`ProcessorMixin.to_dict`]); the code is that of the same repository."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
+
+
+def _without_stage_1(templates: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """Removes the template of stage 1 from named templates; returns the default one as a string if it is alone."""
+    if not isinstance(templates, dict):
+        return templates
+    kept = {name: text for name, text in templates.items() if not text.startswith(STAGE_1)}
+    return kept["default"] if kept.keys() == {"default"} else kept
 
 
 def _settings_of_model(folder: Any, where: dict[str, Any]) -> dict[str, Any]:
