@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from training_runs import CONVERSATIONS, IMAGES, eight_rows, history, options, run, trainer_of, weights_of
 
 from conversion.checkpoints.folders import name_auto_class
+from examples.dpo import PreferenceCollator
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.__main__ import main
@@ -306,6 +307,24 @@ def test_a_processor_with_a_default_of_its_own(checkpoint, tmp_path):
     assert run.model.config.token_budgets == [1]
     assert collate(run, [0])["image_tokens"] == [1]
     assert int(collate(run, [0])["attention_mask"].sum()) == run.train_dataset[0]["length"]
+
+
+def test_a_run_below_the_full_number_has_no_warning(trainer, caplog):
+    """Nor has the blank image of a text row, which would have all tokens."""
+    run = trainer(token_budgets=[1], max_steps=2, group_by_modality_length=False)
+    run.train()
+    assert "expect worse answers" not in caplog.text
+
+
+def test_preferences_have_the_number_of_tokens_of_the_processor(processor, model, picture):
+    """DPO passes on all that the collator returns."""
+    processor.image_processor.max_soft_tokens = 1
+    images, prompt = [picture("wide.png")], [{"role": "user", "content": "What is it?"}]
+    answers = {name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    batch = PreferenceCollator(processor)([{"images": images, "prompt": prompt, **answers}])
+    assert batch["image_tokens"] == [1, 1]
+    batch.pop("completion_mask")
+    assert torch.isfinite(model(**batch).logits).all()
 
 
 # What is refused
