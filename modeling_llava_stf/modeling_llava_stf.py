@@ -291,7 +291,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             wanted = taps if SELECTS_HIDDEN_STATES and not all_hidden_states else True
             outputs = self.vision_tower(images, output_hidden_states=wanted, return_dict=True, **kwargs)
         features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
-        tokens = self.multi_modal_projector(torch.cat(features, dim=-1), image_tokens)  # (B, T, D)
+        # Other connectors, such as those of an ablation, have no budgets.
+        budgets = () if image_tokens is None else (image_tokens,)
+        tokens = self.multi_modal_projector(torch.cat(features, dim=-1), *budgets)  # (B, T, D)
         return BaseModelOutputWithPooling(
             # The tower's own is that of a later block if the caller asks for all hidden states or attentions.
             last_hidden_state=outputs.hidden_states[max(taps)],

@@ -503,3 +503,18 @@ def test_an_adapter_without_a_base_on_the_hub_is_refused(folder):
         "task_type": None,
         "auto_mapping": {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"},
     }
+
+
+def test_card_names_the_budgets_that_the_model_was_trained_for(folder):
+    def card(budgets):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(settings | {"token_budgets": budgets}), encoding="utf-8")
+        return gather(folder, "some/tiny", CARD_FACTS).render()
+
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    assert card(None) == card([4]) == before
+    elastic = card([4, 1])
+    assert "**4 vision tokens**" in elastic and "trained for 4, 1 tokens" in elastic
+    assert '{"max_soft_tokens": 1}' in elastic
+    found = {"wrong": [], "tokens_per_image": 4, "printed": ""}
+    assert list(compare_use(elastic, found)) == list(compare_use(before, found)) == []

@@ -375,7 +375,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             )
         default, allowed = self.image_processor.max_soft_tokens, self.allowed_token_budgets
         if default is not None and not (type(default) is int and default in allowed):
-            raise ValueError(f"`max_soft_tokens` is {default!r} by default, expected one of {allowed}.")
+            raise ValueError(f"`max_soft_tokens` is {default!r} for all pictures, expected one of {allowed}.")
 
     @property
     def video_processor(self) -> LlavaSTFImageProcessor:
