@@ -49,7 +49,7 @@ class TokenBudgets:
         """Returns the budgets with which a row of `training.rows` is trained in this epoch, one for each copy of it."""
         if not (row["images"] or row["videos"]):
             return self.sizes[:1]  # nothing in it depends on the budget
-        return self.sizes if self.mode == ALL else (self.draw(row_key(row), int(self.epoch)),)
+        return self.sizes if self.mode == ALL else (self.draw(row_key(row["id"], row["messages"]), int(self.epoch)),)
 
     def draw(self, key: str, epoch: int) -> int:
         """Returns the budget of a row in an epoch, which depends on these and the seed only."""
@@ -101,9 +101,9 @@ def budgets_of(sizes: Sequence[int] | None, mode: str, seed: int, processor: Pro
     return TokenBudgets(tuple(sizes), allowed[0], mode, seed)
 
 
-def row_key(row: Mapping[str, Any]) -> str:
-    """Returns a digest of a row's name and messages: rows of the same name are not drawn alike."""
-    return hashlib.blake2b(json.dumps([row["id"], row["messages"]]).encode(), digest_size=16).hexdigest()
+def row_key(name: str, messages: list[Any]) -> str:
+    """Returns a digest of a row's `id` and `messages`: rows of the same name are not drawn alike."""
+    return hashlib.blake2b(json.dumps([name, messages]).encode(), digest_size=16).hexdigest()
 
 
 class BudgetEpoch(TrainerCallback):

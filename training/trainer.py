@@ -214,7 +214,8 @@ class LlavaSTFTrainer(SavingTrainer):
         if self.budgets is None:
             sampler = ModalityLengthSampler(lengths, [pictures > 0 for pictures in vision], **batches)
         else:
-            keys = [row_key(row) for row in rows.select_columns(["id", "messages"])]
+            named = rows.select_columns(["id", "messages"]).iter(1000)
+            keys = [row_key(*row) for batch in named for row in zip(batch["id"], batch["messages"], strict=True)]
             sampler = BudgetLengthSampler(lengths, vision, keys, self.budgets, **batches)
         self.add_callback(SamplerEpoch(sampler))
         return sampler

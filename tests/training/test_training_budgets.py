@@ -25,6 +25,7 @@ from training.merge import merge
 from training.rows import load_rows
 from training.saving import CheckpointError
 from training.throughput import training_flops
+from training.trainer import template_text
 
 BUDGETS = [4, 1]  # those of the golden tower, a grid of four patches a side
 ALL = {"token_budget_mode": "all"}
@@ -51,7 +52,7 @@ def collate(trainer, rows):
 
 
 def test_a_budget_follows_from_seed_epoch_and_row():
-    keys = [row_key({"id": "same", "messages": [{"role": "user", "content": number}]}) for number in range(300)]
+    keys = [row_key("same", [{"role": "user", "content": number}]) for number in range(300)]
 
     def drawn(seed, epoch):
         budgets = TokenBudgets((1, 144, 9, 36), 144, seed=seed)
@@ -99,7 +100,7 @@ def m3(model, processor, micro_batches, reduction):
     losses = []
     for budget in BUDGETS:
         processor.image_processor.max_soft_tokens = budget
-        collator = Collator(processor, assistant_only_loss=True, chat_template=processor.chat_template["default"])
+        collator = Collator(processor, assistant_only_loss=True, chat_template=template_text(processor, "default"))
         batches = [collator(rows) for rows in micro_batches]
         tokens = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
         means = [model(**batch).loss for batch in batches]
@@ -422,7 +423,7 @@ def test_check_says_how_long_rows_are(checkpoint, monkeypatch, capsys):
 
 def checker(checkpoint, budgets, max_length=4096):
     processor = LlavaSTFProcessor.from_pretrained(checkpoint)
-    return Checker(processor, processor.chat_template["default"], max_length, decode=False, budgets=budgets)
+    return Checker(processor, template_text(processor, "default"), max_length, decode=False, budgets=budgets)
 
 
 def test_a_row_is_too_long_if_it_is_with_its_largest_budget(checkpoint):
