@@ -62,15 +62,15 @@ def check_command(arguments: list[str]) -> int:
     parser.add_argument(
         "--token_budgets", "--token-budgets", type=int, nargs="+", metavar="N", help="as the training's, such as 144 36"
     )
-    parser.add_argument(
-        "--token_budget_mode", "--token-budget-mode", choices=[SAMPLE, ALL], default=SAMPLE, help="default: sample"
-    )
+    parser.add_argument("--token_budget_mode", "--token-budget-mode", choices=[SAMPLE, ALL], help="default: sample")
     parser.add_argument("--num_proc", "--num-proc", type=positive, help="processes")
     parser.add_argument("--plot", metavar="FILE", help="draw the lengths as a PNG")
     chosen = parser.parse_args(arguments)
     commit = commit_of(chosen.model_name_or_path, chosen.model_revision)
     processor = LlavaSTFProcessor.from_pretrained(chosen.model_name_or_path, revision=commit)
-    budgets = budgets_of(chosen.token_budgets, chosen.token_budget_mode, 0, processor)
+    if chosen.token_budget_mode and not chosen.token_budgets:
+        raise ValueError("`--token_budget_mode` does not act without `--token_budgets`: set that, or leave it out.")
+    budgets = budgets_of(chosen.token_budgets, chosen.token_budget_mode or SAMPLE, 0, processor)
     rows = load_rows(chosen.data_path, chosen.image_folder, config=chosen.dataset_config, split=chosen.split)
     template = template_text(processor, chosen.chat_template_name)
     checker = Checker(processor, template, chosen.max_length, decode=True, budgets=budgets)

@@ -419,6 +419,8 @@ def test_check_says_how_long_rows_are(checkpoint, monkeypatch, capsys):
     assert f"an epoch by `all`: about {copies:,} tokens" in lines
     code, output = check("--token_budgets", "4", "2")
     assert code == 2 and "`token_budgets` has 2, expected some of 4, 1" in output.err
+    code, output = check("--token_budget_mode", "all")
+    assert code == 2 and "does not act without `--token_budgets`" in output.err
 
 
 def checker(checkpoint, budgets, max_length=4096):
