@@ -20,9 +20,10 @@ OPTIONS = {
     # Ours only: those of TRL, transformers and PEFT are theirs to change.
     "training": "--data_path --image_folder --eval_data_path --dataset_config --split --streaming --on_bad_image "
     "--on_bad_row --trainable --projector_learning_rate --global_batch_size --group_by_modality_length "
-    "--loss_reduction --chat_template_name --peak_tflops --image_aspect_ratio --do_exif_transpose --alpha_background",
+    "--loss_reduction --chat_template_name --peak_tflops --image_aspect_ratio --do_exif_transpose --alpha_background "
+    "--token_budgets --token_budget_mode",
     "training check": "data_path --model_name_or_path --model_revision --image_folder --dataset_config --split "
-    "--max_length --chat_template_name --num_proc --plot",
+    "--max_length --chat_template_name --token_budgets --token_budget_mode --num_proc --plot",
     "training merge": "adapter destination --base --base_revision",
     "hub_card render": "folder --repo-id --tag --run --license --base-model --dataset --language --base-license --note "
     "--results --speed --recipe --base --base-revision",

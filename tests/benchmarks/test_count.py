@@ -158,3 +158,16 @@ def test_more_devices_need_less_memory_where_they_share():
         assert (eight < one) == bool(way.trained_shared), way.name
     assert training_needs.memory(config, training_needs.WAYS[2], 1, 200) < 24e9  # QLoRA on a card of 24 GB
     assert training_needs.memory(config, training_needs.WAYS[3], 8, 200) > 80e9  # the full model, not shared
+
+
+def test_what_token_budgets_cost():
+    config = count.NAMED["stf-7b"]()
+    lines = [line.split("|") for line in training_needs.lines(config, 0.4) if line.startswith(("| 144 only", "| `"))]
+    tokens, time, memory = ([float(line[column]) for line in lines] for column in (2, 3, 4))
+    assert tokens == [144 + 200, round(190 / 4 + 200), 190 + 4 * 200]
+    each = [count.training_flops(count.with_budget(config, size), 200, True) for size in (144, 36, 9, 1)]
+    assert time == [1.0, round(sum(each) / 4 / each[0], 2), round(sum(each) / each[0], 2)]
+    assert memory[0] == memory[1] < memory[2]
+    assert not [
+        line for line in training_needs.lines(count.NAMED["llava-1.5-7b"](), 0.4) if "tokens of a picture" in line
+    ]

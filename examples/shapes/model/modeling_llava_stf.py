@@ -440,7 +440,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     def _blank_image_features(self, like: torch.Tensor) -> torch.Tensor:
         vision = self.config.vision_config
         blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-        return self.get_image_features(blank, return_dict=True).pooler_output[0].to(like.device, like.dtype)
+        trained = self.config.token_budgets and self.config.token_budgets[:1]
+        return self.get_image_features(blank, trained, return_dict=True).pooler_output[0].to(like.device, like.dtype)
 
 
 class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin):
