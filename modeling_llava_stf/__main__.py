@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from transformers.utils import logging
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, _bulk
-from ._folder import check_folder, check_weights
+from ._folder import load_checkpoint
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
@@ -183,31 +183,7 @@ def _default_model() -> str:
 
 
 def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
-    if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
-        raise ValueError(f"There is no folder {folder!r}.")
-    if Path(folder).is_dir() and revision is not None:
-        raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
-    if Path(folder).is_dir():
-        check_folder(Path(folder))
-    # The configuration is loaded first, because its error names what kind of model a foreign folder has.
-    config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
-    if Path(folder).is_dir():
-        check_weights(Path(folder), config)
-    processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
-    try:
-        network, found = LlavaSTFForConditionalGeneration.from_pretrained(
-            folder, revision=revision, dtype="auto", output_loading_info=True
-        )
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(f"The weights in {folder} have other shapes than its config.json says.") from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
-    surplus = sorted(found["unexpected_keys"])
-    if surplus:
-        raise ValueError(f"{folder} has {len(surplus)} weights that its config.json has no place for: {surplus[0]!r}.")
+    processor, network = load_checkpoint(folder, revision, dtype="auto")
     return processor, network.to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -8,6 +8,7 @@ python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniatur
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
 python -m examples.shapes renew MODEL OUT                      makes new fusion modules
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
+python -m examples.shapes task DATA OUT                        writes the test questions as a task of lmms-eval
 python -m examples.shapes make WORK OUT                        runs all steps: makes the model of this repository
 python -m examples.shapes ablation WORK OUT                    trains and tests with other connectors and several seeds
 """
@@ -23,6 +24,7 @@ from .generate import generate
 from .language_model import train_language_model
 from .recipe import make
 from .renew import renew
+from .task import write_task
 from .text import train_tokenizer
 
 
@@ -72,6 +74,12 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=100, metavar="N", help="questions of a batch (default: 100)"
     )
     evaluation.set_defaults(step=evaluate)
+
+    task = commands.add_parser("task", help="write the questions of the test set as a task of lmms-eval")
+    task.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    task.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    task.add_argument("--questions", type=int, metavar="N", help="only the first N questions (default: all)")
+    task.set_defaults(step=write_task)
 
     renewal = commands.add_parser("renew", help="put new fusion modules into a checkpoint")
     renewal.add_argument("checkpoint", metavar="MODEL", help="folder of a checkpoint")
