@@ -7,6 +7,7 @@ VENV := .venv
 comma := ,
 FLOOR_VENV := .venv-floor
 MAIN_VENV := .venv-main
+EVAL_VENV := .venv-eval
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
 PYTEST := -m pytest tests -q -n 2 --dist loadfile
@@ -14,7 +15,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-eval test-main gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -39,6 +40,9 @@ gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the 
 test-torchao: setup ## run the tests of quantising, with torchao
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target .cache/torchao torchao
 	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py -q
+
+test-eval: $(EVAL_VENV)/.stamp ## run the tests of evaluating, with lmms-eval
+	$(EVAL_VENV)/bin/python -m pytest tests/eval -q -m evaluating
 
 # pip says that pyproject.toml does not allow this version: that is the point.
 test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' main branch, of today
@@ -66,7 +70,7 @@ format: setup ## rewrite the files in the project's style
 	$(VENV)/bin/ruff format
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(FLOOR_VENV) $(MAIN_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(FLOOR_VENV) $(MAIN_VENV) $(EVAL_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.
@@ -84,6 +88,14 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
 	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))
+
+# torch brings what its build needs; the package itself brings the entry point by which lmms-eval finds it.
+$(EVAL_VENV)/.stamp: pyproject.toml constraints-eval.txt
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints-eval.txt torch
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints-eval.txt
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
 
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)

@@ -144,7 +144,7 @@ def _card_result(kind: str, pairs: str, part: dict) -> dict:
 
 
 def is_right(answer: str, sentence: str) -> bool:
-    """Returns whether an answer is the true sentence, word for word; a caption may name the objects in another order."""
+    """Returns whether it is the true sentence, word for word; a caption may name the objects in another order."""
     return _parts(answer) == _parts(sentence)
 
 
