@@ -8,6 +8,7 @@ python -m lmms_eval --model llava_stf --model_args pretrained=DIR_OR_HUB_ID --ta
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -154,6 +155,8 @@ def messages(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     found = ChatMessages(messages=chat).to_hf_messages()
     for part in (part for message in found for part in message["content"]):
+        if part["type"] == "video" and isinstance(part["video"], str) and Path(part["video"]).is_dir():
+            part["video"] = sorted(map(str, Path(part["video"]).iterdir()))  # MVBench has folders of frames
         if part["type"] == "audio" or {"video_start", "video_end"} & part.keys():
             raise ValueError(
                 "LLaVA-STF sees pictures and whole videos, but the task has "

@@ -93,3 +93,16 @@ def test_the_readme_s_results_are_those_of_the_files():
         f"colour {share['colour']:.0f} %, where {share['where']:.0f} %, count {share['count']:.0f} %, "
         f"captions {share['caption']:.0f} %"
     )
+
+
+def test_the_numbers_of_the_evaluation_page_are_those_of_the_files():
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    authors = json.loads((ROOT / "hub_card" / "results" / "authors_7b.json").read_text(encoding="utf-8"))["results"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    shown = {cells[0]: cells[3:] for cells in rows if len(cells) == 5}
+    assert len(authors) == 9
+    assert {row["benchmark"]: [str(row["value"]), str(row["baseline"])] for row in authors}.items() <= shown.items()
+    measured = json.loads((ROOT / "examples" / "shapes" / "model" / "lmms_eval.json").read_text(encoding="utf-8"))
+    values, count = measured["results"]["shapes"], measured["n-samples"]["shapes"]["effective"]
+    error = values["accuracy_stderr_clustered,none"]
+    assert f"the accuracy was {values['accuracy,none']:.3f} ± {error:.3f} on {count} questions" in page

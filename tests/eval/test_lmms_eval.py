@@ -5,6 +5,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -26,6 +27,7 @@ from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcess
 
 pytestmark = pytest.mark.evaluating
 
+TaskManager = pytest.importorskip("lmms_eval.tasks", reason="make test-eval has it").TaskManager
 get_model = pytest.importorskip("lmms_eval.models", reason="make test-eval has it").get_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -285,6 +287,17 @@ def test_the_results_go_into_a_card(adapted):
     (shapes,) = (one for one in evaluation.scores if one.benchmark == "shapes")
     assert shapes.error_clt == score["accuracy_stderr_clt,none"]
     assert shapes.error_clustered == score["accuracy_stderr_clustered,none"] and shapes.error is None
+
+
+def test_the_tasks_of_the_page_exist():
+    """Also each task of the table of docs/evaluate.md."""
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in page.splitlines() if line.startswith("|")]
+    named = {name for cells in rows if len(cells) == 7 for name in re.findall(r"`(\w+)`", cells[2])} | {
+        name for line in re.findall(r"--tasks ([\w,]+)", page) for name in line.split(",")
+    }
+    manager = TaskManager()
+    assert len(named) > 9 and named - {"shapes"} <= {*manager.all_tasks}
 
 
 def form(value):

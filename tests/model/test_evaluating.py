@@ -183,6 +183,16 @@ def test_a_video_is_read_frame_after_frame(adapter, tmp_path):
     assert len({*map(tuple, answers.values())}) > 1
 
 
+def test_a_folder_of_frames_is_a_video(adapter, tmp_path):
+    """MVBench's episodic reasoning has such."""
+    for number in range(4):
+        picture(number).save(tmp_path / f"{number:05d}.png")
+    model = adapter.LlavaSTF(pretrained=str(DEFAULT_MODEL), dtype="float32", num_frames=2)
+    folder = chat({"type": "video", "video": str(tmp_path)}, QUESTIONS[0])
+    frames = chat({"type": "video", "video": [picture(0), picture(3)]}, QUESTIONS[0])
+    assert ask(model, [folder], [{"max_new_tokens": 40}]) == generated([frames])
+
+
 @pytest.mark.parametrize(
     ("part", "reason"),
     [
