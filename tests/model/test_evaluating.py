@@ -120,6 +120,19 @@ def test_mixed_requests_get_the_answers_of_generate_in_their_order(model):
     assert len({*expected}) > 4 and any("is" in answer for answer in long[2::3])
 
 
+def test_a_wrong_port_would_be_seen(model):
+    """Padding on the right, and no system text, each change answers of one batch."""
+    chats = [chat(image(number), question) for number, question in enumerate(QUESTIONS * 2)]
+    settings = [{"max_new_tokens": 40}] * len(chats)
+    right = ask(model, chats, settings)
+    model.processor.tokenizer.padding_side = "right"
+    assert ask(model, chats, settings) != right
+    model.processor.tokenizer.padding_side = "left"
+    assert ask(model, chats, settings) == right == generated(chats)
+    system = {"role": "system", "content": [text("")]}
+    assert ask(model, [[system, *one] for one in chats], settings) != right
+
+
 def test_a_batch_has_one_kind_of_settings(adapter):
     long, short = {"max_new_tokens": 9, "until": ["a"]}, {"max_new_tokens": 9, "until": ["b"]}
     settings = [long, short, {**long}, dict(reversed(long.items())), long, short]
