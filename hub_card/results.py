@@ -257,7 +257,12 @@ def _command(content: dict[str, Any], settings: dict[str, Any], arguments: dict[
         "batch_size": settings.get("batch_size"),
         "limit": _number(settings.get("limit")),
         "gen_kwargs": settings.get("gen_kwargs"),
+        "num_fewshot": said.get("num_fewshot"),
+        "offset": said.get("offset") or None,
+        "repeats": said.get("repeats") if said.get("repeats") != 1 else None,
     }
+    if isinstance(options["gen_kwargs"], dict):
+        options["gen_kwargs"] = ",".join(f"{name}={value}" for name, value in options["gen_kwargs"].items())
     given = [
         f"--{name} {f'{value:g}' if isinstance(value, float) else value}"
         for name, value in options.items()

@@ -441,7 +441,7 @@ def _json_row(found: Any, place: str, prompt: str, root: Path) -> Row:
     if not isinstance(found, dict):
         raise ValueError(f"{place} is a {type(found).__name__}, expected an object.")
     name = found.get("image", found.get("path"))
-    if not name and found.get("question_id") is not None:
+    if name in (None, "") and found.get("question_id") is not None:
         if not isinstance(found.get("text"), str):
             raise ValueError(f"{place} has neither an `image` nor a `text`.")
         return Row("", found["text"], None, found["question_id"])

@@ -351,6 +351,8 @@ def test_damaged_results_of_lmms_eval_are_refused(change, reason, tmp_path):
         ),
         ({"model_args": "pretrained=some/tiny,hub_token=abc", "batch_size": None}, "pretrained=some/tiny --tasks"),
         ({"gen_kwargs": "max_new_tokens=5", "limit": 0.25}, "--limit 0.25 --gen_kwargs max_new_tokens=5`"),
+        ({"gen_kwargs": {"temperature": 0.9, "do_sample": True}}, "--gen_kwargs temperature=0.9,do_sample=True`"),
+        ({"resolved_cli_args": {"repeats": 3, "offset": 0}}, "--limit 12 --repeats 3`"),
         ({"resolved_cli_args": {}, "limit": None}, "--tasks gqa --batch_size 16`"),
     ],
 )

@@ -304,6 +304,7 @@ def test_a_text_question_with_a_placeholder_has_an_error(tmp_path, caption):
         ("q.jsonl", '{"question_id": 1}', "Line 1 of"),
         ("q.jsonl", '{"question_id": 1, "text": 5}', "neither an `image` nor a `text`"),
         ("q.jsonl", '{"question_id": 1, "image": 5, "text": "Why?"}', "no `image` (or `path`)"),
+        ("q.jsonl", '{"question_id": 1, "image": [], "text": "Why?"}', "no `image` (or `path`)"),
         ("q.json", "[1]", "Item 1 of"),
         ("q.json", "[", "is not JSON"),
         ("q.json", '[{"id": 1, "conversations": []}]', "no first turn"),
