@@ -135,6 +135,21 @@ def _stored(folder: Path) -> Iterator[str]:
             raise ValueError(f"Cannot read the weights in {folder / file}: {error}. Are they complete?") from error
 
 
+def checked_config(folder: str, revision: str | None) -> LlavaSTFConfig:
+    """Loads the configuration; raises a `ValueError` or an `OSError` if this is no LLaVA-STF checkpoint, or damaged."""
+    if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
+        raise ValueError(f"There is no folder {folder!r}.")
+    if Path(folder).is_dir() and revision is not None:
+        raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
+    if Path(folder).is_dir():
+        check_folder(Path(folder))
+    # The configuration is loaded first, because its error names what kind of model a foreign folder has.
+    config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
+    if Path(folder).is_dir():
+        check_weights(Path(folder), config)
+    return config
+
+
 def load_checkpoint(
     folder: str, revision: str | None, **options: Any
 ) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
@@ -148,16 +163,7 @@ def load_checkpoint(
     Raises:
         ValueError: if it is damaged, or its weights are not those of its config.json.
     """
-    if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
-        raise ValueError(f"There is no folder {folder!r}.")
-    if Path(folder).is_dir() and revision is not None:
-        raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
-    if Path(folder).is_dir():
-        check_folder(Path(folder))
-    # The configuration is loaded first, because its error names what kind of model a foreign folder has.
-    config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
-    if Path(folder).is_dir():
-        check_weights(Path(folder), config)
+    checked_config(folder, revision)
     processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
     try:
         network, found = LlavaSTFForConditionalGeneration.from_pretrained(
