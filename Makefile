@@ -10,6 +10,7 @@ SPACE_VENV := .venv-space
 MAIN_VENV := .venv-main
 SERVING_VENV := .venv-serving
 QUANTISE_VENV := .venv-quantise
+EVAL_VENV := .venv-eval
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
 PYTEST := -m pytest tests -q -n 2 --dist loadfile
@@ -17,7 +18,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-space test-serving quantise-vllm test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-space test-serving test-eval quantise-vllm test-main gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -56,6 +57,9 @@ test-space: $(SPACE_VENV)/.stamp ## drive the page of examples/space in a headle
 # The tests train adapters in .venv, because training needs a newer transformers than vLLM allows.
 test-serving: setup $(SERVING_VENV)/.stamp ## run the tests of serving, with vLLM's build for a CPU
 	$(SERVING_VENV)/bin/python -m pytest tests/serving -q -m serving
+
+test-eval: $(EVAL_VENV)/.stamp ## run the tests of evaluating, with lmms-eval
+	$(EVAL_VENV)/bin/python -m pytest tests/eval -q -m evaluating
 
 # pip says that pyproject.toml does not allow this version: that is the point.
 test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' main branch, of today
@@ -104,6 +108,14 @@ $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
 $(SERVING_VENV)/.stamp: constraints-serving.txt
 	$(PYTHON) -m venv $(SERVING_VENV)
 	$(SERVING_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $<
+	@touch $@
+
+# torch brings what its build needs; the package itself brings the entry point by which lmms-eval finds it.
+$(EVAL_VENV)/.stamp: pyproject.toml constraints-eval.txt
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints-eval.txt torch
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints-eval.txt
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -e .
 	@touch $@
 
 $(FLOOR_VENV)/constraints.txt: constraints.txt

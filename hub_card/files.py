@@ -56,7 +56,10 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib",
 LEFT_OUT = (
     (r"\..*|__pycache__/", "hidden"),
     (r"(runs|logs|wandb|mlruns|lightning_logs|completions)/", "logs of a run"),
-    (r"events\.out\.tfevents.*|.*\.log|log_[\w-]+\.json|((all|train|eval)_results|evaluation)\.json", "logs of a run"),
+    (
+        r"events\.out\.tfevents.*|.*\.log|log_[\w-]+\.json|((all|train|eval)_results|evaluation|lmms_eval)\.json",
+        "logs of a run",
+    ),
     (r".*(~|\.(bak|orig|rej|swp|swo|tmp|old))|#.*#", "left by an editor"),
     (
         r"(trainer_state|training_run)\.json|training_args\.(bin|json)|curves\.png|"

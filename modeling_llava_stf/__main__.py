@@ -24,7 +24,7 @@ from transformers.utils import logging
 from transformers.utils.import_utils import is_serve_available
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, _bulk
-from ._folder import check_folder, check_weights
+from ._folder import checked_config, load_checkpoint
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
@@ -178,7 +178,7 @@ def serve(model: str, options: list[str]) -> int:
             "does not fit torch, uninstall it: this package needs none."
         )
     folder, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
-    _checked_config(folder, revision or None)
+    checked_config(folder, revision or None)
     # This command alone: the others need more packages in transformers 5.16, and `main` looks for newer versions.
     from transformers.cli.serve import Serve
 
@@ -240,40 +240,9 @@ def _default_model() -> str:
     return str(DEFAULT_MODEL)
 
 
-def _checked_config(folder: str, revision: str | None) -> LlavaSTFConfig:
-    """Loads the configuration; raises a `ValueError` or an `OSError` if this is no LLaVA-STF checkpoint, or damaged."""
-    if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
-        raise ValueError(f"There is no folder {folder!r}.")
-    if Path(folder).is_dir() and revision is not None:
-        raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
-    if Path(folder).is_dir():
-        check_folder(Path(folder))
-    # The configuration is loaded first, because its error names what kind of model a foreign folder has.
-    config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
-    if Path(folder).is_dir():
-        check_weights(Path(folder), config)
-    return config
-
-
 def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
-    _checked_config(folder, revision)
-    processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # a quantised model cannot be moved later
-    try:
-        network, found = LlavaSTFForConditionalGeneration.from_pretrained(
-            folder, revision=revision, dtype="auto", device_map=device, output_loading_info=True
-        )
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(f"The weights in {folder} have other shapes than its config.json says.") from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
-    surplus = sorted(found["unexpected_keys"])
-    if surplus:
-        raise ValueError(f"{folder} has {len(surplus)} weights that its config.json has no place for: {surplus[0]!r}.")
-    return processor, network
+    return load_checkpoint(folder, revision, dtype="auto", device_map=device)
 
 
 if __name__ == "__main__":

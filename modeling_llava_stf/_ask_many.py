@@ -120,7 +120,7 @@ class PictureCache:
             raise ValueError(
                 "With this turn the chat template begins the conversation in another way than it was read."
             )
-        if not pixels:
+        if not images:
             self._check_no_picture(ids[len(self._ids) :])
         new = torch.tensor([ids[len(self._ids) :]], device=self.model.device)
         cache = _filled(DynamicCache(config=self.model.config.text_config), self._states)

@@ -32,6 +32,7 @@ from .modeling_llava_stf import LlavaSTFForConditionalGeneration
 from .processing_llava_stf import LlavaSTFProcessor, load_picture, to_rgb
 
 PROMPT = "Describe the picture."
+PLACEHOLDER = "<image>"  # of the picture in LLaVA's files
 PREPARED_BATCHES = 4  # that the workers may be ahead of the model
 RETRIES = 5
 REPLY_SECONDS = 600
@@ -43,12 +44,25 @@ SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png"}
 
 @dataclass(frozen=True)
 class Row:
-    """A question about a picture, which is a path, a URL, or the bytes of a file (none, if it is missing)."""
+    """A question about a picture: a path, a URL, the bytes of a file (none, if it is missing), or None without one."""
 
     path: str
     prompt: str
     picture: Any
     question_id: Any = None
+
+    def content(self, picture: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parts of the message: the picture, if there is one, and the question.
+
+        Raises:
+            ValueError: if the question has the placeholder of a picture, but there is none.
+        """
+        text = self.prompt
+        if PLACEHOLDER in text:
+            if self.picture is None:
+                raise ValueError(f"The question has {PLACEHOLDER}, but its row names no picture.")
+            text = text.replace(PLACEHOLDER, "").strip()
+        return [*([] if self.picture is None else [picture]), {"type": "text", "text": text}]
 
 
 @dataclass
@@ -210,22 +224,24 @@ class Captioner:
 
     def prepare(self, row: Row) -> Prepared:
         """Decodes a picture, in a thread; whatever is wrong with it is the row's error."""
-        content = [{"type": "image"}, {"type": "text", "text": row.prompt}]
+        pixels = None  # without a picture, else (1, 3, height, width)
         try:
-            picture = load_picture(row.picture)
-            inputs = self.processor(images=picture, return_tensors="pt", **self.image_options)
-            tokens = inputs.get("image_tokens")
-            ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]], image_tokens=tokens)[0]
+            tokens = None
+            if row.picture is not None:
+                inputs = self.processor(images=load_picture(row.picture), return_tensors="pt", **self.image_options)
+                pixels, tokens = inputs["pixel_values"], inputs.get("image_tokens")
+            message = {"role": "user", "content": row.content({"type": "image"})}
+            ids = prompt_ids(self.processor, [[message]], image_tokens=tokens)[0]
         except Exception as error:  # damaged files make PIL raise errors of every kind
             return Prepared(row, [], None, error=_reason(error))
-        return Prepared(row, ids, inputs["pixel_values"], tokens)  # pixels: (1, 3, height, width)
+        return Prepared(row, ids, pixels, tokens)
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """The answers of one batch."""
-        good = [one for one in prepared if one.pixels is not None]
+        good = [one for one in prepared if one.error is None]
         answers = iter(self._generate(good) if good else [])
         return [
-            _answer(one.row, error=one.error) if one.pixels is None else _answer(one.row, **next(answers))
+            _answer(one.row, **next(answers)) if one.error is None else _answer(one.row, error=one.error)
             for one in prepared
         ]
 
@@ -234,12 +250,12 @@ class Captioner:
         padding = self.processor.tokenizer.pad_token_id or 0
         ids = torch.tensor([[padding] * (width - len(one.ids)) + one.ids for one in prepared])
         mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in prepared])
-        pixels = torch.cat([one.pixels for one in prepared if one.pixels is not None])
+        pixels = [one.pixels.to(device, self.network.dtype) for one in prepared if one.pixels is not None]
         output = self.network.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            pixel_values=pixels.to(device, self.network.dtype),
             image_tokens=[number for one in prepared for number in one.image_tokens or []] or None,
+            **({"pixel_values": torch.cat(pixels)} if pixels else {}),
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )
@@ -324,10 +340,10 @@ class Server:
     def answer(self, row: Row) -> Answer:
         """The answer; a picture that cannot be read, or that the server refuses, is an error of the row."""
         try:
-            picture = _data_url(row.picture, **self.image_options)
+            url = {} if row.picture is None else {"url": _data_url(row.picture, **self.image_options)}
+            content = row.content({"type": "image_url", "image_url": url})
         except Exception as error:  # as in `Captioner.prepare`
             return _answer(row, error=_reason(error))
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row.prompt}]
         request = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
             reply = self._request("/chat/completions", request | self.limits)
@@ -430,21 +446,58 @@ def _folder_rows(folder: Path, prompt: str) -> list[Row]:
 
 
 def _json_rows(file: Path, prompt: str, root: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"Line {number} of {file} is not JSON: {error}") from error
-        name = found.get("image", found.get("path")) if isinstance(found, dict) else None
-        if not isinstance(name, str):
-            raise ValueError(f"Line {number} of {file} has no `image` (or `path`) that names a picture.")
-        rows.append(_row(found, name, name, prompt, root))
+    rows = [_json_row(found, place, prompt, root) for place, found in _json_objects(file)]
     if len({row.question_id is None for row in rows}) > 1:
         raise ValueError(f"Some lines of {file} have a `question_id` and some have none: expected all or none.")
     return rows
+
+
+def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
+    """The objects of a JSONL file, or of a JSON list, which may hold conversations; and where they stand."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        for number, one in enumerate(found, start=1):
+            place = f"Item {number} of {file}"
+            yield place, _conversation(one, place) if isinstance(one, dict) and "conversations" in one else one
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield f"Line {number} of {file}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"Line {number} of {file} is not JSON: {error}") from error
+
+
+def _json_row(found: Any, place: str, prompt: str, root: Path) -> Row:
+    """A row of ours, or a question of LLaVA, which may have no picture."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} is a {type(found).__name__}, expected an object.")
+    name = found.get("image", found.get("path"))
+    if name in (None, "") and found.get("question_id") is not None:
+        if not isinstance(found.get("text"), str):
+            raise ValueError(f"{place} has neither an `image` nor a `text`.")
+        return Row("", found["text"], None, found["question_id"])
+    if not isinstance(name, str):
+        raise ValueError(f"{place} has no `image` (or `path`) that names a picture.")
+    return _row(found, name, name, prompt, root)
+
+
+def _conversation(found: dict[str, Any], place: str) -> dict[str, Any]:
+    """The first turn as a question, as LLaVA's code asks ScienceQA; its scorer looks for the placeholder.
+
+    Source: `llava/eval/model_vqa_science.py` and `eval_science_qa.py` of LLaVA.
+    """
+    try:
+        question = found["conversations"][0]["value"].replace(PLACEHOLDER, "").strip()
+        name = found["id"]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place} has `conversations`, but no `id` or no first turn with a `value`.") from error
+    front = f"{PLACEHOLDER}\n" if found.get("image") else ""
+    return {"question_id": name, "image": found.get("image"), "text": front + question}
 
 
 class ParquetRows(Sequence):

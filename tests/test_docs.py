@@ -114,3 +114,16 @@ def test_commands_that_serve_are_complete():
     assert len(commands) >= 4 and all(re.search(r" serve MODEL\b", command) for command in commands)
     assert all("--trust-remote-code" in command for command in commands if command.startswith("vllm"))
     assert "--chat-template" not in page
+
+
+def test_the_numbers_of_the_evaluation_page_are_those_of_the_files():
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    authors = json.loads((ROOT / "hub_card" / "results" / "authors_7b.json").read_text(encoding="utf-8"))["results"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    shown = {cells[0]: cells[3:] for cells in rows if len(cells) == 5}
+    assert len(authors) == 9
+    assert {row["benchmark"]: [str(row["value"]), str(row["baseline"])] for row in authors}.items() <= shown.items()
+    measured = json.loads((ROOT / "examples" / "shapes" / "model" / "lmms_eval.json").read_text(encoding="utf-8"))
+    values, count = measured["results"]["shapes"], measured["n-samples"]["shapes"]["effective"]
+    error = values["accuracy_stderr_clustered,none"]
+    assert f"the accuracy was {values['accuracy,none']:.3f} ± {error:.3f} on {count} questions" in page

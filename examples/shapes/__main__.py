@@ -9,6 +9,7 @@ python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Ll
 python -m examples.shapes renew MODEL OUT                      makes new fusion modules
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
 python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
+python -m examples.shapes task DATA OUT                        writes the test questions as a task of lmms-eval
 python -m examples.shapes make WORK OUT                        runs all steps: makes the model of this repository
 python -m examples.shapes ablation WORK OUT                    trains and tests with other connectors and several seeds
 python -m examples.shapes tokens OUT DATA MODEL                measures what fewer vision tokens cost
@@ -26,6 +27,7 @@ from .language_model import train_language_model
 from .recipe import make
 from .renew import renew
 from .shrink import shrink
+from .task import write_task
 from .text import train_tokenizer
 from .tokens import SCORES, compare
 
@@ -85,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     shrinking.add_argument("--workers", type=int, default=2, metavar="N", help="models asked at a time (default: 2)")
     shrinking.add_argument("--also", metavar="DIR", nargs="+", default=(), help="folders that were quantised elsewhere")
     shrinking.set_defaults(step=shrink)
+    task = commands.add_parser("task", help="write the questions of the test set as a task of lmms-eval")
+    task.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    task.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    task.add_argument("--questions", type=int, metavar="N", help="only the first N questions (default: all)")
+    task.set_defaults(step=write_task)
 
     renewal = commands.add_parser("renew", help="put new fusion modules into a checkpoint")
     renewal.add_argument("checkpoint", metavar="MODEL", help="folder of a checkpoint")

@@ -116,7 +116,7 @@ def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
             f"There are {len(answers)} answers, {len(expected)} test questions and {len(ids)} rows of truth, or their "
             "ids differ: test.json and truth.jsonl must come from one run of `generate`."
         )
-    right = {name: _parts(answers[name]) == _parts(sentence) for name, sentence in expected.items()}
+    right = {name: is_right(answers[name], sentence) for name, sentence in expected.items()}
     kinds = {}
     for kind in dict.fromkeys(row["kind"] for row in truth):
         marks = {
@@ -160,6 +160,11 @@ def _card_result(kind: str, pairs: str, part: dict) -> dict:
         "value": part["accuracy"],
         "samples": str(part["questions"]),
     }
+
+
+def is_right(answer: str, sentence: str) -> bool:
+    """Returns whether it is the true sentence, word for word; a caption may name the objects in another order."""
+    return _parts(answer) == _parts(sentence)
 
 
 def _parts(sentence: str) -> list[str]:

@@ -166,16 +166,37 @@ def test_versions_are_those_of_the_tests():
 
 
 def test_results_of_lmms_eval(folder):
+    """The file is one that lmms-eval 0.7.3 wrote: a group of two tasks, filters, an object, errors of three kinds."""
     text = gather(folder, "some/tiny", CARD_FACTS, results=[LMMS_EVAL]).render()
-    entries = {entry.metric_name: entry for entry in ModelCard(text).data.eval_results}
-    assert entries.keys() == {"exact_match", "mme_cognition_score", "mme_percetion_score"}
-    gqa = entries["exact_match"]
-    assert (gqa.dataset_type, gqa.dataset_name, gqa.metric_value) == ("lmms-lab/GQA", "gqa", 0.25)
-    assert (gqa.dataset_config, gqa.dataset_split) == ("testdev_balanced_instructions", "testdev")
-    assert (gqa.source_name, gqa.source_url) == ("lmms-eval", "https://github.com/EvolvingLMMs-Lab/lmms-eval")
-    assert "| gqa | exact_match | 0.25 | 0.125 | 12 of 12578 |" in text
-    assert "| mme | mme_percetion_score | 700.5 |  | 12 of 2374 |" in text
+    entries = {(entry.dataset_name, entry.metric_name): entry for entry in ModelCard(text).data.eval_results}
+    results = json.loads(LMMS_EVAL.read_text(encoding="utf-8"))["results"]
+    words, parts, shapes = results["words"], results["parts"], results["shapes"]
+    assert {name: entry.metric_value for name, entry in entries.items()} == {
+        ("both (group of 2 tasks)", "exact_match (sentence)"): words["exact_match,sentence"],
+        ("both (group of 2 tasks)", "exact_match (first_word)"): words["exact_match,first_word"],
+        ("words", "exact_match (sentence)"): words["exact_match,sentence"],
+        ("words", "exact_match (first_word)"): words["exact_match,first_word"],
+        ("parts", "right: short"): parts["right,none"]["short"],
+        ("parts", "right: long"): parts["right,none"]["long"],
+        ("parts", "letters"): parts["letters,none"],
+        ("shapes", "accuracy"): shapes["accuracy,none"],
+    }
+    entry = entries["shapes", "accuracy"]
+    assert (entry.dataset_type, entry.dataset_split, entry.dataset_config) == ("shapes", "test", None)
+    assert (entry.source_name, entry.source_url) == ("lmms-eval", "https://github.com/EvolvingLMMs-Lab/lmms-eval")
+    clt, clustered = (shapes[f"accuracy_stderr_{kind},none"] for kind in ("clt", "clustered"))
+    errors = f"CLT ± {clt:.4g}, clustered ± {clustered:.4g}"
+    assert f"| shapes | accuracy | {shapes['accuracy,none']} | {errors} | 12 of 200 |" in text
+    error = f"{parts['letters_stderr,none']:.4g}"
+    assert (
+        f"| parts | letters (lower is better) | {parts['letters,none']} | ± {error}, CLT ± {error} | 12 of 24 |" in text
+    )
+    assert "but no scores: parts submission (no number)." in text
     assert "ONLY THE FIRST 12.0 SAMPLES of each task" in text
+    command = (
+        "python -m lmms_eval --model llava_stf --model_args pretrained=some/tiny,dtype=float32 --tasks both,shapes"
+    )
+    assert f"`{command} --include_path TASKS --batch_size 16 --limit 12`" in text
 
 
 @pytest.mark.parametrize("path", [LMMS_EVAL, AUTHORS], ids=["lmms-eval", "published"])

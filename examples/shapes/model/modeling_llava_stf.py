@@ -330,7 +330,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         """Returns a mask of the positions that the images' tokens replace, (batch, sequence, 1).
 
         `image_features` is (tokens of all images, D) or (images, T, D). Raises a `ValueError` if placeholders and
-        tokens differ in number, or if the features are not finite in float16; the answers would be wrong without a sign.
+        tokens differ in number, or if the features are not finite in float16: the answers would be wrong in silence.
         """
         if image_features.dtype == torch.float16 and not self.training:  # in training a scaler skips such steps
             torch_compilable_check(
