@@ -98,6 +98,37 @@ def test_the_folder_and_its_card_are_complete(scheme, made, wide):
         assert check(folder) == []
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "int8"])
+def test_lora_trains_on_a_folder(scheme, made, processor, picture):
+    peft = pytest.importorskip("peft")
+    model = LlavaSTFForConditionalGeneration.from_pretrained(made(scheme), dtype="auto", device_map=_device(scheme))
+    torch.manual_seed(0)
+    lora = peft.LoraConfig(r=4, target_modules=r".*language_model.*\.(q_proj|v_proj|down_proj)")
+    adapted = peft.get_peft_model(model, lora)
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt").to(
+        model.device, model.dtype
+    )
+    optimizer = torch.optim.AdamW([weight for weight in adapted.parameters() if weight.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(4):
+        losses.append(adapted(**inputs, labels=inputs["input_ids"]).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] and losses[-1].isfinite()
+
+
+def test_an_adapter_is_not_merged_into_a_quantised_base(made, tmp_path):
+    pytest.importorskip("trl")
+    peft = pytest.importorskip("peft")
+    from training.merge import merge
+
+    peft.LoraConfig(base_model_name_or_path=str(made("nf4"))).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is quantised. Give the checkpoint that it was made from with --base"):
+        merge(str(tmp_path / "adapter"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_a_card_the_folder_gets_a_note(wide, tmp_path):
     needs("nf4")
     source = shutil.copytree(wide, tmp_path / "source", ignore=shutil.ignore_patterns("README.md"))
