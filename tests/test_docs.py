@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 
 from benchmarks import count, report, training_needs
+from examples.shapes.shrink import shrink_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,3 +94,11 @@ def test_the_readme_s_results_are_those_of_the_files():
         f"colour {share['colour']:.0f} %, where {share['where']:.0f} %, count {share['count']:.0f} %, "
         f"captions {share['caption']:.0f} %"
     )
+
+
+def test_the_accuracy_of_quantised_models_is_that_of_the_results():
+    page = (ROOT / "docs" / "quantise.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- shrink:")[1].split("<!-- shrink: end -->")[0]
+    result = json.loads((report.RESULTS / "quantise_cpu.json").read_text("utf-8"))
+    assert [line for line in shown.splitlines() if line.startswith("|")][2:] == shrink_table(result)
+    assert f"{result['questions']} questions" in page and result["questions"] >= 1000
