@@ -6,7 +6,8 @@ make quantise-vllm                       makes .venv-quantise, because llm-compr
 PYTHONPATH=. .venv-quantise/bin/python examples/quantise_vllm.py examples/shapes/model OUT --scheme W8A8
 
 OUT becomes a complete Hub folder, or is not written. Vision tower, fusion modules and head stay in 16 bit (float32
-becomes bfloat16). The three schemes need no calibration data: FP8_DYNAMIC (8-bit floats), W8A8 (8-bit integers), W4A16 (4-bit weights).
+becomes bfloat16). The three schemes need no calibration data: FP8_DYNAMIC (8-bit floats), W8A8 (8-bit integers), W4A16
+(4-bit weights).
 """
 
 import argparse
