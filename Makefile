@@ -18,7 +18,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-space test-serving test-eval quantise-vllm test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-export test-space test-serving test-eval test-main quantise-vllm gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -48,7 +48,11 @@ gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the 
 # torchao prints warnings at every start of transformers, so it is kept out of the environments.
 test-torchao: setup ## run the tests of quantising, with torchao
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target .cache/torchao torchao
-	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py -q
+	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py tests/conversion/test_quantise.py -q
+
+test-export: setup ## run the tests of exporting, with the ONNX packages
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target .cache/export onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 onnx_ir ml_dtypes flatbuffers
+	PYTHONPATH=.cache/export $(VENV)/bin/python -m pytest tests/model/test_export.py -q
 
 # SCREENSHOT=FILE writes a picture of the page.
 test-space: $(SPACE_VENV)/.stamp ## drive the page of examples/space in a headless browser (apt-get install chromium)

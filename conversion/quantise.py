@@ -35,13 +35,15 @@ from .checkpoints.folders import (
     require_empty,
     save_checkpoint,
 )
-from .checkpoints.weights import Weights, check_dtypes, check_finite, read_folder
+from .checkpoints.weights import SAFETENSORS_DTYPES, Weights, check_dtypes, check_finite, read_folder
 from .config import read_our_config
 from .keys import ConversionError
 from .locate import HUB_ID, commit_of, fetch
 from .plan import check_complete, empty_model
 
-HALF = (torch.float16, torch.bfloat16)
+# The weights that are not quantised get this dtype. In float16 the int8 kernels of torchao 0.18 overflow on a CPU,
+# because they scale after the product. When they do not, the source's own dtype can stay.
+DTYPE = torch.bfloat16
 GROUP = 128  # weights that share a scale in int4
 AVAILABLE = {"torchao": is_torchao_available, "bitsandbytes": is_bitsandbytes_available}
 NOTE = """---
@@ -59,16 +61,15 @@ hub_card render` writes one, before you publish.
 
 @dataclass(frozen=True)
 class Scheme:
-    """Describes a way to quantise. `settings` makes the config of transformers for a dtype of the other weights."""
+    """Describes a way to quantise. `settings` makes the config of transformers."""
 
     package: str
     bits: float  # stored for each weight, its share of the scales included
-    settings: Callable[[torch.dtype], Any]
-    dtypes: tuple[torch.dtype, ...] = HALF
+    settings: Callable[[], Any]
 
 
-def _torchao(kind: str, **options: Any) -> Callable[[torch.dtype], TorchAoConfig]:
-    def settings(_: torch.dtype) -> TorchAoConfig:
+def _torchao(kind: str, **options: Any) -> Callable[[], TorchAoConfig]:
+    def settings() -> TorchAoConfig:
         import torchao.quantization  # takes seconds, and prints warnings
 
         return TorchAoConfig(getattr(torchao.quantization, kind)(**options))
@@ -76,8 +77,8 @@ def _torchao(kind: str, **options: Any) -> Callable[[torch.dtype], TorchAoConfig
     return settings
 
 
-def _nf4(dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+def _nf4() -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=DTYPE)
 
 
 SCHEMES = {
@@ -88,7 +89,6 @@ SCHEMES = {
         4.5,
         # torchao 0.18: this is the layout that needs no other library.
         _torchao("Int4WeightOnlyConfig", group_size=GROUP, int4_packing_format="tile_packed_to_4d"),
-        (torch.bfloat16,),
     ),
     "fp8": Scheme("torchao", 8.25, _torchao("Float8WeightOnlyConfig")),
     "nf4": Scheme("bitsandbytes", 4.5, _nf4),
@@ -106,8 +106,7 @@ def quantise(
 ) -> Path:
     """Quantises the language model of one of our checkpoints.
 
-    The other weights keep their dtype if it has 16 bit; else they become bfloat16. The result has a model card if the
-    source has one, and a note otherwise.
+    The other weights become bfloat16. The result has a model card if the source has one, and a note otherwise.
 
     Args:
         source: folder or Hub id of a checkpoint in 16 or 32 bit.
@@ -134,10 +133,9 @@ def quantise(
     config = read_our_config(folder)
     require_kernel(scheme, config.text_config)
     weights = read_whole(folder, config)
-    dtype = _dtype(scheme, weights)
     _require_disk(destination, _bytes(weights, scheme))
     facts = _facts(source, folder, scheme, base_model)
-    model = load(folder, scheme, dtype)
+    model = load(folder, scheme)
     with complete_or_absent(destination) as unfinished:
         save_checkpoint(unfinished, model, folder)
         finish(unfinished, folder, destination.name, facts)
@@ -202,13 +200,6 @@ def read_whole(folder: Path, config: LlavaSTFConfig) -> Weights:
     return weights
 
 
-def _dtype(scheme: str, weights: Weights) -> torch.dtype:
-    """Returns the dtype of the weights that are not quantised."""
-    found = {weight.dtype for weight in weights.values()}
-    allowed = [dtype for dtype in SCHEMES[scheme].dtypes if found == {dtype}]
-    return allowed[0] if allowed else torch.bfloat16
-
-
 def _bytes(weights: Weights, scheme: str) -> int:
     """Returns about how many bytes the quantised weights will have."""
     bits = (SCHEMES[scheme].bits if is_quantised(name) and len(w.shape) == 2 else 16 for name, w in weights.items())
@@ -227,7 +218,7 @@ def _require_disk(destination: Path, needed: int) -> None:
         raise ConversionError(f"{place} has {free / 1e9:.3f} GB free, but the result needs {needed / 1e9:.3f} GB.")
 
 
-def load(folder: Path, scheme: str, dtype: torch.dtype) -> LlavaSTFForConditionalGeneration:
+def load(folder: Path, scheme: str) -> LlavaSTFForConditionalGeneration:
     """Loads a checkpoint with its language model quantised.
 
     Raises:
@@ -235,9 +226,8 @@ def load(folder: Path, scheme: str, dtype: torch.dtype) -> LlavaSTFForConditiona
     """
     # On a GPU only what needs it: the others give the same weights on a CPU, which has more memory.
     device = "cuda" if scheme in ("int4", "nf4") and torch.cuda.is_available() else "cpu"
-    settings = SCHEMES[scheme].settings(dtype)
     model = LlavaSTFForConditionalGeneration.from_pretrained(
-        folder, dtype=dtype, quantization_config=settings, device_map=device
+        folder, dtype=DTYPE, quantization_config=SCHEMES[scheme].settings(), device_map=device
     ).eval()
     left = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and is_quantised(name)}
     left -= set(quantised_layers(model))
@@ -252,7 +242,7 @@ def quantised_layers(model: nn.Module) -> Iterator[str]:
         if not isinstance(layer, nn.Linear):
             continue
         weight = getattr(layer, "weight", None)  # compressed-tensors packs it under another name
-        if weight is None or type(weight.data) is not torch.Tensor or weight.dtype not in (*HALF, torch.float32):
+        if weight is None or type(weight.data) is not torch.Tensor or weight.dtype not in SAFETENSORS_DTYPES:
             yield name
 
 

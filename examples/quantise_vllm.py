@@ -5,8 +5,9 @@
 make quantise-vllm                       makes .venv-quantise, because llm-compressor pins an older transformers
 PYTHONPATH=. .venv-quantise/bin/python examples/quantise_vllm.py examples/shapes/model OUT --scheme W8A8
 
-OUT becomes a complete Hub folder, or is not written. Vision tower, fusion modules and head stay in 16 bit. The three
-schemes need no calibration data: FP8_DYNAMIC (8-bit floats), W8A8 (8-bit integers), W4A16 (4-bit weights).
+OUT becomes a complete Hub folder, or is not written. Vision tower, fusion modules and head stay in 16 bit (float32
+becomes bfloat16). The three schemes need no calibration data: FP8_DYNAMIC (8-bit floats), W8A8 (8-bit integers), W4A16
+(4-bit weights).
 """
 
 import argparse
@@ -14,6 +15,7 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from llmcompressor import oneshot
 from llmcompressor.modifiers.quantization import QuantizationModifier
 
@@ -39,7 +41,8 @@ def quantise_vllm(
     if scheme == "W4A16":
         require_multiples(scheme, config.text_config, GROUP, 1, "Choose W8A8 or FP8_DYNAMIC.")
     read_whole(folder, config)
-    model = LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype="auto").eval()
+    dtype = torch.bfloat16 if config.dtype is torch.float32 else "auto"
+    model = LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
     recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=NOT_QUANTISED_PATTERNS)
     oneshot(model=model, processor=LlavaSTFProcessor.from_pretrained(folder), recipe=recipe)
     base = base_model or named_by(source, folder)

@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 
 from benchmarks import count, report, training_needs
+from examples.shapes.shrink import shrink_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -127,3 +128,11 @@ def test_the_numbers_of_the_evaluation_page_are_those_of_the_files():
     values, count = measured["results"]["shapes"], measured["n-samples"]["shapes"]["effective"]
     error = values["accuracy_stderr_clustered,none"]
     assert f"the accuracy was {values['accuracy,none']:.3f} ± {error:.3f} on {count} questions" in page
+
+
+def test_the_accuracy_of_quantised_models_is_that_of_the_results():
+    page = (ROOT / "docs" / "quantise.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- shrink:")[1].split("<!-- shrink: end -->")[0]
+    result = json.loads((report.RESULTS / "quantise_cpu.json").read_text("utf-8"))
+    assert [line for line in shown.splitlines() if line.startswith("|")][2:] == shrink_table(result)
+    assert f"{result['questions']} questions" in page and result["questions"] >= 1000

@@ -29,7 +29,8 @@ def merge(adapter: str, destination: str, base: str | None = None, base_revision
         base_revision: branch, tag or commit of a base on the Hub; by default the one that the adapter names.
 
     Raises:
-        ValueError: if the adapter is none, changes nothing or is not of this base, or its base cannot be found.
+        ValueError: if the adapter is none, changes nothing or is not of this base, or its base cannot be found or is
+            quantised.
     """
     target = require_empty(destination)
     if not (Path(adapter) / "adapter_config.json").is_file():
@@ -43,6 +44,8 @@ def merge(adapter: str, destination: str, base: str | None = None, base_revision
         raise ValueError(f"The adapter names the base {base}, which is not there. Give it with --base.")
     commit = commit_of(base, base_revision)
     model = LlavaSTFForConditionalGeneration.from_pretrained(base, revision=commit, dtype="auto")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{base} is quantised. Give the checkpoint that it was made from with --base.")
     before, now = model.config.token_budgets, (settings.auto_mapping or {}).get(TOKEN_BUDGETS)
     if before and before != now:
         logger.warning(

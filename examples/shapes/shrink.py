@@ -22,7 +22,7 @@ from .evaluate import ask, score
 from .text import read_rows
 from .training import DEVICE
 
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}  # whole models, which the others are compared with
+REFERENCE = "bfloat16"  # the whole model that the others are compared with
 Z = 1.96  # normal quantile of a 95 % interval
 
 
@@ -45,8 +45,8 @@ def shrink(
         workers: number of models that are asked at the same time.
 
     Returns:
-        `rows`: for each scheme bytes on disk, right answers, and how many answers are those of the whole model in each
-        dtype of 16 bit; or why the scheme is refused.
+        `rows`: for each scheme bytes on disk, right answers, and how many answers are those of the whole model
+        in bfloat16; or why the scheme is refused.
 
     Raises:
         ValueError: if a file is missing, or `output` exists.
@@ -58,7 +58,7 @@ def shrink(
     rows, truth = ([row for row in part if row["id"] in chosen] for part in (rows, truth))
     table: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as work, ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        folders = {name: (model, dtype) for name, dtype in HALF.items()}
+        folders: dict[str, tuple[str | Path, str]] = {REFERENCE: (model, REFERENCE)}
         for scheme in SCHEMES:
             try:
                 folders[scheme] = (quantise(model, Path(work) / scheme, scheme), "auto")
@@ -68,7 +68,7 @@ def shrink(
         waiting = {name: pool.submit(_answers, *place, Path(data), rows) for name, place in folders.items()}
         answers = {name: future.result() for name, future in waiting.items()}
         for name, (folder, dtype) in folders.items():
-            table[name] = _row(answers[name], answers, rows, truth) | {"bytes": _bytes(folder, dtype)}
+            table[name] = _row(answers[name], answers[REFERENCE], rows, truth) | {"bytes": _bytes(folder, dtype)}
     result = {
         "command": f"python -m examples.shapes shrink MODEL DATA --output FILE --questions {questions}",
         "device": DEVICE,
@@ -85,28 +85,26 @@ def _scheme_of(folder: str | Path) -> str:
     return json.loads((Path(folder) / "quantisation.json").read_text(encoding="utf-8"))["scheme"]
 
 
-def _answers(folder: str | Path, dtype: Any, data: Path, rows: list[dict]) -> dict[str, str]:
+def _answers(folder: str | Path, dtype: str, data: Path, rows: list[dict]) -> dict[str, str]:
     network = LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype=dtype, device_map=DEVICE).eval()
     return ask(network, LlavaSTFProcessor.from_pretrained(folder), data, rows, batch_size=50)
 
 
-def _row(answers: dict[str, str], all_answers: dict[str, dict[str, str]], rows: list, truth: list) -> dict[str, Any]:
+def _row(answers: dict[str, str], reference: dict[str, str], rows: list, truth: list) -> dict[str, Any]:
     kinds = score(answers, rows, truth)["kinds"]
     right = sum(part["right"] for parts in kinds.values() for part in parts.values())
-    agreement = {}
-    for reference in HALF:
-        same = sum(answers[name] == answer for name, answer in all_answers[reference].items())
-        interval = [round(end, 4) for end in wilson(same, len(answers))]
-        agreement[reference] = {"same": same, "share": round(same / len(answers), 4), "interval": interval}
-    return {"right": right, "accuracy": round(right / len(answers), 4), "agreement": agreement}
+    same = sum(answers[name] == answer for name, answer in reference.items())
+    interval = [round(end, 4) for end in wilson(same, len(answers))]
+    agreement = {"same": same, "agreement": round(same / len(answers), 4), "interval": interval}
+    return {"right": right, "accuracy": round(right / len(answers), 4), **agreement}
 
 
-def _bytes(folder: str | Path, dtype: Any) -> int:
+def _bytes(folder: str | Path, dtype: str) -> int:
+    """Returns the bytes of the weights; of the whole model as they would be in this dtype."""
     files = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    if dtype == "auto":
-        return files
     stored = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))["dtype"]
-    return files * dtype.itemsize // getattr(torch, stored).itemsize
+    widths = [getattr(torch, stored if name == "auto" else name).itemsize for name in (dtype, stored)]
+    return files * widths[0] // widths[1]
 
 
 def wilson(hits: int, of: int) -> tuple[float, float]:
@@ -120,14 +118,8 @@ def wilson(hits: int, of: int) -> tuple[float, float]:
 def shrink_table(result: dict[str, Any]) -> list[str]:
     """Returns a Markdown row for each model that was asked: bytes, accuracy, agreement and its 95 % interval."""
     return [
-        f"| {name} | {row['bytes'] / 1e6:.2f} MB | {100 * row['accuracy']:.1f} | "
-        + " | ".join(_percent(row["agreement"][reference]) for reference in HALF)
-        + " |"
+        f"| {name} | {row['bytes'] / 1e6:.2f} MB | {100 * row['accuracy']:.1f} | {100 * row['agreement']:.1f} | "
+        f"{100 * row['interval'][0]:.1f} to {100 * row['interval'][1]:.1f} |"
         for name, row in result["rows"].items()
         if "refused" not in row
     ]
-
-
-def _percent(agreement: dict[str, Any]) -> str:
-    low, high = agreement["interval"]
-    return f"{100 * agreement['share']:.1f} ({100 * low:.1f} to {100 * high:.1f})"
