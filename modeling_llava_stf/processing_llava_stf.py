@@ -44,6 +44,7 @@ MODEL_SETTINGS = ("patch_size", "fusion_window", "vision_feature_select_strategy
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Folders of version 0.1 have the chat template of training's stage 1, too, which begins like this.
 STAGE_1 = "{#- The conversation `plain` of the original's stage 1"
+PLAIN = Path(__file__).with_name("plain.jinja")  # that template; only the installed package has it
 ORIENTATION = PIL.ExifTags.Base.Orientation
 # A video file is read at this many frames per second, as in the original's evaluation.
 VIDEO_FPS = 1
@@ -338,15 +339,21 @@ class LlavaSTFProcessor(LlavaProcessor):
     ) -> Any:
         """Writes a conversation as a prompt (see [`ProcessorMixin.apply_chat_template`]).
 
+        Args:
+            chat_template: the text of a template, a name among the processor's templates, or "plain" for that of
+                training's stage 1, which the installed package has.
+
         Raises:
-            ValueError: if `chat_template` is a name that no template of the processor has, and would be the prompt.
+            ValueError: if it is a name that there is no template of, and would be the prompt.
         """
         named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
         if chat_template is not None and re.fullmatch(r"[\w.-]+", chat_template) and chat_template not in named:
-            raise ValueError(
-                f"The processor has no chat template {chat_template!r}: expected one of {', '.join(named)}, or a "
-                "template's text. That of training's stage 1, `plain`, is in the repository's training/plain.jinja."
-            )
+            if chat_template != "plain" or not PLAIN.exists():
+                raise ValueError(
+                    f"The processor has no chat template {chat_template!r}: expected one of {', '.join(named)}, or a "
+                    "template's text. That of training's stage 1, `plain`, comes with the installed package."
+                )
+            chat_template = PLAIN.read_text(encoding="utf-8")
         return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
 
     def check_settings(self) -> None:

@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
+from modeling_llava_stf.processing_llava_stf import PLAIN
 
 from .arguments import CONNECTOR, TOWER, LlavaSTFTrainingArguments, launched_processes
 from .batches import Collator
@@ -40,7 +41,6 @@ from .upstream import (
 )
 
 logger = logging.get_logger(__name__)
-PLAIN = Path(__file__).parent / "plain.jinja"  # the chat template of stage 1
 
 
 class LlavaSTFTrainer(SavingTrainer):

@@ -347,7 +347,7 @@ def test_a_second_chat_template_is_removed(hub, folder):
     """vLLM does not start with it; older folders have that of stage 1, and so have their repositories."""
     plain = folder / "additional_chat_templates" / "plain.jinja"
     plain.parent.mkdir()
-    shutil.copy(ROOT / "training" / "plain.jinja", plain)
+    shutil.copy(ROOT / "modeling_llava_stf" / "plain.jinja", plain)
     (problem,) = check(folder)
     assert problem.startswith(f"code: {plain.relative_to(folder)} is a second chat template, with which vLLM does not")
     publish(plan(freeze(folder, allow_code=[str(plain.relative_to(folder))]), TINY))

@@ -14,8 +14,8 @@ from PIL import Image
 from conversion.checkpoints.folders import TEMPLATES as CHAT_TEMPLATES
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFProcessor
+from modeling_llava_stf.processing_llava_stf import PLAIN
 
-PLAIN = Path(__file__).parents[2] / "training" / "plain.jinja"
 TEMPLATES = {
     "default": (CHAT_TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
     "plain": PLAIN.read_text(encoding="utf-8"),
@@ -168,10 +168,19 @@ def test_a_template_of_the_user_s_own_is_saved(old_folder, tmp_path):
     assert saved.chat_template == {"default": TEMPLATES["default"], "brief": "{{ messages }}"}
 
 
-def test_a_name_of_no_template_is_not_the_prompt(processor):
-    with pytest.raises(ValueError, match="no chat template 'plain': expected one of default, .* training/plain.jinja"):
-        processor.apply_chat_template([{"role": "user", "content": "Hi"}], chat_template="plain")
-    assert processor.apply_chat_template([{"role": "user", "content": "Hi"}], "{{ messages[0].content }}") == "Hi"
+def test_a_name_of_no_template_is_not_the_prompt(processor, monkeypatch):
+    question = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match="no chat template 'brief': expected one of default, .* the installed package"):
+        processor.apply_chat_template(question, chat_template="brief")
+    assert processor.apply_chat_template(question, "{{ messages[0].content }}") == "Hi"
+    monkeypatch.setattr("modeling_llava_stf.processing_llava_stf.PLAIN", Path("none"))  # as a checkpoint's own code
+    with pytest.raises(ValueError, match="no chat template 'plain'"):
+        processor.apply_chat_template(question, chat_template="plain")
+
+
+def test_the_installed_package_has_the_template_of_stage_1(processor):
+    caption = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "Hi"}]
+    assert processor.apply_chat_template(caption, chat_template="plain") == "<s><image>Hi\n"
 
 
 def test_generation_prompt(processor):
