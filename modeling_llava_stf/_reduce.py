@@ -69,7 +69,7 @@ def reduce_image_tokens(
 
     `model` is a LLaVA-STF or a stock LLaVA-1.5 of transformers, with any weights. The result is for one call of
     `model.generate(**result)` on a new conversation. Later turns on the same cache must pass `position_ids` (see
-    `docs/elastic.md`), because transformers would count the tokens of the cache, not their positions.
+    `docs/reduce.md`), because transformers would count the tokens of the cache, not their positions.
 
     Args:
         inputs: what the processor returned, with tensors. It stays as it is.
