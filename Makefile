@@ -6,7 +6,11 @@ PIP_FLAGS ?= --quiet
 VENV := .venv
 comma := ,
 FLOOR_VENV := .venv-floor
+SPACE_VENV := .venv-space
 MAIN_VENV := .venv-main
+SERVING_VENV := .venv-serving
+QUANTISE_VENV := .venv-quantise
+EVAL_VENV := .venv-eval
 # The oldest transformers that pyproject.toml allows.
 FLOOR_TRANSFORMERS := 5.16.1
 PYTEST := -m pytest tests -q -n 2 --dist loadfile
@@ -14,7 +18,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-main gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-export test-space test-serving test-eval test-main quantise-vllm gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -30,6 +34,12 @@ test: setup ## run the fast tests
 test-floor: $(FLOOR_VENV)/.stamp ## run the fast tests on the oldest supported transformers
 	$(FLOOR_VENV)/bin/python $(PYTEST) --ignore=tests/training # training needs a newer transformers
 
+# llm-compressor 0.14 brings an older transformers than constraints.txt has.
+quantise-vllm: ## make .venv-quantise, for examples/quantise_vllm.py
+	$(PYTHON) -m venv $(QUANTISE_VENV)
+	$(QUANTISE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt torch
+	$(QUANTISE_VENV)/bin/python -m pip install $(PIP_FLAGS) torch==$$($(QUANTISE_VENV)/bin/python -c 'import torch; print(torch.__version__)') llmcompressor==0.14.0.1
+
 MINUTES ?= 25
 
 gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the same command continues
@@ -38,7 +48,22 @@ gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the 
 # torchao prints warnings at every start of transformers, so it is kept out of the environments.
 test-torchao: setup ## run the tests of quantising, with torchao
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target .cache/torchao torchao
-	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py -q
+	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py tests/conversion/test_quantise.py -q
+
+test-export: setup ## run the tests of exporting, with the ONNX packages
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target .cache/export onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 onnx_ir ml_dtypes flatbuffers
+	PYTHONPATH=.cache/export $(VENV)/bin/python -m pytest tests/model/test_export.py -q
+
+# SCREENSHOT=FILE writes a picture of the page.
+test-space: $(SPACE_VENV)/.stamp ## drive the page of examples/space in a headless browser (apt-get install chromium)
+	PYTHONPATH=$(CURDIR) $(SPACE_VENV)/bin/python -m pytest tests/space -q --noconftest
+
+# The tests train adapters in .venv, because training needs a newer transformers than vLLM allows.
+test-serving: setup $(SERVING_VENV)/.stamp ## run the tests of serving, with vLLM's build for a CPU
+	$(SERVING_VENV)/bin/python -m pytest tests/serving -q -m serving
+
+test-eval: $(EVAL_VENV)/.stamp ## run the tests of evaluating, with lmms-eval
+	$(EVAL_VENV)/bin/python -m pytest tests/eval -q -m evaluating
 
 # pip says that pyproject.toml does not allow this version: that is the point.
 test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' main branch, of today
@@ -50,10 +75,9 @@ test-main: $(FLOOR_VENV)/constraints.txt ## run the fast tests on transformers' 
 
 MODEL := examples/shapes/model
 
-sync-model: setup ## copy the package's files and chat templates into the small model, and render its card
+sync-model: setup ## copy the package's files and chat template into the small model, and render its card
 	cp modeling_llava_stf/[a-z]*_llava_stf.py $(MODEL)
 	cp conversion/checkpoints/chat_templates/vicuna_v1.jinja $(MODEL)/chat_template.jinja
-	cp conversion/checkpoints/chat_templates/plain.jinja $(MODEL)/additional_chat_templates
 	$(VENV)/bin/python -c 'from examples.shapes.recipe import render_card; render_card("$(MODEL)")'
 
 lint: setup ## check style and types
@@ -66,7 +90,7 @@ format: setup ## rewrite the files in the project's style
 	$(VENV)/bin/ruff format
 
 clean: ## remove environments, caches and builds
-	rm -rf $(VENV) $(FLOOR_VENV) $(MAIN_VENV) build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-* build dist .cache .mypy_cache .pytest_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # $(call install,venv,constraints,extras,more requirements). torch goes first, so that no later step picks another build of it.
@@ -85,6 +109,28 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
 	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))
 
+$(SERVING_VENV)/.stamp: constraints-serving.txt
+	$(PYTHON) -m venv $(SERVING_VENV)
+	$(SERVING_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r $<
+	@touch $@
+
+# torch brings what its build needs; the package itself brings the entry point by which lmms-eval finds it.
+$(EVAL_VENV)/.stamp: pyproject.toml constraints-eval.txt
+	$(PYTHON) -m venv $(EVAL_VENV)
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints-eval.txt torch
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -r constraints-eval.txt
+	$(EVAL_VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps -e .
+	@touch $@
+
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)
 	grep -v '^transformers==' $< > $@
+
+# The package is not installed: a Space has only its requirements.
+$(SPACE_VENV)/.stamp: examples/space/requirements.txt constraints.txt
+	$(PYTHON) -m venv $(SPACE_VENV)
+	grep -v '^pillow==' constraints.txt > $(SPACE_VENV)/constraints.txt
+	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt torch
+	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt -r $< playwright==1.65.2 pytest
+	$(SPACE_VENV)/bin/python -m pip check
+	@touch $@

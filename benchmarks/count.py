@@ -3,6 +3,7 @@
 """Counts FLOPs, bytes and the roofline of LLaVA-STF and the stock LLaVA from their configs.
 
 python -m benchmarks count [CONFIG ...] [--text 50] [--answer 16] [--tflops 790] [--bandwidth 4.3]
+python -m benchmarks count stf-7b --max-soft-tokens 144 36 9 1    # by the tokens that a picture has
 python -m benchmarks count stf-7b --training [--mfu 0.4]    # memory and hours of training
 
 CONFIG is a checkpoint's folder, or one of the names below. One multiply-add is two FLOPs, attention is causal, the head
@@ -11,6 +12,7 @@ compute and memory traffic for each component. It leaves out norms, softmax, act
 """
 
 import argparse
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -70,8 +72,17 @@ class Part:
 def image_tokens(config: Config) -> int:
     """Returns the tokens of an image in the language model."""
     if isinstance(config, LlavaSTFConfig):
-        return config.tokens_per_image
+        return config.image_seq_length  # `with_budget` sets it
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
+def with_budget(config: LlavaSTFConfig, tokens: int) -> LlavaSTFConfig:
+    """Returns a copy of the config for pictures of `tokens` tokens; raises a `ValueError` if that is not allowed."""
+    if tokens not in config.allowed_token_budgets:
+        raise ValueError(f"A picture cannot have {tokens} tokens, expected one of {config.allowed_token_budgets}.")
+    config = copy.deepcopy(config)
+    config.image_seq_length = tokens
+    return config
 
 
 def vision_parts(config: Config) -> list[Part]:
@@ -97,9 +108,11 @@ def _fusion_parts(config: LlavaSTFConfig) -> list[Part]:
     layers = fusion.counted(config)
     parts = []
     for name, module in (("MBTF", "block_fusion"), ("STF", "spatial_fusion")):
-        inside = [layer for key, layer in layers.items() if key.startswith(module)]
-        flops = 2 * sum(layer.rows * layer.weights for layer in inside)
-        parts.append(Part(name, flops, sum(layer.weights for layer in inside)))
+        inside = {key: layer for key, layer in layers.items() if key.startswith(module)}
+        # Tokens are averaged before the last layer, which then has fewer rows.
+        rows = {key: image_tokens(config) if key == "spatial_fusion.linear_2" else inside[key].rows for key in inside}
+        flops = 2 * sum(rows[key] * layer.weights for key, layer in inside.items())
+        parts.append(Part(name, flops, sum(layer.weights for layer in inside.values())))
     return parts
 
 
@@ -202,6 +215,21 @@ def _sum(parts: list[Part], name: str) -> float:
     return sum(part.flops for part in parts if part.name == name)
 
 
+def read_all(names: list[str], budgets: list[int]) -> dict[str, Config]:
+    """Returns the configs by their names; LLaVA-STF's once for each number of tokens that it allows."""
+    configs: dict[str, Config] = {}
+    for name in names:
+        config = read(name)
+        if not (budgets and isinstance(config, LlavaSTFConfig)):
+            configs[name] = config
+            continue
+        try:
+            configs |= {f"{name}, {tokens} tokens": with_budget(config, tokens) for tokens in budgets}
+        except ValueError as error:
+            raise SystemExit(f"error: {name}: {error}") from error
+    return configs
+
+
 def read(name: str) -> Config:
     if name in NAMED:
         return NAMED[name]()
@@ -220,6 +248,9 @@ def main() -> None:
     parser.add_argument(
         "configs", nargs="*", default=["llava-1.5-7b", "stf-7b"], metavar="CONFIG", help=", ".join(NAMED)
     )
+    parser.add_argument(
+        "--max-soft-tokens", type=int, nargs="+", default=[], help="tokens of a picture, for LLaVA-STF (default: all)"
+    )
     parser.add_argument("--text", type=int, default=50, help="text tokens of the prompt (default: 50)")
     parser.add_argument("--answer", type=int, default=16, help="tokens of the answer (default: 16)")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="default: 1 8 32 128")
@@ -234,11 +265,11 @@ def main() -> None:
     )
     parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak in training (default: 0.4)")
     options = parser.parse_args()
+    configs = read_all(options.configs, options.max_soft_tokens)
     if options.training:
-        for name in options.configs:
-            print(f"{name}:\n\n" + "\n".join(training_needs.lines(read(name), options.mfu)) + "\n")
+        for name, config in configs.items():
+            print(f"{name}:\n\n" + "\n".join(training_needs.lines(config, options.mfu)) + "\n")
         return
-    configs = {name: read(name) for name in options.configs}
     print("| |" + "".join(f" {name} |" for name in configs))
     print("| --- |" + " --: |" * len(configs))
     for name, numbers in rows(configs, options):

@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from benchmarks import machine, output
+from benchmarks.reference import pooled
 from benchmarks.systems import EAGER, OURS, QUESTION, REFERENCE, System, cast, cropped, eager_systems
 from benchmarks.workloads import PLANS, SIZES
 
@@ -31,6 +32,7 @@ def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
     ours, reference = systems[OURS], systems[REFERENCE]
     pixels = ours.pictures(2)
     one, both = pixels[:1], torch.stack(ours.vision(pixels))
+    features = torch.stack(reference.vision(pixels))
     logits, tokens = greedy(ours, one)
     their_logits, their_tokens = greedy(reference, one)
     _, cached_tokens = greedy(ours, one, reuse=True)
@@ -38,11 +40,14 @@ def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
         "ours and reference, features of one picture: equal": torch.equal(
             torch.stack(ours.vision(one)), torch.stack(reference.vision(one))
         ),
-        "ours and reference, features of two pictures: error": error(both, torch.stack(reference.vision(pixels))),
+        "ours and reference, features of two pictures: error": error(both, features),
         "ours and reference, logits: error": error(logits, their_logits),
         "ours and reference, tokens: equal": torch.equal(tokens, their_tokens),
         "picture in a cache or not, tokens: equal": torch.equal(tokens, cached_tokens),
     }
+    for budget in ours.model.config.allowed_token_budgets[1:]:
+        few = torch.stack(ours.with_budget(budget).vision(pixels))
+        outcome[f"ours and reference, features of {budget} tokens: error"] = error(few, pooled(features, budget))
     cast(systems.values(), dtype)
     again, _ = greedy(ours, one.to(dtype), forced=tokens)
     outcome[f"ours, {str(dtype).removeprefix('torch.')} and float32, logits: cosine"] = cosine(again, logits)

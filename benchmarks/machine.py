@@ -92,13 +92,18 @@ def _status(field: str) -> int:
     return int(status.split(f"{field}:")[1].split()[0]) * 1024
 
 
+def best(kind: str, device: str, dtype: torch.dtype, product: int) -> float:
+    """Returns the peak of the device: `flops` or `bytes` a second."""
+    return best_flops(device, dtype, product) if kind == "flops" else best_bandwidth(device)
+
+
 def best_flops(device: str, dtype: torch.dtype, size: int) -> float:
-    """Returns the FLOP/s of the product of two square matrices, the best of ten."""
+    """Returns the FLOP/s of the product of two square matrices, the best of three."""
     factor = torch.randn(size, size, device=device, dtype=dtype)
-    return 2 * size**3 / min(seconds(device, lambda: factor @ factor) for _ in range(10))
+    return 2 * size**3 / min(seconds(device, lambda: factor @ factor) for _ in range(3))
 
 
 def best_bandwidth(device: str) -> float:
-    """Returns the bytes/s that a sum reads from memory, the best of ten."""
+    """Returns the bytes/s that a sum reads from memory, the best of three."""
     block = torch.ones(2**28 if device == "cpu" else 2**32, device=device, dtype=torch.int8).view(torch.float32)
-    return block.nbytes / min(seconds(device, block.sum) for _ in range(10))
+    return block.nbytes / min(seconds(device, block.sum) for _ in range(3))

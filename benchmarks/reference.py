@@ -6,6 +6,8 @@ It follows the method's description and uses the same weights. Every layer of th
 kept, pictures and frames are encoded one by one, and `unfold` makes the windows.
 """
 
+import math
+
 import torch
 from torch.nn import functional
 from transformers import CLIPVisionModel
@@ -16,6 +18,13 @@ from modeling_llava_stf import LlavaSTFForConditionalGeneration
 def share(source: torch.nn.Module, target: torch.nn.Module) -> None:
     """Lets `target` use the weights of `source`: both hold the same objects."""
     target.load_state_dict(source.state_dict(keep_vars=True), assign=True)
+
+
+def pooled(features: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Averages the tokens of pictures over square windows, as Matryoshka Multimodal Models do: (B, T, D)."""
+    side = math.isqrt(features.shape[1])
+    maps = features.transpose(1, 2).unflatten(2, (side, side))
+    return functional.avg_pool2d(maps, side // math.isqrt(tokens)).flatten(2).transpose(1, 2)
 
 
 class ReferenceVision:

@@ -84,12 +84,13 @@ def table(result: dict[str, Any]) -> Iterator[str]:
         runs = case["systems"]
         cells = [cell(runs.get(name)) for name in SYSTEMS]
         ratios = [verdict(runs, *pair) for pair in (*PAIRS, (REFERENCE, OURS))]
-        yield "| " + " | ".join([label(case), *cells, *ratios, share_of_peak(result, runs)]) + " |"
+        yield "| " + " | ".join([label(case), *cells, *ratios, share_of_peak(result, case)]) + " |"
 
 
 def label(case: dict[str, Any]) -> str:
     text = "" if case["text"] is None else f", {case['text']} tokens of text"
-    return f"{case['metric']}, batch {case['batch']}{text}"
+    budget = f", {case['budget']} of a picture" if "budget" in case else ""
+    return f"{case['metric']}, batch {case['batch']}{text}{budget}"
 
 
 def cell(run: dict[str, Any] | None) -> str:
@@ -133,13 +134,17 @@ def verdict(runs: dict[str, Any], baseline: str, ours: str) -> str:
     return f"{faster:.2f}x, slower" if gains(runs, ours, baseline) else f"{faster:.2f}x, no gain"
 
 
-def share_of_peak(result: dict[str, Any], runs: dict[str, Any]) -> str:
-    """Returns our fastest system's share of the peak: of the FLOP/s of a matrix product, or the bytes/s of a sum."""
+def share_of_peak(result: dict[str, Any], case: dict[str, Any]) -> str:
+    """Returns our fastest system's share of the peak: of the FLOP/s of a matrix product, or the bytes/s of a sum.
+
+    The peak is that of the row's own rounds; results before 0.2 have one for all rows.
+    """
+    peak = case["peak"] if "peak" in case else result["peak"]
     for name in (OURS_COMPILED, OURS):
-        run = runs.get(name, {})
+        run = case["systems"].get(name, {})
         for kind in ("flops", "bytes"):
             if kind in run and run["seconds"]:
-                return f"{run[kind] / median(run['seconds']) / result['peak'][kind]:.0%} {kind}"
+                return f"{run[kind] / median(run['seconds']) / peak[kind]:.0%} {kind}"
     return ""
 
 

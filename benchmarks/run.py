@@ -56,11 +56,17 @@ from modeling_llava_stf import LlavaSTFImageProcessor
 def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> dict[str, Any]:
     """Times the systems of a row in turns; records if the memory of the device is too small.
 
+    Each turn also measures the peak that the row is compared with: a machine is not equally fast at all times.
+
     Raises:
         RuntimeError: if a timed call compiled something, or a compiled system runs without its CUDA graphs.
     """
     runs: dict[str, dict[str, Any]] = {name: {"seconds": []} for name in case.systems}
+    peak: dict[str, float] = {}
     for turn in range(plan.rounds):
+        for kind, amount in (("flops", case.flops), ("bytes", case.bytes)):
+            if amount is not None:
+                peak[kind] = max(peak.get(kind, 0), machine.best(kind, device, plan.dtype, plan.product))
         for name, run in runs.items():
             if "error" in run:
                 continue
@@ -92,7 +98,8 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
         for kind, amount in (("flops", case.flops), ("bytes", case.bytes)):
             if amount is not None and name != REFERENCE:
                 run[kind] = amount(systems[name])
-    return {"metric": case.metric, "batch": case.batch, "text": case.text, "systems": runs}
+    found = {"metric": case.metric, "batch": case.batch, "text": case.text, "systems": runs, "peak": peak}
+    return found if case.budget is None else found | {"budget": case.budget}
 
 
 def turn_of(work: Work, plan: Plan, device: str) -> list[float]:
@@ -232,8 +239,6 @@ def run(
     size: str, plan: Plan, device: str, metrics: Sequence[str], kept: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Runs all parts, except the cases `kept` from a stopped run; each part is a field of the result."""
-    flops = machine.best_flops(device, plan.dtype, plan.product)
-    yield {"peak": {"flops": flops, "bytes": machine.best_bandwidth(device)}}
     systems = eager_systems(size, device)
     outcome = gate.eager(systems, plan.dtype)
     print(f"gate: {outcome}", flush=True)
@@ -253,20 +258,23 @@ def run(
     yield {"gate": outcome, "compiling": compiling}
     yield {"processor": processor_seconds(plan.rounds)}
     measured = list(kept)
-    done = {(case["metric"], case["batch"], case["text"]) for case in kept}
-    order = [(case.metric, case.batch, case.text) for case in cases(plan)]
-    todo = [c for c in cases(plan) if c.metric in metrics and (c.metric, c.batch, c.text) not in done]
+    done = {_key(case) for case in kept}
+    order = [case.key for case in cases(plan)]
+    todo = [case for case in cases(plan) if case.metric in metrics and case.key not in done]
     todo.sort(key=lambda case: not case.wanted_first)  # the run may be stopped here
     for position, case in enumerate(todo):
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)
-        yield {"cases": sorted(measured, key=lambda row: order.index((row["metric"], row["batch"], row["text"])))}
+        yield {"cases": sorted(measured, key=lambda row: order.index(_key(row)))}
+
+
+def _key(measured: dict[str, Any]) -> tuple:
+    return measured["metric"], measured["batch"], measured["text"], measured.get("budget")
 
 
 def _line(measured: dict[str, Any]) -> str:
-    text = "" if measured["text"] is None else f", {measured['text']} tokens of text"
     times = [
         f"{name} {run.get('error') or format(1e3 * median(run['seconds']), '.1f') + ' ms'}"
         for name, run in measured["systems"].items()
     ]
-    return f"{measured['metric']}, batch {measured['batch']}{text}: {', '.join(times)}"
+    return f"{report.label(measured)}: {', '.join(times)}"

@@ -8,7 +8,7 @@ compiled stock and package's models. All share the weights of tower and language
 
 import copy
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -38,11 +38,15 @@ EAGER = {STOCK_COMPILED: STOCK, OURS_COMPILED: OURS}  # eager system of each com
 
 @dataclass
 class System:
-    """Runs the method or the stock model. `model` holds the language model; `vision` returns B x (T, D)."""
+    """Runs the method or the stock model. `model` holds the language model; `vision` returns B x (T, D).
+
+    `budget` is the number of tokens of a picture if it is not all of them.
+    """
 
     name: str
     model: Any
     vision: Callable[[torch.Tensor], list[torch.Tensor]]
+    budget: int | None = None
 
     @property
     def compiled(self) -> bool:
@@ -53,8 +57,18 @@ class System:
         return self.vision.tower if isinstance(self.vision, ReferenceVision) else self.model.model.vision_tower
 
     @property
+    def config(self) -> count.Config:
+        return self.model.config if self.budget is None else count.with_budget(self.model.config, self.budget)
+
+    @property
     def image_tokens(self) -> int:
-        return count.image_tokens(self.model.config)
+        return count.image_tokens(self.config)
+
+    def with_budget(self, tokens: int) -> "System":
+        """Returns the same system with `tokens` tokens a picture; the stock model has no budgets."""
+        if not isinstance(self.model.config, LlavaSTFConfig):
+            return self
+        return replace(self, vision=_features(self.model, tokens), budget=tokens)
 
     def prompt(self, batch: int, text: int) -> torch.Tensor:
         """Returns token ids of a picture and `text` tokens, (batch, T + text)."""
@@ -157,6 +171,8 @@ def configs(size: str) -> tuple[LlavaConfig, LlavaSTFConfig]:
                 patch_size=14,
             )
         config.image_token_id = text.vocab_size - 1
+    ours.image_seq_length = ours.tokens_per_image
+    ours.token_budgets = ours.allowed_token_budgets  # random weights were trained for none
     return stock, ours
 
 
@@ -189,8 +205,12 @@ def _build(kind: type, config: Any, device: str) -> Any:
     return model.eval()
 
 
-def _features(model: Any) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    return lambda pixels: model.model.get_image_features(pixels, return_dict=True).pooler_output
+def _features(model: Any, budget: int | None = None) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    def features(pixels: torch.Tensor) -> list[torch.Tensor]:
+        budgets = {} if budget is None else {"image_tokens": [budget] * len(pixels)}
+        return model.model.get_image_features(pixels, return_dict=True, **budgets).pooler_output
+
+    return features
 
 
 def compile_system(system: System, name: str, **options: Any) -> System:

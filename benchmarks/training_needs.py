@@ -14,7 +14,16 @@ from typing import Any
 
 import yaml
 
-from benchmarks.count import Config, decoder_weights, head_weights, image_tokens, training_flops, vision_parts
+from benchmarks.count import (
+    Config,
+    decoder_weights,
+    head_weights,
+    image_tokens,
+    training_flops,
+    vision_parts,
+    with_budget,
+)
+from modeling_llava_stf import LlavaSTFConfig
 
 RECIPES = Path(__file__).resolve().parents[1] / "training" / "recipes"
 # Dense bfloat16 TFLOP/s and GB of memory, from the vendor.
@@ -104,8 +113,28 @@ def hours(config: Config, stage: str, tflops: float, devices: int, mfu: float) -
     return rows * training_flops(config, text, stage == "stage 2") / (devices * tflops * 1e12 * mfu) / 3600
 
 
+def elastic_lines(config: LlavaSTFConfig, sizes: list[int]) -> Iterator[str]:
+    """Yields a Markdown table of what the modes of `token_budgets` take in stage 2, beside one number of tokens."""
+    settings, text, way = recipe("finetune_elastic"), STAGES["stage 2"][1], WAYS[-1]
+    rows = settings["per_device_train_batch_size"]
+    each = [with_budget(config, size) for size in sizes]
+    flops = [training_flops(one, text, True) for one in each]
+    kept = [activations(one, text, way.residual) for one in each]
+    alone = memory(each[0], way, 8, text)
+    modes = {
+        f"{sizes[0]} only": (sizes[0] + text, flops[0], alone),
+        "`sample`": (sum(sizes) / len(sizes) + text, sum(flops) / len(flops), alone),
+        "`all`": (sum(sizes) + len(sizes) * text, sum(flops), alone + rows * (sum(kept) - kept[0])),
+    }
+    ladder = ", ".join(map(str, sizes))
+    yield f"| stage 2, tokens of a picture: {ladder} | tokens of a row | time | GB on each of 8 GPUs |"
+    yield "| --- | --: | --: | --: |"
+    for name, (tokens, work, needed) in modes.items():
+        yield f"| {name} | {tokens:.0f} | {work / flops[0]:.2f} | {needed / 1e9:.0f} |"
+
+
 def lines(config: Config, mfu: float) -> Iterator[str]:
-    """Yields two Markdown tables: GB on each GPU by way and number of GPUs, and hours by GPU."""
+    """Yields Markdown tables: GB on each GPU by way and number of GPUs, hours by GPU, and token budgets."""
     text, counts = STAGES["stage 2"][1], (1, 4, 8)
     yield f"| GB on each GPU | rows on each GPU | {' | '.join(f'{n} GPU(s)' for n in counts)} |"
     yield "| --- | --: |" + " --: |" * len(counts)
@@ -121,3 +150,7 @@ def lines(config: Config, mfu: float) -> Iterator[str]:
     for name, (tflops, size) in GPUS.items():
         numbers = [hours(config, stage, tflops, n, mfu) for stage, n in columns]
         yield f"| {name} | {size} | {' | '.join(f'{number:.1f}' for number in numbers)} |"
+    sizes = recipe("finetune_elastic")["token_budgets"]
+    if isinstance(config, LlavaSTFConfig) and {*sizes} <= {*config.allowed_token_budgets}:
+        yield ""
+        yield from elastic_lines(config, sizes)

@@ -3,7 +3,7 @@
 """Defines what `benchmarks run` times: the work of each row, its repetitions, its FLOPs and its bytes."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -23,6 +23,7 @@ from benchmarks.systems import (
 )
 
 METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question", "second answer")
+METRICS += ("prefill by budget", "first token by budget")
 SIZES = {"cpu": "slice", "cuda": "7b"}  # by device
 Work = Callable[[], object]
 
@@ -42,6 +43,7 @@ class Plan:
     batches: tuple[int, ...]
     decode_batches: tuple[int, ...]
     compiled_batches: tuple[int, ...]
+    budgets: tuple[int, ...]  # tokens of a picture, beside all of them
     compile_options: dict[str, str]
 
     def compiled(self, batch: int, text: int = QUESTION) -> bool:
@@ -61,6 +63,7 @@ PLANS = {
         batches=(1, 2),
         decode_batches=(1, 2),
         compiled_batches=(1,),
+        budgets=(1,),
         compile_options={"backend": "eager"},
     ),
     "slice": Plan(
@@ -75,6 +78,7 @@ PLANS = {
         batches=(1, 4),
         decode_batches=(1, 8, 32, 128),
         compiled_batches=(1,),
+        budgets=(36, 9, 1),
         compile_options={},
     ),
     "7b": Plan(
@@ -89,6 +93,7 @@ PLANS = {
         batches=(1, 8, 32),
         decode_batches=(1, 8, 32, 128),
         compiled_batches=(1, 8, 32, 128),
+        budgets=(36, 9, 1),
         compile_options={"mode": "reduce-overhead"},
     ),
 }
@@ -105,6 +110,11 @@ class Case:
     prepare: Callable[[System], Work]
     flops: Callable[[System], float] | None = None
     bytes: Callable[[System], float] | None = None
+    budget: int | None = None  # tokens of a picture in our systems, if not all
+
+    @property
+    def key(self) -> tuple:
+        return self.metric, self.batch, self.text, self.budget
 
     @property
     def wanted_first(self) -> bool:
@@ -136,6 +146,23 @@ def cases(plan: Plan) -> Iterator[Case]:
         yield Case("second question", batch, QUESTION, systems(both, batch), partial(second_question, batch=batch))
     for batch in plan.batches:
         yield Case("second answer", batch, QUESTION, systems(both, batch), partial(second_answer, batch=batch))
+    for budget in plan.budgets:
+        work, flops = partial(prefill, batch=1, text=QUESTION), prefill_flops(1, QUESTION)
+        yield by_budget(Case("prefill by budget", 1, QUESTION, systems(both, 1), work, flops), budget)
+    for budget in plan.budgets:
+        work, flops = partial(first_token, batch=1, text=QUESTION), first_token_flops(1, QUESTION)
+        yield by_budget(Case("first token by budget", 1, QUESTION, systems(both, 1), work, flops), budget)
+
+
+def by_budget(case: Case, tokens: int) -> Case:
+    """Returns the case with pictures of `tokens` tokens in our systems."""
+    prepare, flops = case.prepare, case.flops
+    return replace(
+        case,
+        prepare=lambda system: prepare(system.with_budget(tokens)),
+        flops=flops and (lambda system: flops(system.with_budget(tokens))),
+        budget=tokens,
+    )
 
 
 # The work
@@ -196,20 +223,20 @@ def second_answer(system: System, batch: int) -> Work:
 
 
 def vision_flops(batch: int) -> Callable[[System], float]:
-    return lambda system: batch * sum(part.flops for part in count.vision_parts(system.model.config))
+    return lambda system: batch * sum(part.flops for part in count.vision_parts(system.config))
 
 
 def prefill_flops(batch: int, text: int) -> Callable[[System], float]:
-    return lambda system: batch * count.prefill(system.model.config, text).flops
+    return lambda system: batch * count.prefill(system.config, text).flops
 
 
 def first_token_flops(batch: int, text: int) -> Callable[[System], float]:
-    return lambda system: batch * sum(part.flops for part in count.first_token(system.model.config, text))
+    return lambda system: batch * sum(part.flops for part in count.first_token(system.config, text))
 
 
 def step_bytes(batch: int) -> Callable[[System], float]:
     def of(system: System) -> float:
-        config = system.model.config
+        config = system.config
         weights = count.decoder_weights(config) + count.head_weights(config)
         return weights * count.BYTES + batch * count.cache_bytes(config, QUESTION + ANSWER // 2)
 

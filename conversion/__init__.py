@@ -8,5 +8,6 @@ python -m conversion --help
 from .back import convert_back
 from .convert import convert
 from .keys import ConversionError, to_hub, to_original
+from .quantise import quantise
 
-__all__ = ["ConversionError", "convert", "convert_back", "to_hub", "to_original"]
+__all__ = ["ConversionError", "convert", "convert_back", "quantise", "to_hub", "to_original"]

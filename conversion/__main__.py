@@ -6,6 +6,7 @@ python -m conversion SOURCE DESTINATION                        a full fine-tune
 python -m conversion SOURCE DESTINATION --base VICUNA          a stage-1 projector or a LoRA run (merged)
 python -m conversion SOURCE DESTINATION --init-fusion          a plain LLaVA-1.5 or Vicuna, to begin a training
 python -m conversion OURS DESTINATION --to-original --vision-tower CLIP
+python -m conversion quantise OURS DESTINATION --scheme int8   8 or 4 bit for the language model (quantise --help)
 
 SOURCE is a folder or a Hub id; what it holds is told from its files. DESTINATION appears complete or not at all.
 """
@@ -17,12 +18,24 @@ import sys
 import torch
 
 from . import ConversionError, convert, convert_back
+from .quantise import SCHEMES, quantise
 
 WAY_BACK = inspect.signature(convert_back).parameters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def main() -> int:
+    try:
+        return _quantise(sys.argv[2:]) if sys.argv[1:2] == ["quantise"] else _convert()
+    except (ConversionError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        return 130
+
+
+def _convert() -> int:
     parser = _parser()
     arguments = vars(parser.parse_args())
     if arguments["dtype"] is not None:
@@ -32,16 +45,24 @@ def main() -> int:
         for name in [name for name in arguments if name not in WAY_BACK]:
             if arguments.pop(name) != parser.get_default(name):
                 parser.error(f"--to-original does not go with --{name.replace('_', '-')}")
-    try:
-        folder = (convert_back if way_back else convert)(**arguments)
-    except (ConversionError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
-        return 130
+    folder = (convert_back if way_back else convert)(**arguments)
     if not arguments["dry_run"]:
         print(f"wrote {folder}")
+    return 0
+
+
+def _quantise(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m conversion quantise",
+        description="Quantise the language model; vision tower, fusion modules and head stay in 16 bit.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of one of our checkpoints")
+    parser.add_argument("destination", metavar="DESTINATION", help="folder to write; must not exist, or be empty")
+    parser.add_argument("--scheme", choices=SCHEMES, required=True)
+    parser.add_argument("--revision", help="branch, tag or commit of SOURCE, if that is a Hub id")
+    parser.add_argument("--subfolder", help="folder of a Hub id that holds several checkpoints")
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of SOURCE, for the card (default: as its card says)")
+    print(f"wrote {quantise(**vars(parser.parse_args(words)))}")
     return 0
 
 

@@ -14,7 +14,6 @@ from transformers import LlamaConfig, PreTrainedConfig
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor
 
 from .checkpoints.folders import (
-    ADAPTER_CONFIG_FILE,
     ORIGINAL_CONFIG_FILE,
     TEMPLATES,
     complete_or_absent,
@@ -25,9 +24,9 @@ from .config import (
     INNER_TAPS,
     build_image_processor,
     build_text_config,
-    built,
     context_length,
     preprocessor_file,
+    read_our_config,
     read_vision_config,
 )
 from .keys import TOWER_PREFIX, ConversionError, to_original
@@ -138,19 +137,11 @@ def _fetch_named(option: str, name: str | Path | None, revision: str | None) -> 
 
 
 def _read_config(folder: Path) -> LlavaSTFConfig:
-    if (folder / ADAPTER_CONFIG_FILE).exists():
-        raise ConversionError(f"{folder} is an adapter: merge it with its base first (python -m training merge).")
-    place = folder / "config.json"
-    settings = read_json(place)
-    if settings.get("model_type") != LlavaSTFConfig.model_type:
-        raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
-    if settings.get("quantization_config"):
-        raise ConversionError(f"{place}: the weights are quantised (`quantization_config`), expected whole ones.")
-    config = built(LlavaSTFConfig.from_pretrained, place, pretrained_model_name_or_path=folder)
+    config = read_our_config(folder)
     if config.projector_hidden_act != "gelu":
         raise ConversionError(
-            f"{place}: `projector_hidden_act` is {config.projector_hidden_act!r}, expected 'gelu' (`mlp2x_gelu`): the "
-            "original's code has no other."
+            f"{folder / 'config.json'}: `projector_hidden_act` is {config.projector_hidden_act!r}, expected 'gelu' "
+            "(`mlp2x_gelu`): the original's code has no other."
         )
     return config
 

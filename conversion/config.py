@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, PreTra
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor, LlavaSTFProcessor
 
-from .checkpoints.folders import TEMPLATES
+from .checkpoints.folders import ADAPTER_CONFIG_FILE, TEMPLATES
 from .checkpoints.weights import Weights, matrix, read_json, section
 from .fusion import MBTF, read_off
 from .keys import ConversionError
@@ -194,6 +194,23 @@ def _known_fields(config_class: type[PreTrainedConfig], values: dict[str, Any]) 
     return {name: values[name] for name in config_class().to_dict() if name in values and name not in common}
 
 
+def read_our_config(folder: Path) -> LlavaSTFConfig:
+    """Reads the config of one of our checkpoints, whose weights are whole.
+
+    Raises:
+        ConversionError: if the folder holds an adapter, another model or quantised weights.
+    """
+    if (folder / ADAPTER_CONFIG_FILE).exists():
+        raise ConversionError(f"{folder} is an adapter: merge it with its base first (python -m training merge).")
+    place = folder / "config.json"
+    settings = read_json(place)
+    if settings.get("model_type") != LlavaSTFConfig.model_type:
+        raise ConversionError(f"{folder} is a {settings.get('model_type')!r} model, expected a converted LLaVA-STF.")
+    if settings.get("quantization_config"):
+        raise ConversionError(f"{place}: the weights are quantised (`quantization_config`), expected whole ones.")
+    return built(LlavaSTFConfig.from_pretrained, place, pretrained_model_name_or_path=folder)
+
+
 def built(make: Callable[..., Made], place: Path | str, **fields: Any) -> Made:
     """What `make` makes of fields; what transformers finds wrong with them becomes a [`ConversionError`]."""
     try:
@@ -232,17 +249,14 @@ def build_image_processor(
 def build_processor(
     config: LlavaSTFConfig, image_processor: LlavaSTFImageProcessor, tokenizer: PreTrainedTokenizerFast
 ) -> LlavaSTFProcessor:
-    """The processor with the templates of chats and of stage 1."""
+    """The processor with the chat template: the only one, since vLLM does not start if there are several."""
     return LlavaSTFProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=config.vision_config.patch_size,
         fusion_window=config.fusion_window,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
-        chat_template={
-            "default": (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
-            "plain": (TEMPLATES / "plain.jinja").read_text(encoding="utf-8"),
-        },
+        chat_template=(TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
     )
 
 

@@ -14,6 +14,8 @@ from .checkpoints.weights import read_json
 from .keys import ConversionError
 from .options import Options
 
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
 
 @dataclass(frozen=True)
 class Places:
@@ -75,15 +77,29 @@ def locate(source: str | Path, options: Options) -> Places:
     return Places(run, fetch(options.base, revision), options)
 
 
-def fetch(name: str | Path, revision: str | None = None, subfolder: str | None = None, weights: bool = True) -> Path:
-    """A local folder as it is, or the files of a Hub repository, downloaded (without weights, where not needed)."""
+def fetch(
+    name: str | Path,
+    revision: str | None = None,
+    subfolder: str | None = None,
+    weights: bool = True,
+    also: tuple[str, ...] = (),
+) -> Path:
+    """A local folder as it is, or the files of a Hub repository, downloaded.
+
+    Args:
+        name: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        subfolder: folder in it.
+        weights: whether the weights are needed.
+        also: patterns of other files that are needed.
+    """
     folder = Path(name)
     if folder.is_dir() and revision is not None:
         raise ConversionError(f"{folder} is a folder here, which has no revision {revision!r}: leave it out.")
     if not folder.is_dir():
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        if not HUB_ID.fullmatch(str(name)):
             raise ConversionError(f"{str(name)!r} is neither a folder here nor the id of a Hub repository.")
-        patterns = ["*.json", "*.model", *(["*.bin", "*.safetensors"] if weights else [])]
+        patterns = ["*.json", "*.model", *(["*.bin", "*.safetensors"] if weights else []), *also]
         if subfolder:
             patterns = [f"{subfolder}/{pattern}" for pattern in patterns]
         try:

@@ -27,8 +27,8 @@ class RayCaptioner:
     """An actor: files as Ray reads them in, answers out; a broken picture is a row with an error."""
 
     def __init__(self, model: str, prompt: str, max_new_tokens: int):
-        network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto")
-        network = network.to("cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device)
         self.prompt = prompt
         self.captioner = Captioner(LlavaSTFProcessor.from_pretrained(model), network, max_new_tokens)
 

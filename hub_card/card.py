@@ -7,7 +7,7 @@ import math
 import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
-from conversion.checkpoints.folders import name_auto_class
+from conversion.checkpoints.folders import QUANTISATION_FILE, name_auto_class
 from conversion.checkpoints.weights import Weights, read_file, read_folder
 from conversion.fusion import token_grid
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
@@ -34,7 +34,12 @@ LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FIRST_TAG = "v1"
 # What loads weights that were quantised by each of the ways that the card shows.
-QUANTISERS = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "optimum-quanto"}
+QUANTISERS = {
+    "bitsandbytes": "bitsandbytes",
+    "torchao": "torchao",
+    "quanto": "optimum-quanto",
+    "compressed-tensors": "compressed-tensors",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +71,7 @@ class Card:
     base: str = ""  # for an adapter
     base_revision: str = ""
     quantisation: str = ""
+    quantised: dict[str, Any] = field(default_factory=dict)  # how, by `python -m conversion quantise`
     converted: bool = False
     evaluations: tuple[Evaluation, ...] = ()
     speeds: tuple[Speed, ...] = ()
@@ -83,7 +89,9 @@ class Card:
 
     @property
     def base_model(self) -> list[str]:
-        return [self.base] if self.base else list(self.facts.base_model)
+        if self.base:
+            return [self.base]
+        return list(self.facts.base_model) or list(filter(None, [self.quantised.get("base_model")]))
 
     def is_of_base(self, evaluation: Evaluation) -> bool:
         """Returns whether these results are those of the base, whose weights differ from this model's."""
@@ -185,7 +193,12 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
 def _about_model(folder: Path) -> dict[str, Any]:
     config = LlavaSTFConfig.from_pretrained(folder)
     quantisation = getattr(config, "quantization_config", None) or {}
-    return {"config": config, "quantisation": quantisation.get("quant_method", "")}
+    made = folder / QUANTISATION_FILE
+    return {
+        "config": config,
+        "quantisation": quantisation.get("quant_method", ""),
+        "quantised": read_object(made) if made.exists() else {},
+    }
 
 
 def count_parameters(weights: Weights, about: dict[str, Any]) -> int:

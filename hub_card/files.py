@@ -32,7 +32,7 @@ TEMPLATES = "additional_chat_templates/"
 ALLOWED = (
     (r"README\.md|(LICENSE|NOTICE)(\.md|\.txt)?|merges\.txt", "text"),
     (
-        r"(config|generation_config|original_config|adapter_config|((video_)?pre)?processor_config|tokenizer|"
+        r"(config|generation_config|original_config|quantisation|adapter_config|((video_)?pre)?processor_config|tokenizer|"
         r"tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|model\.safetensors\.index)\.json",
         "JSON",
     ),
@@ -56,7 +56,10 @@ PICKLE_SUFFIXES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".joblib",
 LEFT_OUT = (
     (r"\..*|__pycache__/", "hidden"),
     (r"(runs|logs|wandb|mlruns|lightning_logs|completions)/", "logs of a run"),
-    (r"events\.out\.tfevents.*|.*\.log|log_[\w-]+\.json|((all|train|eval)_results|evaluation)\.json", "logs of a run"),
+    (
+        r"events\.out\.tfevents.*|.*\.log|log_[\w-]+\.json|((all|train|eval)_results|evaluation|lmms_eval)\.json",
+        "logs of a run",
+    ),
     (r".*(~|\.(bak|orig|rej|swp|swo|tmp|old))|#.*#", "left by an editor"),
     (
         r"(trainer_state|training_run)\.json|training_args\.(bin|json)|curves\.png|"
@@ -256,14 +259,20 @@ def _copy(frozen: Frozen, name: str, kind: str, file: BinaryIO) -> str:
         frozen.foreign.append(name)
     if name in frozen.allow_code:
         return ""
+    if name.startswith(TEMPLATES):
+        return (
+            f"code: {shown(name)} is a second chat template, with which vLLM does not start; remove it (training has a "
+            f"`plain` of its own), or say --allow-code {shown(name)}"
+        )
     return f"code: {shown(name)} differs from this package's; look at it, and say --allow-code {shown(name)}"
 
 
 @cache
 def own_code(name: str) -> list[bytes]:
-    """Returns this package's content for a file of code: the file of that name, or all chat templates."""
+    """Returns this package's content for a file of code: the file of that name, or the chat template."""
     package = [ROOT / "modeling_llava_stf" / name] if re.fullmatch(r"\w+_llava_stf\.py", name) else []
-    templates = CHAT_TEMPLATES.glob("*.jinja") if name.endswith(".jinja") else []
+    is_template = name.endswith(".jinja") and not name.startswith(TEMPLATES)
+    templates = CHAT_TEMPLATES.glob("*.jinja") if is_template else []
     return [path.read_bytes() for path in (*package, *templates) if path.is_file()]
 
 

@@ -15,10 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from .card import CARD_FILE
-from .files import Frozen, freeze, shown
+from .files import TEMPLATES, Frozen, freeze, shown
 from .snippet import named_in, snippet_of
 
-# Old weights in the same folder might be loaded instead of the new ones.
+# Old weights in the same folder might be loaded instead of the new ones; vLLM does not start with a second template.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 TRY_AGAIN = "Run the same command again: what has arrived is not sent twice."
 
@@ -103,7 +103,7 @@ def publish(upload: Upload) -> str:
     """Creates the repository, uploads in one commit, tags the commit, and adds the repository to the collection.
 
     Nothing is visible before the commit. A repeated call uploads only what is missing, and makes no commit if nothing
-    is. The same commit deletes weights on the branch that the folder does not have.
+    is. The same commit deletes weights and named chat templates on the branch that the folder does not have.
 
     Returns:
         The URL of the commit or of the pull request.
@@ -154,10 +154,10 @@ def publish(upload: Upload) -> str:
 
 
 def _operations(api: HfApi, upload: Upload) -> list[CommitOperationAdd | CommitOperationDelete]:
-    """Adds all files (huggingface_hub skips unchanged ones) and deletes the weights of an earlier upload."""
+    """Adds all files (huggingface_hub skips unchanged ones) and deletes what must not stay of an earlier upload."""
     names = upload.frozen.files.keys()
     there = api.list_repo_files(upload.repo_id, revision=upload.revision)
-    old = [name for name in there if name not in names and name.endswith(WEIGHT_SUFFIXES)]
+    old = [name for name in there if name not in names and _would_act(name)]
     return [
         *(CommitOperationAdd(name, str(upload.frozen.folder / name)) for name in sorted(names)),
         *(CommitOperationDelete(name) for name in old),
@@ -183,8 +183,13 @@ def _same_files(api: HfApi, upload: Upload) -> bool:
     """Returns whether the tag has the frozen files, by their checksums."""
     found = api.verify_repo_checksums(upload.repo_id, revision=upload.tag, local_dir=upload.frozen.folder)
     new = upload.frozen.files.keys() & set(found.extra_paths)
-    old = [path for path in found.missing_paths if path.endswith(WEIGHT_SUFFIXES)]
+    old = [path for path in found.missing_paths if _would_act(path)]
     return not (found.mismatches or new or old)
+
+
+def _would_act(name: str) -> bool:
+    """Returns whether a file of an earlier upload would change what is loaded from the new one."""
+    return name.endswith(WEIGHT_SUFFIXES) or name.startswith(TEMPLATES)
 
 
 @contextmanager

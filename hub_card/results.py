@@ -25,6 +25,8 @@ REPEATS = ("_expected_accuracy", "_consensus_accuracy", "_internal_variance", "_
 NO_METRICS = ("alias", "samples")
 # These `model_args` may name the model; the first one counts, so that an adapter comes before its base.
 MODEL_ARGUMENTS = ("peft", "delta", "pretrained", "model", "model_version", "model_name", "model_id", "path", "engine")
+# These `model_args` are left out of the command on a card: they are secrets, or paths and addresses of one machine.
+PRIVATE = re.compile(r"key|token|secret|password", re.IGNORECASE)
 # Those with which weights are evaluated that are not exactly the published ones.
 WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "load_in_8bit", "load_in_4bit", "quantization")
 
@@ -58,7 +60,7 @@ class Score:
     def errors(self) -> str:
         """Returns the standard errors as text."""
         errors = {"": self.error, "CLT ": self.error_clt, "clustered ": self.error_clustered}
-        return ", ".join(f"{kind}{error:.4g}" for kind, error in errors.items() if error is not None)
+        return ", ".join(f"{kind}± {error:.4g}" for kind, error in errors.items() if error is not None)
 
 
 @dataclass(frozen=True)
@@ -217,28 +219,56 @@ def _unquoted(value: Any) -> str:
 def _conditions(content: dict[str, Any], settings: dict[str, Any], arguments: dict[str, str]) -> Iterator[str]:
     limit = _number(settings.get("limit")) or -1  # -1 means all
     versions = {task: number for task, number in _object(content, "versions", {}).items() if is_number(number)}
-    yield f"model class `{settings['model']}`"
+    yield f"`{_command(content, settings, arguments)}`"
     if arguments.get("revision"):
         yield f"revision `{arguments['revision']}`"
     for name in WEIGHT_ARGUMENTS:
         if arguments.get(name) and arguments[name] not in ("False", "auto"):
             yield f"{name} `{arguments[name]}`"
-    if settings.get("batch_size"):
-        yield f"batch size {settings['batch_size']}"
     if limit >= 1:
         yield f"ONLY THE FIRST {limit} SAMPLES of each task"
     elif limit > 0:
         yield f"ONLY THE FIRST {100 * limit:g} % OF THE SAMPLES of each task"
     if _number(settings.get("offset")):
         yield f"BEGINNING AT SAMPLE {settings['offset']} of each task"
-    if settings.get("gen_kwargs"):
-        yield f"generation settings `{settings['gen_kwargs']}`"
     if versions:
         yield "versions of the tasks " + ", ".join(f"{task} {number}" for task, number in versions.items())
     if content.get("git_hash"):
         yield f"commit {content['git_hash']} of the evaluating repository"
     if content.get("date"):
         yield f"date {content['date']}"
+
+
+def _command(content: dict[str, Any], settings: dict[str, Any], arguments: dict[str, str]) -> str:
+    """Returns the command that measured, without what is private or belongs to one machine."""
+    shown = [
+        f"{name}={value}"
+        for name, value in arguments.items()
+        if not PRIVATE.search(name) and ("/" not in value or HUB_ID.fullmatch(value))
+    ]
+    said = _object(settings, "resolved_cli_args", {})  # since lmms-eval 0.7
+    groups = _object(content, "group_subtasks", {}).values()
+    members = [task for tasks in groups if isinstance(tasks, list) for task in tasks]
+    options = {
+        "model": settings["model"],
+        "model_args": ",".join(shown),
+        "tasks": said.get("tasks") or ",".join(task for task in content["results"] if task not in members),
+        "include_path": "TASKS" if said.get("include_path") else None,
+        "batch_size": settings.get("batch_size"),
+        "limit": _number(settings.get("limit")),
+        "gen_kwargs": settings.get("gen_kwargs"),
+        "num_fewshot": said.get("num_fewshot"),
+        "offset": said.get("offset") or None,
+        "repeats": said.get("repeats") if said.get("repeats") != 1 else None,
+    }
+    if isinstance(options["gen_kwargs"], dict):
+        options["gen_kwargs"] = ",".join(f"{name}={value}" for name, value in options["gen_kwargs"].items())
+    given = [
+        f"--{name} {f'{value:g}' if isinstance(value, float) else value}"
+        for name, value in options.items()
+        if value not in (None, "", -1)
+    ]
+    return " ".join(["python -m lmms_eval", *given])
 
 
 def _task_scores(task: str, content: dict[str, Any]) -> Iterator[Score | str]:

@@ -15,6 +15,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from ._ask_many import PictureCache, ask_many, generate_many
+from ._reduce import reduce_image_tokens, suggest_budgets
 from .configuration_llava_stf import LlavaSTFConfig
 from .modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFModel, LlavaSTFPreTrainedModel
 from .processing_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
@@ -45,4 +46,6 @@ __all__ = [
     "PictureCache",
     "ask_many",
     "generate_many",
+    "reduce_image_tokens",
+    "suggest_budgets",
 ]

@@ -1,9 +1,10 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Asks a LLaVA-STF model about a picture.
+"""Asks a LLaVA-STF model about pictures, and serves it.
 
 python -m modeling_llava_stf ask IMAGE "question" [--model DIR_OR_HUB_ID] [--revision COMMIT]
 python -m modeling_llava_stf caption INPUT OUTPUT [--model DIR_OR_HUB_ID] [--prompt "question"] [--shard I/N]
+python -m modeling_llava_stf serve DIR_OR_HUB_ID [options of `transformers serve`]
 python -m modeling_llava_stf demo
 """
 
@@ -15,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import typer
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from jinja2 import TemplateError
 from transformers.utils import logging
+from transformers.utils.import_utils import is_serve_available
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, _bulk
-from ._folder import check_folder, check_weights
+from ._folder import checked_config, load_checkpoint
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
-# These options of the image processor change what the model sees; the original has neither.
-IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background")
+# These options of the image processor change what the model sees; the original has none of them.
+IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background", "max_soft_tokens")
 
 
 def main() -> int:
@@ -40,16 +43,19 @@ def main() -> int:
             return demo()
         if arguments.command == "caption":
             return caption(arguments)
+        if arguments.command == "serve":
+            return serve(arguments.model, arguments.options)
         return ask(
             arguments.image,
             arguments.question,
             arguments.model,
             arguments.revision,
             arguments.max_new_tokens,
-            {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None},
+            _image_options(arguments),
         )
     except TemplateError as error:
-        return _refused(f"The model's chat template cannot be used: {error}")
+        refuses = type(error) is TemplateError  # that is what a template raises itself
+        return _refused(f"The model's chat template {'refuses this' if refuses else 'cannot be used'}: {error}")
     except (OSError, ValueError, StrictDataclassError) as error:
         return _refused(str(error))
     except KeyboardInterrupt:
@@ -71,19 +77,37 @@ def _parser() -> argparse.ArgumentParser:
     ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens (default: 128)")
-    ask_parser.add_argument(
+    _add_image_options(ask_parser)
+    _add_image_options(_bulk.add_parser(commands))
+    serve_parser = commands.add_parser("serve", help="answer requests of OpenAI's API, by `transformers serve`")
+    serve_parser.add_argument("model", help="folder or Hub id (NAME@REVISION) of a LLaVA-STF checkpoint")
+    serve_parser.add_argument(
+        "options", nargs=argparse.REMAINDER, help="options of `transformers serve`; MODEL --help lists them"
+    )
+    commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
+    return parser
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--do-exif-transpose",
         action=argparse.BooleanOptionalAction,
         help="rotate a photo upright by its EXIF orientation (default: the setting of the model's processor)",
     )
-    ask_parser.add_argument(
+    parser.add_argument(
         "--alpha-background",
         metavar="COLOUR",
         help="colour behind transparent pixels, such as white (default: the setting of the model's processor)",
     )
-    _bulk.add_parser(commands)
-    commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
-    return parser
+    parser.add_argument(
+        "--max-soft-tokens",
+        type=int,
+        help="tokens of the picture: fewer are faster (default: the setting of the model's processor)",
+    )
+
+
+def _image_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in IMAGE_OPTIONS if getattr(arguments, name) is not None}
 
 
 def ask(
@@ -100,11 +124,12 @@ def ask(
     question.encode()  # raises a ValueError if the argument is not valid UTF-8
     processor, network = _load(_default_model() if model is None else model, revision)
     _check_length(max_new_tokens, network.config.text_config.max_position_embeddings)
+    number = (image_options or {}).get("max_soft_tokens", processor.tokens_per_image)
     answer, seconds = _answer(processor, network, image, question, max_new_tokens, image_options)
     print(f"picture   {image}")
     print(f"question  {question}")
     print(f"answer    {answer}")
-    print(f"tokens    {_tokens(network.config)}")
+    print(f"tokens    {_tokens(network.config, number)}")
     print(f"time      {seconds:.2f} s on {network.device.type}, {network.dtype}, model loaded")
     if model is None:
         print("\nThis small model knows drawn shapes and nothing else. For photos name another: ask ... --model NAME")
@@ -117,7 +142,7 @@ def demo() -> int:
     processor, network = _load(folder, None)
     picture = str(SHAPES / truth["picture"])
     print(f"picture   {picture}  (not among those that the model was trained on)")
-    print(f"tokens    {_tokens(network.config)}")
+    print(f"tokens    {_tokens(network.config, processor.tokens_per_image)}")
     right = 0
     for turn in truth["questions"]:
         answer, seconds = _answer(processor, network, picture, turn["question"], max_new_tokens=64)
@@ -134,7 +159,35 @@ def caption(arguments: argparse.Namespace) -> int:
     """Prints how many pictures were asked about; their answers are in the parts."""
     if not arguments.server:
         arguments.model = arguments.model or _default_model()
-    print(_bulk.caption(arguments, lambda: _load(arguments.model, arguments.revision)))
+
+    def load() -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
+        processor, network = _load(arguments.model, arguments.revision)
+        _check_length(arguments.max_new_tokens, network.config.text_config.max_position_embeddings)
+        _check_budget(arguments.max_soft_tokens, network.config.allowed_token_budgets)
+        return processor, network
+
+    print(_bulk.caption(arguments, load, _image_options(arguments)))
+    return 0
+
+
+def serve(model: str, options: list[str]) -> int:
+    """Runs `transformers serve` until it is stopped; `options` are its own. Code of the checkpoint is not run."""
+    if not is_serve_available():
+        raise ValueError(
+            'The server needs more packages: pip install "transformers[serving]". If that brings a torchvision that '
+            "does not fit torch, uninstall it: this package needs none."
+        )
+    folder, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
+    checked_config(folder, revision or None)
+    # This command alone: the others need more packages in transformers 5.16, and `main` looks for newer versions.
+    from transformers.cli.serve import Serve
+
+    app = typer.Typer(add_completion=False, rich_markup_mode=None)
+    app.command()(Serve)
+    try:
+        app([model, *options], prog_name="python -m modeling_llava_stf serve")
+    except ImportError as error:
+        raise ValueError(str(error)) from error
     return 0
 
 
@@ -172,8 +225,13 @@ def _check_length(max_new_tokens: int, context: int) -> None:
         )
 
 
-def _tokens(config: LlavaSTFConfig) -> str:
-    return f"{config.tokens_per_image} for the picture, LLaVA-1.5 would take {config.grid_size**2}"
+def _check_budget(max_soft_tokens: int | None, allowed: list[int]) -> None:
+    if max_soft_tokens is not None and max_soft_tokens not in allowed:
+        raise ValueError(f"--max-soft-tokens is {max_soft_tokens}, expected one of {allowed}.")
+
+
+def _tokens(config: LlavaSTFConfig, number: int) -> str:
+    return f"{number} for the picture, LLaVA-1.5 would take {config.grid_size**2}"
 
 
 def _default_model() -> str:
@@ -183,32 +241,8 @@ def _default_model() -> str:
 
 
 def _load(folder: str, revision: str | None) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
-    if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
-        raise ValueError(f"There is no folder {folder!r}.")
-    if Path(folder).is_dir() and revision is not None:
-        raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
-    if Path(folder).is_dir():
-        check_folder(Path(folder))
-    # The configuration is loaded first, because its error names what kind of model a foreign folder has.
-    config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
-    if Path(folder).is_dir():
-        check_weights(Path(folder), config)
-    processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
-    try:
-        network, found = LlavaSTFForConditionalGeneration.from_pretrained(
-            folder, revision=revision, dtype="auto", output_loading_info=True
-        )
-    except RuntimeError as error:
-        if "ignore_mismatched_sizes" not in str(error):
-            raise
-        raise ValueError(f"The weights in {folder} have other shapes than its config.json says.") from error
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
-    surplus = sorted(found["unexpected_keys"])
-    if surplus:
-        raise ValueError(f"{folder} has {len(surplus)} weights that its config.json has no place for: {surplus[0]!r}.")
-    return processor, network.to("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # a quantised model cannot be moved later
+    return load_checkpoint(folder, revision, dtype="auto", device_map=device)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,9 @@ ask_many([PictureCache(model, processor, one), PictureCache(model, processor, ot
 """
 
 import copy
+import re
 from collections.abc import Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -31,9 +33,11 @@ class PictureCache:
         processor: of the same checkpoint.
         images: a picture, or a list of pictures that the conversation shows together; whatever the processor takes.
         system (`str`, *optional*): the system message, instead of that of the chat template.
+        max_soft_tokens (`int` or `list[int]`, *optional*): the number of tokens of each picture, as the processor takes
+            it.
 
     Raises:
-        ValueError: if there is no picture, or one that cannot be read.
+        ValueError: if there is no picture, or one that cannot be read, or the number of tokens is not allowed.
     """
 
     def __init__(
@@ -42,22 +46,31 @@ class PictureCache:
         processor: LlavaSTFProcessor,
         images: Any,
         system: str | None = None,
+        max_soft_tokens: int | Sequence[int] | None = None,
     ):
         if images is None or (isinstance(images, (list, tuple)) and not images):
             raise ValueError("There is no picture to be asked about. For text alone use `model.generate`.")
-        pixels = processor(images=images, return_tensors="pt")["pixel_values"]  # (images, 3, height, width)
+        inputs = processor(images=images, return_tensors="pt", max_soft_tokens=max_soft_tokens)
+        pixels = inputs["pixel_values"]  # (images, 3, height, width)
+        self._image_tokens = inputs.get("image_tokens")
         self.model, self.processor = model, processor
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         self._next_content = [{"type": "image"}] * len(pixels)
         self._ids: list[int] = []
         self._states: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._read(self._conversation(""), pixel_values=pixels.to(model.device, model.dtype))
+        pixels = pixels.to(model.device, model.dtype)
+        self._read(self._conversation(""), pixel_values=pixels, image_tokens=self._image_tokens)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens were read, those of the pictures included: the memory that is taken grows with them."""
+        return len(self._ids)
 
     def after(self, question: str, answer: str) -> "PictureCache":
         """The conversation with one more turn, which is read once, too; this one stays as it is.
 
         Raises:
-            ValueError: if an argument is not a string.
+            ValueError: if an argument is not a string, or has a placeholder of a picture.
         """
         _check_texts([question, answer])
         longer = copy.copy(self)
@@ -81,14 +94,16 @@ class PictureCache:
         """Token ids of the conversation with this question, as the chat template has them.
 
         Raises:
-            ValueError: if they do not begin with what was read, or do not fit the context.
+            ValueError: if they do not begin with what was read, have a placeholder of one more picture, or do not fit
+                the context.
         """
-        ids = prompt_ids(self.processor, [self._conversation(question)])[0]
+        ids = prompt_ids(self.processor, [self._conversation(question)], image_tokens=self._image_tokens)[0]
         if ids[: len(self._ids)] != self._ids:
             raise ValueError(
                 "With this question the chat template begins the conversation in another way than it was read. A "
                 "template that puts the question before the pictures, or changes earlier turns, cannot be used here."
             )
+        self._check_no_picture(ids[len(self._ids) :])
         return ids
 
     def _conversation(self, question: str) -> list[dict[str, Any]]:
@@ -96,21 +111,30 @@ class PictureCache:
         return [*self._messages, {"role": "user", "content": content}]
 
     @torch.no_grad()
-    def _read(self, messages: list[dict[str, Any]], **pixels: torch.Tensor) -> None:
+    def _read(self, messages: list[dict[str, Any]], **images: Any) -> None:
         """Adds the states of all tokens up to the last special one: no later text changes how these are tokenized."""
-        ids = prompt_ids(self.processor, [messages], add_generation_prompt=False)[0]
+        ids = prompt_ids(self.processor, [messages], add_generation_prompt=False, image_tokens=self._image_tokens)[0]
         special = {*self.processor.tokenizer.all_special_ids, self.processor.image_token_id}
         ids = ids[: 1 + max(index for index, token in enumerate(ids) if token in special)]
         if ids[: len(self._ids)] != self._ids:
             raise ValueError(
                 "With this turn the chat template begins the conversation in another way than it was read."
             )
+        if not images:
+            self._check_no_picture(ids[len(self._ids) :])
         new = torch.tensor([ids[len(self._ids) :]], device=self.model.device)
         cache = _filled(DynamicCache(config=self.model.config.text_config), self._states)
         self.model(
-            input_ids=new, attention_mask=new.new_ones(1, len(ids)), logits_to_keep=1, **{CACHE: cache}, **pixels
+            input_ids=new, attention_mask=new.new_ones(1, len(ids)), logits_to_keep=1, **{CACHE: cache}, **images
         )
         self._ids, self._states = ids, [(layer.keys, layer.values) for layer in cache.layers]
+
+    def _check_no_picture(self, ids: list[int]) -> None:
+        if self.processor.image_token_id in ids:
+            raise ValueError(
+                f"The text has the placeholder {self.processor.image_token}, but a conversation has only the pictures "
+                "that it began with. Leave the placeholder out."
+            )
 
 
 def ask_many(pictures: Sequence[PictureCache], questions: Sequence[str], **kwargs: Any) -> list[str]:
@@ -172,17 +196,21 @@ def generate_many(
 
 
 def prompt_ids(
-    processor: LlavaSTFProcessor, conversations: list[list[dict[str, Any]]], add_generation_prompt: bool = True
+    processor: LlavaSTFProcessor,
+    conversations: list[list[dict[str, Any]]],
+    add_generation_prompt: bool = True,
+    image_tokens: list[int] | None = None,
 ) -> list[list[int]]:
     """Token ids of conversations, as `apply_chat_template` gives them, but with no need of the pictures themselves.
+
+    `image_tokens` has the number of tokens of each picture, in reading order; by default that of the processor.
 
     Raises:
         ValueError: if one with pictures is longer than the model's context.
     """
     texts = processor.apply_chat_template(conversations, add_generation_prompt=add_generation_prompt, tokenize=False)
-    crop = processor.image_processor.crop_size
-    image_tokens = processor.image_token * processor.num_image_tokens(crop["height"], crop["width"])
-    texts = [text.replace(processor.image_token, image_tokens) for text in texts]
+    token, numbers = processor.image_token, iter(image_tokens or repeat(processor.tokens_per_image))
+    texts = [re.sub(re.escape(token), lambda _: token * next(numbers), text) for text in texts]
     ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes them
     processor._check_context(ids)
     return ids

@@ -23,6 +23,7 @@ from typing import Any
 
 import PIL.ExifTags
 import PIL.Image
+import PIL.ImageColor
 import torch
 from tqdm.auto import tqdm
 
@@ -31,6 +32,7 @@ from .modeling_llava_stf import LlavaSTFForConditionalGeneration
 from .processing_llava_stf import LlavaSTFProcessor, load_picture, to_rgb
 
 PROMPT = "Describe the picture."
+PLACEHOLDER = "<image>"  # of the picture in LLaVA's files
 PREPARED_BATCHES = 4  # that the workers may be ahead of the model
 RETRIES = 5
 REPLY_SECONDS = 600
@@ -42,12 +44,25 @@ SENT_AS_THEY_ARE = {"JPEG": "image/jpeg", "PNG": "image/png"}
 
 @dataclass(frozen=True)
 class Row:
-    """A question about a picture, which is a path, a URL, or the bytes of a file (none, if it is missing)."""
+    """A question about a picture: a path, a URL, the bytes of a file (none, if it is missing), or None without one."""
 
     path: str
     prompt: str
     picture: Any
     question_id: Any = None
+
+    def content(self, picture: dict[str, Any]) -> list[dict[str, Any]]:
+        """The parts of the message: the picture, if there is one, and the question.
+
+        Raises:
+            ValueError: if the question has the placeholder of a picture, but there is none.
+        """
+        text = self.prompt
+        if PLACEHOLDER in text:
+            if self.picture is None:
+                raise ValueError(f"The question has {PLACEHOLDER}, but its row names no picture.")
+            text = text.replace(PLACEHOLDER, "").strip()
+        return [*([] if self.picture is None else [picture]), {"type": "text", "text": text}]
 
 
 @dataclass
@@ -75,7 +90,7 @@ class Answer:
         }
 
 
-def add_parser(commands: Any) -> None:
+def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "caption",
         help="answer a question about each of very many pictures",
@@ -94,32 +109,43 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode (default: one a core)")
     parser.add_argument("--server", help="address of an OpenAI-compatible server that answers instead of --model")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at once (default: 16)")
+    return parser
 
 
 Load = Callable[[], tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]]
 
 
-def caption(arguments: argparse.Namespace, load: Load) -> str:
+def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, Any] | None = None) -> str:
     """Writes the parts of a shard that are not there yet; returns what was done, in a sentence.
+
+    Args:
+        arguments: what the parser of [`add_parser`] gives.
+        load: loads processor and model; is called if there is something for them to do.
+        image_options: options of the processor for the pictures, where they are not its defaults.
 
     Raises:
         ValueError: if an argument is wrong, the input cannot be read, the output holds something else, or the server
             refuses or is gone. Parts that are complete stay.
     """
+    image_options = image_options or {}
     shard, shards = _shard(arguments.shard)
-    _check(arguments)
+    _check(arguments, image_options)
     rows = read_input(Path(arguments.input), arguments.prompt, arguments.images)
-    server = Server(arguments.server, arguments.model, arguments.max_new_tokens) if arguments.server else None
+    limit = arguments.max_new_tokens
+    server = Server(arguments.server, arguments.model, limit, image_options) if arguments.server else None
     model_name = server.model if server else str(arguments.model)
-    settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": arguments.max_new_tokens}
+    settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": limit}
+    settings["image_options"] = image_options or None
     output = Output(Path(arguments.output), rows, arguments.part_size, settings)
     parts = range(shard, output.parts, shards)
     todo = [part for part in parts if not output.file(part).exists()]
     total, left = (sum(len(output.range(part)) for part in chosen) for chosen in (parts, todo))
+    answerer = server or (_captioner(load, limit, image_options) if todo else None)
+    output.claim()
     errors, threads = 0, arguments.concurrency if server else arguments.workers
     with ThreadPoolExecutor(threads) as pool, tqdm(total=total, initial=total - left, unit=" pictures") as bar:
         try:
-            answers = _answers(pool, server, load, arguments, rows, [output.range(part) for part in todo])
+            answers = _answers(pool, answerer, arguments, rows, [output.range(part) for part in todo])
             for part in todo:
                 answered = []
                 for answer in islice(answers, len(output.range(part))):
@@ -135,12 +161,19 @@ def caption(arguments: argparse.Namespace, load: Load) -> str:
     )
 
 
-def _check(arguments: argparse.Namespace) -> None:
+def _captioner(load: Load, max_new_tokens: int, image_options: dict[str, Any]) -> "Captioner":
+    if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return Captioner(*load(), max_new_tokens, image_options)
+
+
+def _check(arguments: argparse.Namespace, image_options: dict[str, Any]) -> None:
     for name in ("max_new_tokens", "batch_size", "part_size", "workers", "concurrency"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1.")
     if not arguments.prompt.strip():
         raise ValueError("--prompt is empty.")
+    PIL.ImageColor.getrgb(image_options.get("alpha_background", "white"))  # raises a ValueError that names the colour
 
 
 def _shard(text: str | None) -> tuple[int, int]:
@@ -172,6 +205,7 @@ class Prepared:
     row: Row
     ids: list[int]
     pixels: torch.Tensor | None
+    image_tokens: list[int] | None = None
     error: str | None = None
 
 
@@ -179,28 +213,35 @@ class Captioner:
     """Answers rows with a model in this process, greedily: what [`LlavaSTFForConditionalGeneration.generate`] gives."""
 
     def __init__(
-        self, processor: LlavaSTFProcessor, network: LlavaSTFForConditionalGeneration, max_new_tokens: int = 128
+        self,
+        processor: LlavaSTFProcessor,
+        network: LlavaSTFForConditionalGeneration,
+        max_new_tokens: int = 128,
+        image_options: dict[str, Any] | None = None,
     ):
-        self.processor, self.network, self.max_new_tokens = processor, network.eval(), max_new_tokens
+        self.processor, self.network = processor, network.eval()
+        self.max_new_tokens, self.image_options = max_new_tokens, image_options or {}
 
     def prepare(self, row: Row) -> Prepared:
         """Decodes a picture, in a thread; whatever is wrong with it is the row's error."""
-        content = [{"type": "image"}, {"type": "text", "text": row.prompt}]
+        pixels = None  # without a picture, else (1, 3, height, width)
         try:
-            pixels = self.processor(images=load_picture(row.picture), return_tensors="pt")[
-                "pixel_values"
-            ]  # (1, 3, height, width)
-            ids = prompt_ids(self.processor, [[{"role": "user", "content": content}]])[0]
+            tokens = None
+            if row.picture is not None:
+                inputs = self.processor(images=load_picture(row.picture), return_tensors="pt", **self.image_options)
+                pixels, tokens = inputs["pixel_values"], inputs.get("image_tokens")
+            message = {"role": "user", "content": row.content({"type": "image"})}
+            ids = prompt_ids(self.processor, [[message]], image_tokens=tokens)[0]
         except Exception as error:  # damaged files make PIL raise errors of every kind
-            return Prepared(row, [], None, _reason(error))
-        return Prepared(row, ids, pixels)
+            return Prepared(row, [], None, error=_reason(error))
+        return Prepared(row, ids, pixels, tokens)
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
         """The answers of one batch."""
-        good = [one for one in prepared if one.pixels is not None]
+        good = [one for one in prepared if one.error is None]
         answers = iter(self._generate(good) if good else [])
         return [
-            _answer(one.row, error=one.error) if one.pixels is None else _answer(one.row, **next(answers))
+            _answer(one.row, **next(answers)) if one.error is None else _answer(one.row, error=one.error)
             for one in prepared
         ]
 
@@ -209,11 +250,12 @@ class Captioner:
         padding = self.processor.tokenizer.pad_token_id or 0
         ids = torch.tensor([[padding] * (width - len(one.ids)) + one.ids for one in prepared])
         mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in prepared])
-        pixels = torch.cat([one.pixels for one in prepared if one.pixels is not None])
+        pixels = [one.pixels.to(device, self.network.dtype) for one in prepared if one.pixels is not None]
         output = self.network.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            pixel_values=pixels.to(device, self.network.dtype),
+            image_tokens=[number for one in prepared for number in one.image_tokens or []] or None,
+            **({"pixel_values": torch.cat(pixels)} if pixels else {}),
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )
@@ -233,25 +275,22 @@ class Captioner:
 
 def _answers(
     pool: ThreadPoolExecutor,
-    server: "Server | None",
-    load: Load,
+    answerer: "Server | Captioner | None",
     arguments: argparse.Namespace,
     rows: Sequence[Row],
     parts: list[range],
 ) -> Iterator[Answer]:
-    """The answers of all rows of some parts, in their order."""
+    """The answers of all rows of some parts, in their order; `answerer` is None if there are no parts."""
     source = chain.from_iterable(rows[part.start : part.stop] for part in parts)
-    if server:
-        yield from _ahead(pool, server.answer, source, PREPARED_BATCHES * arguments.concurrency)
-    elif parts:
-        if torch.cuda.is_available():  # processes that a launcher starts on one machine take a GPU each
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-        captioner, size = Captioner(*load(), arguments.max_new_tokens), arguments.batch_size
-        prepared = _ahead(pool, captioner.prepare, source, PREPARED_BATCHES * size)
+    if isinstance(answerer, Server):
+        yield from _ahead(pool, answerer.answer, source, PREPARED_BATCHES * arguments.concurrency)
+    elif answerer:
+        size = arguments.batch_size
+        prepared = _ahead(pool, answerer.prepare, source, PREPARED_BATCHES * size)
         for part in parts:
             # Batches end where parts do, so that a part is the same in every run.
             for start in range(0, len(part), size):
-                yield from captioner.answer(list(islice(prepared, min(size, len(part) - start))))
+                yield from answerer.answer(list(islice(prepared, min(size, len(part) - start))))
 
 
 def _answer(row: Row, **outcome: Any) -> Answer:
@@ -268,15 +307,26 @@ def _reason(error: Exception) -> str:
 class Server:
     """Answers rows through an OpenAI-compatible server, greedily. `OPENAI_API_KEY` is sent if it is set.
 
+    `max_soft_tokens` is sent as vLLM takes it; a server that does not know it must refuse it.
+
     Raises:
         ValueError: if there is no server, or it refuses.
     """
 
-    def __init__(self, url: str, model: str | None = None, max_new_tokens: int = 128):
+    def __init__(
+        self,
+        url: str,
+        model: str | None = None,
+        max_new_tokens: int = 128,
+        image_options: dict[str, Any] | None = None,
+    ):
         if not url.startswith(("http://", "https://")):
             raise ValueError(f"--server is {url!r}, expected an address such as http://127.0.0.1:8000.")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self.max_new_tokens = max_new_tokens
+        self.image_options = dict(image_options or {})
+        self.limits: dict[str, Any] = {"max_tokens": max_new_tokens}
+        if "max_soft_tokens" in self.image_options:
+            self.limits["mm_processor_kwargs"] = {"max_soft_tokens": self.image_options.pop("max_soft_tokens")}
         self.model: str = model or self._first_model()
 
     def _first_model(self) -> str:
@@ -290,13 +340,13 @@ class Server:
     def answer(self, row: Row) -> Answer:
         """The answer; a picture that cannot be read, or that the server refuses, is an error of the row."""
         try:
-            picture = _data_url(row.picture)
+            url = {} if row.picture is None else {"url": _data_url(row.picture, **self.image_options)}
+            content = row.content({"type": "image_url", "image_url": url})
         except Exception as error:  # as in `Captioner.prepare`
             return _answer(row, error=_reason(error))
-        content = [{"type": "image_url", "image_url": {"url": picture}}, {"type": "text", "text": row.prompt}]
         request = {"model": self.model, "messages": [{"role": "user", "content": content}], "temperature": 0}
         try:
-            reply = self._request("/chat/completions", request | {"max_tokens": self.max_new_tokens})
+            reply = self._request("/chat/completions", request | self.limits)
         except RefusedError as error:
             return _answer(row, error=str(error))
         try:
@@ -339,7 +389,7 @@ class RefusedError(Exception):
     """The server takes other requests, but not this one."""
 
 
-def _data_url(picture: bytes | str | Path) -> str:
+def _data_url(picture: bytes | str | Path, **image_options: Any) -> str:
     """The file as it is, if all decode it alike; else the pixels that the processor here would see, as PNG."""
     opened = load_picture(picture)
     content = picture.read_bytes() if isinstance(picture, Path) else picture
@@ -348,7 +398,7 @@ def _data_url(picture: bytes | str | Path) -> str:
     opaque = opened.mode in ("L", "RGB") and "transparency" not in opened.info
     if not (isinstance(content, bytes) and kind and upright and opaque):
         kind, stream = "image/png", BytesIO()
-        to_rgb(opened).save(stream, "png")
+        to_rgb(opened, **image_options).save(stream, "png")
         content = stream.getvalue()
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
@@ -396,21 +446,58 @@ def _folder_rows(folder: Path, prompt: str) -> list[Row]:
 
 
 def _json_rows(file: Path, prompt: str, root: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            found = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"Line {number} of {file} is not JSON: {error}") from error
-        name = found.get("image", found.get("path")) if isinstance(found, dict) else None
-        if not isinstance(name, str):
-            raise ValueError(f"Line {number} of {file} has no `image` (or `path`) that names a picture.")
-        rows.append(_row(found, name, name, prompt, root))
+    rows = [_json_row(found, place, prompt, root) for place, found in _json_objects(file)]
     if len({row.question_id is None for row in rows}) > 1:
         raise ValueError(f"Some lines of {file} have a `question_id` and some have none: expected all or none.")
     return rows
+
+
+def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
+    """The objects of a JSONL file, or of a JSON list, which may hold conversations; and where they stand."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".json" and text.lstrip().startswith("["):
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{file} is not JSON: {error}") from error
+        for number, one in enumerate(found, start=1):
+            place = f"Item {number} of {file}"
+            yield place, _conversation(one, place) if isinstance(one, dict) and "conversations" in one else one
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield f"Line {number} of {file}", json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"Line {number} of {file} is not JSON: {error}") from error
+
+
+def _json_row(found: Any, place: str, prompt: str, root: Path) -> Row:
+    """A row of ours, or a question of LLaVA, which may have no picture."""
+    if not isinstance(found, dict):
+        raise ValueError(f"{place} is a {type(found).__name__}, expected an object.")
+    name = found.get("image", found.get("path"))
+    if name in (None, "") and found.get("question_id") is not None:
+        if not isinstance(found.get("text"), str):
+            raise ValueError(f"{place} has neither an `image` nor a `text`.")
+        return Row("", found["text"], None, found["question_id"])
+    if not isinstance(name, str):
+        raise ValueError(f"{place} has no `image` (or `path`) that names a picture.")
+    return _row(found, name, name, prompt, root)
+
+
+def _conversation(found: dict[str, Any], place: str) -> dict[str, Any]:
+    """The first turn as a question, as LLaVA's code asks ScienceQA; its scorer looks for the placeholder.
+
+    Source: `llava/eval/model_vqa_science.py` and `eval_science_qa.py` of LLaVA.
+    """
+    try:
+        question = found["conversations"][0]["value"].replace(PLACEHOLDER, "").strip()
+        name = found["id"]
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{place} has `conversations`, but no `id` or no first turn with a `value`.") from error
+    front = f"{PLACEHOLDER}\n" if found.get("image") else ""
+    return {"question_id": name, "image": found.get("image"), "text": front + question}
 
 
 class ParquetRows(Sequence):
@@ -504,17 +591,25 @@ class Output:
         if not self.llava:
             _pyarrow()
         settings = settings | {"rows": self.rows, "part_size": part_size, "listing": listing.hexdigest()}
-        self._claim(folder / "run.json", settings)
+        self.run, self.settings = folder / "run.json", settings
+        if self.run.exists():
+            self._check_run()
+        elif any(folder.glob("[!.]*")):
+            raise ValueError(f"{folder} is not empty, and no run began there: name a new folder.")
 
-    def _claim(self, file: Path, settings: dict[str, Any]) -> None:
+    def claim(self) -> None:
+        """Writes `run.json`, or checks that of another shard."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not file.exists():
-            if any(self.folder.glob("[!.]*")):
-                raise ValueError(f"{self.folder} is not empty, and no run began there: name a new folder.")
-            _write(file, json.dumps(settings, indent=2).encode())
-        found = json.loads(file.read_text(encoding="utf-8"))
+        if not self.run.exists():
+            _write(self.run, json.dumps(self.settings, indent=2).encode())
+        self._check_run()
+
+    def _check_run(self) -> None:
+        found = json.loads(self.run.read_text(encoding="utf-8"))
         other = [
-            f"{name} was {found.get(name)!r}, is {new!r}" for name, new in settings.items() if found.get(name) != new
+            f"{name} was {found.get(name)!r}, is {new!r}"
+            for name, new in self.settings.items()
+            if found.get(name) != new
         ]
         if other:
             raise ValueError(

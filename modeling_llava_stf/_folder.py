@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Checks a model folder before it is loaded; errors name the file that is damaged, missing or of a wrong type.
+"""Loads a checkpoint, and checks its folder before; errors name the file that is damaged, missing or of a wrong type.
 
 transformers trusts these files. It waits forever at a pipe, builds 20000 layers although the weights have four, and
 raises a `KeyError` if a table is missing.
@@ -18,6 +18,8 @@ from tokenizers import Tokenizer
 from transformers.activations import ACT2FN
 
 from .configuration_llava_stf import LlavaSTFConfig
+from .modeling_llava_stf import LlavaSTFForConditionalGeneration
+from .processing_llava_stf import LlavaSTFProcessor
 
 PROCESSORS = ("processor_config.json", "preprocessor_config.json")  # one of them is enough
 INDEX = "model.safetensors.index.json"
@@ -131,3 +133,50 @@ def _stored(folder: Path) -> Iterator[str]:
                 yield from weights.keys()
         except SafetensorError as error:
             raise ValueError(f"Cannot read the weights in {folder / file}: {error}. Are they complete?") from error
+
+
+def checked_config(folder: str, revision: str | None) -> LlavaSTFConfig:
+    """Loads the configuration; raises a `ValueError` or an `OSError` if this is no LLaVA-STF checkpoint, or damaged."""
+    if not Path(folder).is_dir() and (Path(folder).is_absolute() or folder.count("/") > 1 or folder.startswith(".")):
+        raise ValueError(f"There is no folder {folder!r}.")
+    if Path(folder).is_dir() and revision is not None:
+        raise ValueError(f"--revision is for a Hub id, but {folder} is a folder.")
+    if Path(folder).is_dir():
+        check_folder(Path(folder))
+    # The configuration is loaded first, because its error names what kind of model a foreign folder has.
+    config = LlavaSTFConfig.from_pretrained(folder, revision=revision)
+    if Path(folder).is_dir():
+        check_weights(Path(folder), config)
+    return config
+
+
+def load_checkpoint(
+    folder: str, revision: str | None, **options: Any
+) -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
+    """Loads a checkpoint that is complete.
+
+    Args:
+        folder: folder or Hub id.
+        revision: branch, tag or commit of a Hub id.
+        options: of `from_pretrained` of the model, such as `dtype`.
+
+    Raises:
+        ValueError: if it is damaged, or its weights are not those of its config.json.
+    """
+    checked_config(folder, revision)
+    processor = LlavaSTFProcessor.from_pretrained(folder, revision=revision)
+    try:
+        network, found = LlavaSTFForConditionalGeneration.from_pretrained(
+            folder, revision=revision, output_loading_info=True, **options
+        )
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise ValueError(f"The weights in {folder} have other shapes than its config.json says.") from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
+    surplus = sorted(found["unexpected_keys"])
+    if surplus:
+        raise ValueError(f"{folder} has {len(surplus)} weights that its config.json has no place for: {surplus[0]!r}.")
+    return processor, network

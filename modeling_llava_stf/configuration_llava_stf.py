@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Configures LLaVA-STF: extends the stock LLaVA configuration by the three numbers that the paper adds."""
+"""Configures LLaVA-STF: extends the stock LLaVA configuration by the numbers that the paper adds, and token budgets."""
 
 from typing import Any
 
@@ -36,7 +36,14 @@ FUSION_FIELDS = (
     "fusion_window",
     "block_fusion_hidden_size",
     "spatial_fusion_hidden_size",
+    "token_budgets",
 )
+
+
+def allowed_token_budgets(rows: int, columns: int) -> list[int]:
+    """Returns the counts that `rows` x `columns` tokens can be averaged to, in equal square windows, largest first."""
+    sides = range(1, min(rows, columns) + 1)
+    return [rows * columns // side**2 for side in sides if rows % side == columns % side == 0]
 
 
 @strict
@@ -58,10 +65,13 @@ class LlavaSTFConfig(LlavaConfig):
             Hidden width of Multi-Block Token Fusion; `None` is the paper's 4C, C being the tower's hidden size.
         spatial_fusion_hidden_size (`int`, *optional*):
             Hidden width of Spatial Token Fusion; `None` is the paper's 16C.
+        token_budgets (`list[int]`, *optional*):
+            The numbers of tokens for one picture that the checkpoint was trained for; `None` is the full number only,
+            as in the paper. Each must be one of `allowed_token_budgets`. Others can be asked for, with a warning.
 
     Raises:
-        ValueError: if the window does not divide the patch grid, if a tap does not exist in the tower, or if
-            `vision_feature_select_strategy` would keep the class token.
+        ValueError: if the window does not divide the patch grid, if a tap does not exist in the tower, if
+            `vision_feature_select_strategy` would keep the class token, or if a token budget is not allowed.
     """
 
     model_type = "llava_stf"
@@ -71,12 +81,15 @@ class LlavaSTFConfig(LlavaConfig):
     fusion_window: int = 2
     block_fusion_hidden_size: int | None = None
     spatial_fusion_hidden_size: int | None = None
+    token_budgets: list[int] | tuple[int, ...] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs["auto_map"] = dict(AUTO_MAP)
         super().__post_init__(**kwargs)
         self.vision_feature_layer = self.taps
         self.check_fusion()
+        if self.token_budgets is not None:
+            self.token_budgets = sorted({*self.token_budgets}, reverse=True)
         self.image_seq_length = self.tokens_per_image
 
     @classmethod
@@ -103,6 +116,12 @@ class LlavaSTFConfig(LlavaConfig):
         return (self.grid_size // self.fusion_window) ** 2
 
     @property
+    def allowed_token_budgets(self) -> list[int]:
+        """Returns the numbers of tokens that a picture can have, largest first (144, 36, 16, 9, 4, 1 at 336 pixels)."""
+        side = self.grid_size // self.fusion_window
+        return allowed_token_budgets(side, side)
+
+    @property
     def fusion_widths(self) -> tuple[int, int]:
         """Returns the hidden widths of Multi-Block and Spatial Token Fusion; the defaults are 4C and 16C (paper)."""
         width = self.vision_config.hidden_size
@@ -124,7 +143,7 @@ class LlavaSTFConfig(LlavaConfig):
         return [tap % (depth + 1) for tap in taps]
 
     def check_fusion(self) -> None:
-        """Raises a `ValueError` if window or strategy do not fit the tower; building a model calls it again."""
+        """Raises a `ValueError` if a field does not fit the tower; building a model calls it again."""
         if self.vision_config.patch_size < 1 or self.vision_config.model_type != "clip_vision_model":
             raise ValueError(
                 f"`vision_config` is a `{self.vision_config.model_type}` with patches of "
@@ -143,6 +162,12 @@ class LlavaSTFConfig(LlavaConfig):
             raise ValueError(
                 f"`vision_feature_select_strategy` is {self.vision_feature_select_strategy!r}, expected 'default': "
                 "the class token has no place in a window of patches."
+            )
+        budgets, allowed = self.token_budgets, self.allowed_token_budgets
+        if budgets is not None and not (budgets and {*budgets} <= {*allowed}):
+            raise ValueError(
+                f"`token_budgets` is {budgets}, expected some of {allowed}, or None if the checkpoint was trained for "
+                f"{allowed[0]} tokens only."
             )
 
 

@@ -6,20 +6,30 @@ Everything but the two fusion modules is the stock LLaVA of transformers. Shapes
 
     B images      C width of the tower      G side of the patch grid      N = G*G patches
     L taps        k side of the window      T = N/(k*k) tokens            D width of the language model
+
+A picture may have fewer than T tokens: `image_tokens` has the number of each, one of `config.allowed_token_budgets`.
 """
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
 import transformers
 from packaging import version
 from torch import nn
-from transformers import AutoModel, GenerationMixin, LlavaForConditionalGeneration, LlavaModel, LlavaPreTrainedModel
+from transformers import (
+    AutoModel,
+    FPQuantConfig,
+    GenerationMixin,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaPreTrainedModel,
+)
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
@@ -45,7 +55,11 @@ CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) el
 NO_ANSWER_LOGIT = -1e4
 # These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
 NOT_QUANTISED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+# llm-compressor and vLLM (compressed-tensors) take regular expressions instead of names.
+NOT_QUANTISED_PATTERNS = [rf"re:.*{name.rpartition('.')[2]}.*" for name in NOT_QUANTISED]
 SKIP_FIELDS = ("llm_int8_skip_modules", "modules_to_not_convert", "skip_modules")
+# FPQuantConfig of transformers 5.24 writes this list if its user gives none. Remove it when that stays None.
+FP_QUANT_DEFAULT = ["lm_head"]
 # This is fetched here because torch.compile cannot trace `property.fget`.
 _STOCK_LOSS = LlavaForConditionalGeneration.loss_function.fget
 
@@ -89,22 +103,46 @@ class SpatialTokenFusion(nn.Module):
         features = features.permute(0, 1, 3, 5, 2, 4)  # (B, G/k, G/k, C, k, k)
         return features.flatten(3).flatten(1, 2)  # (B, T, C*k*k)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(B, N, C) -> (B, T, D)."""
-        return self.linear_2(self.act(self.linear_1(self.windows(features))))
+    def pool(self, hidden: torch.Tensor, tokens: int) -> torch.Tensor:
+        """Averages w x w windows of tokens, in raster order: (B, T, 16C) -> (B, tokens, 16C).
+
+        An average and a linear layer commute: `linear_2` of this is the pooling of Matryoshka Multimodal Models
+        (arXiv 2405.17430), which averages what the last layer returns, for w*w times less work in that layer.
+        """
+        side = math.isqrt(tokens)
+        window = self.grid // self.window // side
+        return hidden.unflatten(1, (side, window, side, window)).mean((2, 4)).flatten(1, 2)
+
+    def forward(
+        self, features: torch.Tensor, image_tokens: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """(B, N, C) -> (B, T, D), or with the number of tokens of each image a list of (image_tokens[i], D)."""
+        hidden = self.act(self.linear_1(self.windows(features)))  # (B, T, 16C)
+        if image_tokens is None:
+            return self.linear_2(hidden)
+        tokens: list[torch.Tensor] = []
+        for number, alike in groupby(image_tokens):
+            images = hidden[len(tokens) : len(tokens) + len(list(alike))]
+            tokens.extend(self.linear_2(self.pool(images, number)).unbind())
+        return tokens
 
 
 class LlavaSTFMultiModalProjector(nn.Module):
-    """Fuses eight blocks into one map, then four patches into one token, as in the paper. (B, N, L*C) -> (B, T, D)."""
+    """Fuses eight blocks into one map, then four patches into one token, as in the paper. (B, N, L*C) -> (B, T, D).
+
+    With `image_tokens` it returns a list of (image_tokens[i], D).
+    """
 
     def __init__(self, config: LlavaSTFConfig):
         super().__init__()
         self.block_fusion = MultiBlockTokenFusion(config)
         self.spatial_fusion = SpatialTokenFusion(config)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, features: torch.Tensor, image_tokens: list[int] | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
         features = self.block_fusion(features)  # (B, N, L*C) -> (B, N, C)
-        return self.spatial_fusion(features)  # (B, N, C) -> (B, T, D)
+        return self.spatial_fusion(features, image_tokens)  # (B, N, C) -> (B, T, D)
 
 
 class _BlocksUpToLastTap(nn.ModuleList):
@@ -185,19 +223,25 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
 
     @merge_with_config_defaults
     @can_return_tuple
-    def get_image_features(self, pixel_values: torch.Tensor, **kwargs: Any) -> tuple | BaseModelOutputWithPooling:
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_tokens: Sequence[int] | torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
         """Encodes images or video frames, `IMAGES_PER_PASS` at a time; on a CPU fewer if the tower is wide.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(B, 3, image_size, image_size)`):
                 Normalised pixels. A batch of videos may have the shape `(videos, frames, 3, image_size, image_size)`.
+            image_tokens (`list[int]` or integer `torch.Tensor` of shape `(B,)`, *optional*):
+                The number of tokens of each image or frame, as the processor returns it; `None` is T for all. A list is
+                a constant of a compiled graph; a tensor is copied to the CPU.
 
         Returns:
-            The tower's output. Its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each; its
-            `last_hidden_state` is always that of the last tap.
+            The tower's output. Its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each, or
+            `(image_tokens[i], D)`; its `last_hidden_state` is always that of the last tap.
 
         Raises:
-            ValueError: if the pixels have another shape, or a call asks for other taps than those of the config.
+            ValueError: if the pixels have another shape, if there is not one number of tokens for each image or one is
+                not allowed, or if a call asks for other taps than those of the config.
         """
         self._check_pixels(pixel_values)
         for name in ("vision_feature_layer", "vision_feature_select_strategy"):
@@ -205,8 +249,36 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 raise ValueError(f"`{name}` is {getattr(self.config, name)} for these weights and cannot be changed.")
 
         images = pixel_values.flatten(0, -4)  # (B, 3, H, W)
-        passes = [self._encode(chunk, **kwargs) for chunk in images.split(self._images_per_pass())]
+        numbers = self._checked_tokens(image_tokens, len(images))
+        size, passes = self._images_per_pass(), []
+        for start, chunk in enumerate(images.split(size)):
+            passes.append(self._encode(chunk, numbers and numbers[size * start : size * (start + 1)], **kwargs))
         return passes[0] if len(passes) == 1 else _concatenate(passes)
+
+    def _checked_tokens(self, image_tokens: Sequence[int] | torch.Tensor | None, images: int) -> list[int] | None:
+        """Returns the number of tokens of each image; None if all have T."""
+        full, allowed = self.config.tokens_per_image, self.config.allowed_token_budgets
+        if image_tokens is None:
+            self._warn_of_untrained({full})
+            return None
+        if isinstance(image_tokens, torch.Tensor):
+            image_tokens = image_tokens.flatten().tolist()
+        if len(image_tokens) != images or not {*image_tokens} <= {*allowed}:
+            raise ValueError(
+                f"`image_tokens` is {image_tokens} for {images} images or frames, expected one number for each, and "
+                f"each one of {allowed}. The processor returns it with the pixels."
+            )
+        self._warn_of_untrained({*image_tokens})
+        return None if {*image_tokens} == {full} else [*image_tokens]
+
+    def _warn_of_untrained(self, budgets: set[int]) -> None:
+        trained = self.config.token_budgets or [self.config.tokens_per_image]
+        if not is_tracing() and not budgets <= {*trained}:
+            logger.warning_once(
+                f"This checkpoint was trained for {trained} tokens per picture, and is asked for "
+                f"{sorted(budgets - {*trained})}: expect worse answers. `token_budgets` of its configuration says what "
+                "it was trained for."
+            )
 
     def _images_per_pass(self) -> int:
         if self.device.type != "cpu":
@@ -215,7 +287,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         widest = self.config.grid_size**2 * vision.intermediate_size * self.dtype.itemsize
         return min(IMAGES_PER_PASS, max(1, CPU_BYTES_PER_PASS // widest))
 
-    def _encode(self, images: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
+    def _encode(
+        self, images: torch.Tensor, image_tokens: list[int] | None, **kwargs: Any
+    ) -> BaseModelOutputWithPooling:
         taps, vision = self.config.taps, self.config.vision_config
         all_hidden_states = kwargs.pop("output_hidden_states", None) or getattr(vision, "output_hidden_states", False)
         attentions = kwargs.get("output_attentions") or getattr(vision, "output_attentions", False)
@@ -228,7 +302,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             wanted = taps if SELECTS_HIDDEN_STATES and not all_hidden_states else True
             outputs = self.vision_tower(images, output_hidden_states=wanted, return_dict=True, **kwargs)
         features = [outputs.hidden_states[tap][:, 1:] for tap in taps]  # L x (B, N, C), without the class token
-        tokens = self.multi_modal_projector(torch.cat(features, dim=-1))  # (B, T, D)
+        # Other connectors, such as those of an ablation, have no budgets.
+        budgets = () if image_tokens is None else (image_tokens,)
+        tokens = self.multi_modal_projector(torch.cat(features, dim=-1), *budgets)  # (B, T, D)
         return BaseModelOutputWithPooling(
             # The tower's own is that of a later block if the caller asks for all hidden states or attentions.
             last_hidden_state=outputs.hidden_states[max(taps)],
@@ -253,18 +329,25 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     ) -> torch.Tensor:
         """Returns a mask of the positions that the images' tokens replace, (batch, sequence, 1).
 
-        `image_features` is (images*T, D) or (images, T, D). Raises a `ValueError` if placeholders and tokens differ in
-        number.
+        `image_features` is (tokens of all images, D) or (images, T, D). Raises a `ValueError` if placeholders and
+        tokens differ in number, or if the features are not finite in float16: the answers would be wrong in silence.
         """
+        if image_features.dtype == torch.float16 and not self.training:  # in training a scaler skips such steps
+            torch_compilable_check(
+                image_features.isfinite().all(),
+                "The features of an image are not finite in float16, whose largest number is 65504. Load the model "
+                "with `dtype=torch.bfloat16` or `torch.float32`.",
+            )
         mask = self.find_placeholders(input_ids, inputs_embeds)
         features, per_image = image_features.numel() // image_features.shape[-1], self.config.tokens_per_image
         torch_compilable_check(
             mask.sum() == features,
             lambda: (
                 f"Image tokens and image features do not match: the text has {int(mask.sum())} image tokens, the "
-                f"images give {features} ({features // per_image} images or frames of {per_image} tokens each). Usual "
-                "causes: the prompt has no `<image>` for an image (or one too many), truncation cut into an image, or "
-                "the inputs come from the processor of another model (LLaVA-1.5 writes 576 tokens per image)."
+                f"images give {features} ({per_image} tokens each, unless `image_tokens` says otherwise). "
+                "Usual causes: the prompt has no `<image>` for an image (or one too many), truncation cut into an "
+                "image, `image_tokens` of the processor did not reach the model, or the inputs come from the processor "
+                "of another model (LLaVA-1.5 writes 576 tokens per image)."
             ),
         )
         return mask.unsqueeze(-1).to(inputs_embeds.device)
@@ -284,15 +367,19 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         position_ids: torch.Tensor | None = None,
         cache: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_tokens: Sequence[int] | torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | LlavaModelOutputWithPast:
         """Runs the model (see [`LlavaModel.forward`]); warns about a prompt with image tokens but no image.
 
-        The cache may be passed by either of its names, `cache` or the older `past_key_values`.
+        The cache may be passed by either of its names, `cache` or the older `past_key_values`. `image_tokens` is that
+        of [`LlavaSTFModel.get_image_features`]; without `pixel_values` it has no effect.
 
         In training, a batch without images encodes a blank image and does not use the result, so that every rank of a
         distributed run uses the same parameters (original: the dummy image of its collator).
         """
+        if attention_mask is None and cache is None and kwargs.get(CACHE) is None and position_ids is not None:
+            self._check_gaps(position_ids, kwargs.get("use_cache"))
         has_images = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
         if not has_images:
             self._warn_of_missing_images(input_ids)
@@ -300,6 +387,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 if inputs_embeds is None:
                     inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
                 inputs_embeds = inputs_embeds + self._blank_image_features(inputs_embeds)[:0].sum()
+        if pixel_values is not None and image_tokens is not None:
+            inputs_embeds = self._embed(input_ids, inputs_embeds, pixel_values, image_tokens)
+            input_ids = pixel_values = None
         if cache is not None:
             kwargs[CACHE] = cache
         return super().forward(
@@ -310,6 +400,32 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor,
+        image_tokens: Sequence[int] | torch.Tensor,
+    ) -> torch.Tensor:
+        """Returns the embeddings of text and images; the stock forward would not pass `image_tokens` on."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        features = torch.cat(self.get_image_features(pixel_values, image_tokens, return_dict=True).pooler_output)
+        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
+        return inputs_embeds.masked_scatter(mask, features)
+
+    def _check_gaps(self, position_ids: torch.Tensor, use_cache: bool | None) -> None:
+        # transformers (5.16 to 5.24) takes each gap in the positions for the border of two packed sequences if there is
+        # neither a mask nor a cache. Remove this when `find_packed_sequence_indices` looks for falling positions only.
+        cached = self.config.text_config.use_cache if use_cache is None else use_cache
+        if not cached and not is_tracing(position_ids) and (position_ids.diff(dim=-1) > 1).any():
+            raise ValueError(
+                "`position_ids` has gaps, and there is neither an `attention_mask` nor a cache: transformers would "
+                "split the prompt there. Pass the mask that `reduce_image_tokens` returned and, in `generate`, do not "
+                "set `use_cache=False`; or choose `positions='compact'`."
+            )
 
     def _warn_of_missing_images(self, input_ids: torch.Tensor | None) -> None:
         # This is no error: the cache may contain the images, and an assistant model drafts without them.
@@ -324,7 +440,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     def _blank_image_features(self, like: torch.Tensor) -> torch.Tensor:
         vision = self.config.vision_config
         blank = like.new_zeros(1, vision.num_channels, vision.image_size, vision.image_size)
-        return self.get_image_features(blank, return_dict=True).pooler_output[0].to(like.device, like.dtype)
+        trained = self.config.token_budgets and self.config.token_budgets[:1]
+        return self.get_image_features(blank, trained, return_dict=True).pooler_output[0].to(like.device, like.dtype)
 
 
 class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditionalGeneration, GenerationMixin):
@@ -355,6 +472,12 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
         return loss
 
+    def get_image_features(
+        self, pixel_values: torch.Tensor, image_tokens: Sequence[int] | torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple | BaseModelOutputWithPooling:
+        """Encodes images or video frames (see [`LlavaSTFModel.get_image_features`])."""
+        return self.model.get_image_features(pixel_values, image_tokens, **kwargs)
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates text (see [`GenerationMixin.generate`]); accepts `cache` before transformers 5.24, too."""
         if "cache" in kwargs:
@@ -381,6 +504,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool = False,
+        image_tokens: Sequence[int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         older_name = kwargs.pop("past_key_values", None)
@@ -396,6 +520,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration or unseen,
+            image_tokens=image_tokens,
             **{CACHE: cache},
             **kwargs,
         )
@@ -409,16 +534,32 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         # Beams and several answers need this. Before transformers 5.18 the pixels arrive here, and the stock method
         # repeats them image by image, which separates the images of a prompt that has several.
-        pixel_values = model_kwargs.get("pixel_values")
-        if expand_size > 1 and pixel_values is not None:
+        images: dict[str, Any] = {}
+        if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
             placeholders = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
-            images = pixel_values.flatten(0, -4).split((placeholders // self.config.tokens_per_image).tolist())
-            pixel_values = torch.cat([own for own in images for _ in range(expand_size)])
-            del model_kwargs["pixel_values"]
+            pixels, numbers = model_kwargs.pop("pixel_values").flatten(0, -4), model_kwargs.pop("image_tokens", None)
+            each = torch.full((len(pixels),), self.config.tokens_per_image) if numbers is None else numbers
+            order = _repeated(placeholders.tolist(), torch.as_tensor(each).tolist(), expand_size)
+            images["pixel_values"] = pixels[order]
+            if numbers is not None:
+                images["image_tokens"] = [int(numbers[index]) for index in order]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        return input_ids, model_kwargs if pixel_values is None else {**model_kwargs, "pixel_values": pixel_values}
+        return input_ids, {**model_kwargs, **images}
+
+
+def _repeated(placeholders: list[int], image_tokens: list[int], times: int) -> list[int]:
+    """Returns the order of the images if each prompt is repeated; the images that fill a prompt belong to it."""
+    order: list[int] = []
+    first = 0
+    for wanted in placeholders:
+        end = first
+        while sum(image_tokens[first:end]) < wanted and end < len(image_tokens):
+            end += 1
+        order += times * [*range(first, end)]
+        first = end
+    return [*order, *range(first, len(image_tokens))]  # the model refuses images too many
 
 
 def _language_model_only(quantization_config: Any) -> Any:
@@ -427,7 +568,8 @@ def _language_model_only(quantization_config: Any) -> Any:
         quantization_config = AutoQuantizationConfig.from_dict(quantization_config)
     settings = inspect.signature(type(quantization_config).__init__).parameters
     for name in SKIP_FIELDS:
-        if name in settings and getattr(quantization_config, name) in (None, settings[name].default):
+        written = FP_QUANT_DEFAULT if isinstance(quantization_config, FPQuantConfig) else None
+        if name in settings and getattr(quantization_config, name) in (None, settings[name].default, written):
             quantization_config = copy.copy(quantization_config)
             # The names without the prefix are those of the model without a head.
             in_base = [module.removeprefix("model.") for module in NOT_QUANTISED[:-1]]

@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 
 from benchmarks import count, report, training_needs
+from examples.shapes.shrink import shrink_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,3 +94,45 @@ def test_the_readme_s_results_are_those_of_the_files():
         f"colour {share['colour']:.0f} %, where {share['where']:.0f} %, count {share['count']:.0f} %, "
         f"captions {share['caption']:.0f} %"
     )
+
+
+def test_the_size_of_a_server_is_that_of_the_count():
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    both = [count.NAMED[name]() for name in ("llava-1.5-7b", "stf-7b")]
+    cache = [count.cache_bytes(config, 66) for config in both]
+    rows = {
+        "weights, GB": [f"{count.weight_bytes(config) / 1e9:.2f}" for config in both],
+        "cache of a request (one picture, 50 tokens of text, 16 of the answer), MB": [f"{b / 1e6:.1f}" for b in cache],
+        "such requests in 50 GB of cache": [f"{50e9 // b:.0f}" for b in cache],
+    }
+    assert [row for row, cells in rows.items() if f"| {row} | {' | '.join(cells)} |" not in page] == []
+
+
+def test_commands_that_serve_are_complete():
+    """The server's own options are its own to check: those of the package's command begin behind the model."""
+    page = (ROOT / "docs" / "serve.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^(?:vllm serve|python -m modeling_llava_stf serve) .*", page, re.MULTILINE)
+    assert len(commands) >= 4 and all(re.search(r" serve MODEL\b", command) for command in commands)
+    assert all("--trust-remote-code" in command for command in commands if command.startswith("vllm"))
+    assert "--chat-template" not in page
+
+
+def test_the_numbers_of_the_evaluation_page_are_those_of_the_files():
+    page = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+    authors = json.loads((ROOT / "hub_card" / "results" / "authors_7b.json").read_text(encoding="utf-8"))["results"]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    shown = {cells[0]: cells[3:] for cells in rows if len(cells) == 5}
+    assert len(authors) == 9
+    assert {row["benchmark"]: [str(row["value"]), str(row["baseline"])] for row in authors}.items() <= shown.items()
+    measured = json.loads((ROOT / "examples" / "shapes" / "model" / "lmms_eval.json").read_text(encoding="utf-8"))
+    values, count = measured["results"]["shapes"], measured["n-samples"]["shapes"]["effective"]
+    error = values["accuracy_stderr_clustered,none"]
+    assert f"the accuracy was {values['accuracy,none']:.3f} ± {error:.3f} on {count} questions" in page
+
+
+def test_the_accuracy_of_quantised_models_is_that_of_the_results():
+    page = (ROOT / "docs" / "quantise.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- shrink:")[1].split("<!-- shrink: end -->")[0]
+    result = json.loads((report.RESULTS / "quantise_cpu.json").read_text("utf-8"))
+    assert [line for line in shown.splitlines() if line.startswith("|")][2:] == shrink_table(result)
+    assert f"{result['questions']} questions" in page and result["questions"] >= 1000

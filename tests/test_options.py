@@ -8,19 +8,22 @@ import pytest
 
 OPTIONS = {
     "modeling_llava_stf ask": "image question --model --revision --max-new-tokens --do-exif-transpose "
-    "--alpha-background",
+    "--alpha-background --max-soft-tokens",
     "modeling_llava_stf caption": "input output --model --revision --prompt --images --max-new-tokens --batch-size "
-    "--part-size --shard --workers --server --concurrency",
+    "--part-size --shard --workers --server --concurrency --do-exif-transpose --alpha-background --max-soft-tokens",
+    "modeling_llava_stf serve": "model options",
     "modeling_llava_stf demo": "",
     "conversion": "source destination --base --vision-tower --tokenizer --revision --base-revision "
     "--vision-tower-revision --tokenizer-revision --subfolder --init-fusion --taps --seed --keep-adapter "
     "--keep-full-tower --dtype --pad-vocabulary --max-shard-size --to-original --dry-run --verify --outputs",
+    "conversion quantise": "source destination --scheme --revision --subfolder --base-model",
     # Ours only: those of TRL, transformers and PEFT are theirs to change.
     "training": "--data_path --image_folder --eval_data_path --dataset_config --split --streaming --on_bad_image "
     "--on_bad_row --trainable --projector_learning_rate --global_batch_size --group_by_modality_length "
-    "--loss_reduction --chat_template_name --peak_tflops --image_aspect_ratio --do_exif_transpose --alpha_background",
+    "--loss_reduction --chat_template_name --peak_tflops --image_aspect_ratio --do_exif_transpose --alpha_background "
+    "--token_budgets --token_budget_mode",
     "training check": "data_path --model_name_or_path --model_revision --image_folder --dataset_config --split "
-    "--max_length --chat_template_name --num_proc --plot",
+    "--max_length --chat_template_name --token_budgets --token_budget_mode --num_proc --plot",
     "training merge": "adapter destination --base --base_revision",
     "hub_card render": "folder --repo-id --tag --run --license --base-model --dataset --language --base-license --note "
     "--results --speed --recipe --base --base-revision",
@@ -41,7 +44,7 @@ def options(command, monkeypatch):
         raise Asked(parser)
 
     module, *subcommand = command.split()
-    monkeypatch.setattr("sys.argv", [module, *(subcommand if module == "training" else ())])
+    monkeypatch.setattr("sys.argv", [module, *(subcommand if module in ("training", "conversion") else ())])
     monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", parse)
     with pytest.raises(Asked) as asked:
         import_module(f"{module}.__main__").main()

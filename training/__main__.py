@@ -17,6 +17,7 @@ from pathlib import Path
 
 from modeling_llava_stf import LlavaSTFProcessor
 
+from .budgets import ALL, SAMPLE, budgets_of
 from .checks import Checker, Report, check_rows
 from .merge import commit_of, merge
 from .report import draw_lengths
@@ -58,17 +59,25 @@ def check_command(arguments: list[str]) -> int:
     parser.add_argument("--split", default="train", help="of a folder or a Hub dataset (default: train)")
     parser.add_argument("--max_length", "--max-length", type=positive, default=2048, help="in tokens (default: 2048)")
     parser.add_argument("--chat_template_name", "--chat-template-name", default="default", help="default or plain")
+    parser.add_argument(
+        "--token_budgets", "--token-budgets", type=int, nargs="+", metavar="N", help="as the training's, such as 144 36"
+    )
+    parser.add_argument("--token_budget_mode", "--token-budget-mode", choices=[SAMPLE, ALL], help="default: sample")
     parser.add_argument("--num_proc", "--num-proc", type=positive, help="processes")
     parser.add_argument("--plot", metavar="FILE", help="draw the lengths as a PNG")
     chosen = parser.parse_args(arguments)
     commit = commit_of(chosen.model_name_or_path, chosen.model_revision)
     processor = LlavaSTFProcessor.from_pretrained(chosen.model_name_or_path, revision=commit)
+    if chosen.token_budget_mode and not chosen.token_budgets:
+        raise ValueError("`--token_budget_mode` does not act without `--token_budgets`: set that, or leave it out.")
+    budgets = budgets_of(chosen.token_budgets, chosen.token_budget_mode or SAMPLE, 0, processor)
     rows = load_rows(chosen.data_path, chosen.image_folder, config=chosen.dataset_config, split=chosen.split)
-    checker = Checker(processor, template_text(processor, chosen.chat_template_name), chosen.max_length, decode=True)
-    report = Report.of(check_rows(rows, checker, chosen.num_proc))
+    template = template_text(processor, chosen.chat_template_name)
+    checker = Checker(processor, template, chosen.max_length, decode=True, budgets=budgets)
+    report = Report.of(check_rows(rows, checker, chosen.num_proc), budgets)
     print("\n".join(report.lines(chosen.max_length)))
     if chosen.plot and report.lengths:
-        draw_lengths(report.lengths, chosen.max_length, Path(chosen.plot))
+        draw_lengths(report.longest(), chosen.max_length, Path(chosen.plot))
         print(f"wrote {chosen.plot}")
     return 1 if report.problems else 0
 

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 from trl import SFTConfig
 
+from .budgets import ALL, SAMPLE, check_budgets
 from .settings import BY_US, REFUSED, check_settings
 from .upstream import CheckedParser
 
@@ -98,7 +99,9 @@ class LlavaSTFTrainingArguments(SFTConfig):
     )
     chat_template_name: str = field(
         default="default",
-        metadata={"help": "Chat template of the processor to train with: 'default' (vicuna_v1), or 'plain' (stage 1)."},
+        metadata={
+            "help": "Chat template to train with: 'default', that of the processor (vicuna_v1), or 'plain' (stage 1)."
+        },
     )
     peak_tflops: float | None = field(
         default=None,
@@ -129,6 +132,21 @@ class LlavaSTFTrainingArguments(SFTConfig):
             "default as the model's processor does. What is trained with is saved with the model."
         },
     )
+    token_budgets: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Train for several numbers of tokens per picture, such as 144 36 9 1, of which a user chooses one "
+            "(`max_soft_tokens`). They are saved with the model. By default the model's full number only."
+        },
+    )
+    token_budget_mode: str = field(
+        default=SAMPLE,
+        metadata={
+            "help": "'sample': each row has one of the `token_budgets` in each epoch, for all of its pictures. 'all': "
+            "each row with pictures is trained with every budget in the same step (M3, arXiv 2405.17430).",
+            "choices": [SAMPLE, ALL],
+        },
+    )
     max_length: int | None = field(
         default=2048,
         metadata={"help": "Longest row in tokens, those of its images included. Longer rows are never cut."},
@@ -146,6 +164,7 @@ class LlavaSTFTrainingArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         check_settings(self)
+        self._check_budgets()
         if self.global_batch_size is not None:
             steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, launched_processes())
             if self.gradient_accumulation_steps not in (1, steps):
@@ -160,10 +179,26 @@ class LlavaSTFTrainingArguments(SFTConfig):
         for name in ("fp16", "activation_offloading"):
             if getattr(self, name) and self.device.type == "cpu":
                 raise ValueError(f"`{name}` does not act on a CPU: leave it out.")
+        if self.torch_compile and len(self.token_budgets or ()) > 1:
+            raise ValueError(
+                "`torch_compile` would compile the model anew for each mix of `token_budgets` in a batch: leave one of "
+                "them out."
+            )
         if self.group_by_modality_length and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"`train_sampling_strategy` is {self.train_sampling_strategy!r}, but `group_by_modality_length` orders "
                 "the rows: set that to false."
+            )
+
+    def _check_budgets(self) -> None:
+        if self.token_budgets is None:
+            return
+        check_budgets(self.token_budgets)
+        self.token_budgets = sorted(self.token_budgets, reverse=True)
+        if self.token_budget_mode == ALL and self.loss_type == "dft":
+            raise ValueError(
+                "`loss_type` is 'dft', but the loss of `token_budget_mode` 'all' is the mean of the budgets' "
+                "cross-entropies: leave `loss_type` out, or choose 'sample'."
             )
 
     @property

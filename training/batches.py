@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes batches of rows, whose images are opened at that time."""
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,10 @@ from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from modeling_llava_stf.processing_llava_stf import is_picture
 
+from .budgets import TokenBudgets
 from .checks import check_tokens, open_image
 from .rows import DataError, is_animated, to_row
-from .upstream import leave_out_image_tokens
+from .upstream import leave_out_image_tokens, with_options
 
 logger = logging.get_logger(__name__)
 
@@ -22,19 +24,37 @@ logger = logging.get_logger(__name__)
 class Collator(DataCollatorForVisionLanguageModeling):
     """Makes batches as TRL's collator does; opens the images of `training.rows`, in the worker that makes the batch.
 
+    With `budgets`, the pictures and frames of a row have as many tokens as its budget, and a row with several budgets
+    is in the batch once with each.
+
     Raises:
         DataError: names the image that cannot be read.
     """
 
+    budgets: TokenBudgets | None = None
+
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call([self._with_media(example) for example in examples])
+        rows = [self._row(example) for example in examples]
+        collator = self
+        if self.budgets is not None:
+            copies = [(row, budget) for row in rows for budget in self.budgets.of_row(row)]
+            rows = [row for row, _ in copies]
+            images = [budget for row, budget in copies for _ in row["images"]]
+            videos = [budget for row, budget in copies for _ in row["videos"]]
+            kinds = {"images_kwargs": images, "videos_kwargs": videos}
+            options = {name: {"max_soft_tokens": numbers} for name, numbers in kinds.items() if numbers}
+            collator = dataclasses.replace(self, processor=with_options(self.processor, **options))
+        batch = super(Collator, collator).torch_call([self._with_media(row) for row in rows])
         leave_out_image_tokens(batch, self.processor.image_token_id)
         return batch
 
-    def _with_media(self, example: dict[str, Any]) -> dict[str, Any]:
+    def _row(self, example: dict[str, Any]) -> dict[str, Any]:
         row = example if "problem" in example else self._checked(example)  # or a row of TRL, as it is
         if row["problem"]:
             raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
+        return row
+
+    def _with_media(self, row: dict[str, Any]) -> dict[str, Any]:
         videos = iter(row["videos"])
         messages = [
             {

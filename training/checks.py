@@ -25,6 +25,7 @@ from modeling_llava_stf.processing_llava_stf import (
     to_rgb,
 )
 
+from .budgets import TokenBudgets
 from .rows import (
     BAD_IMAGE,
     CONVERSATION,
@@ -57,12 +58,14 @@ class Checker:
         template: text of the chat template that the training uses.
         max_length: longest row, in tokens.
         decode: open every image in full; otherwise only see whether its file is there.
+        budgets: of the training; the longest that they make a row is compared with `max_length`.
     """
 
     processor: LlavaSTFProcessor
     template: str
     max_length: int
     decode: bool
+    budgets: TokenBudgets | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         found = {"length": 0, "vision": 0, "targets": 0, "notes": row["notes"], "problem": row["problem"]}
@@ -94,15 +97,17 @@ class Checker:
         )
         media = len(row["images"]) + len(row["videos"])
         rendered = sum(token == self.processor.image_token_id for token in encoded["input_ids"])
-        length = len(encoded["input_ids"]) - media + vision * self.processor.tokens_per_image
+        per_picture = self.budgets.full if self.budgets else self.processor.tokens_per_image
+        length = len(encoded["input_ids"]) - media + vision * per_picture
+        longest = self.budgets.length(length, vision, self.budgets.sizes[0]) if self.budgets else length
         targets = sum(encoded["assistant_masks"])
         problem = ""
         if rendered != media:
             problem = f"{PLACEHOLDER}: the template writes {rendered} <image> for {media} images or videos"
         elif targets == 0:
             problem = NO_TARGET
-        elif length > self.max_length:
-            problem = f"{TOO_LONG}: {length} tokens, {self.max_length} are allowed"
+        elif longest > self.max_length:
+            problem = f"{TOO_LONG}: {longest} tokens, {self.max_length} are allowed"
         notes = [*row["notes"], LEFT_OUT] if left_out else row["notes"]
         return {"length": length, "vision": vision, "targets": targets, "notes": notes, "problem": problem}
 
@@ -197,7 +202,10 @@ def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
 
 @dataclass
 class Report:
-    """Sums up a check: `kept` rows are fit to train on, and counted; `lengths` are those of all rows."""
+    """Sums up a check: `kept` rows are fit to train on, and counted; `lengths` and `vision` are those of all rows.
+
+    The lengths are those without budgets. The numbers of an epoch count the copies that a row has with its budgets.
+    """
 
     rows: int = 0
     kept: int = 0
@@ -205,19 +213,24 @@ class Report:
     images: int = 0
     several_images: int = 0
     targets: int = 0
-    tokens: int = 0
+    epoch_images: int = 0
+    epoch_targets: int = 0
+    epoch_tokens: float = 0
     lengths: list[int] = field(default_factory=list)
+    vision: list[int] = field(default_factory=list)
+    budgets: TokenBudgets | None = None
     problems: dict[str, list[str]] = field(default_factory=dict)
     notes: dict[str, list[str]] = field(default_factory=dict)  # names of the rows that are kept, by what is noted
 
     @classmethod
-    def of(cls, checked: Dataset) -> "Report":
-        report = cls(rows=len(checked))
+    def of(cls, checked: Dataset, budgets: TokenBudgets | None = None) -> "Report":
+        report = cls(rows=len(checked), budgets=budgets)
         columns = checked.select_columns(["id", "length", "vision", "targets", "notes", "problem"])
         for batch in columns.iter(1000):
             for name, length, vision, targets, notes, problem in zip(*batch.values(), strict=True):
                 if length:
                     report.lengths.append(length)
+                    report.vision.append(vision)
                 if problem:
                     report.problems.setdefault(problem.split(":")[0], []).append(f"{name}: {problem}")
                     continue
@@ -228,7 +241,10 @@ class Report:
                 report.images += vision
                 report.several_images += vision > 1
                 report.targets += targets
-                report.tokens += length
+                copies = budgets.copies(vision) if budgets else 1
+                report.epoch_images += copies * vision
+                report.epoch_targets += copies * targets
+                report.epoch_tokens += budgets.expected(length, vision) if budgets else length
         return report
 
     def lines(self, max_length: int) -> Iterator[str]:
@@ -244,19 +260,41 @@ class Report:
             if len(rows) > NAMED:
                 yield f"  and {len(rows) - NAMED} more"
         yield from self.histogram(max_length)
+        yield from self.by_budget()
 
     def noted(self) -> Iterator[str]:
         """Yields each note once: what kept rows have otherwise than it was written, and keys that nothing reads."""
         for note, rows in sorted(self.notes.items()):
             yield f"note: {note}: {len(rows)} row(s), the first is {rows[0]}"
 
+    def lengths_at(self, budget: int) -> list[int]:
+        """Returns the lengths of all rows that could be measured, with `budget` tokens for each picture."""
+        assert self.budgets is not None
+        pairs = zip(self.lengths, self.vision, strict=True)
+        return [self.budgets.length(length, vision, budget) for length, vision in pairs]
+
+    def longest(self) -> list[int]:
+        """Returns the lengths with the largest budget."""
+        return self.lengths_at(self.budgets.sizes[0]) if self.budgets else self.lengths
+
+    def by_budget(self) -> Iterator[str]:
+        """Says how long rows are with each budget, and what an epoch takes."""
+        if not self.budgets or not self.lengths:
+            return
+        for budget in self.budgets.sizes:
+            lengths = self.lengths_at(budget)
+            mean = sum(lengths) / len(lengths)
+            yield f"  with {budget} tokens for each picture: {min(lengths)} to {max(lengths)}, {mean:.1f} on average"
+        yield f"an epoch by `{self.budgets.mode}`: about {self.epoch_tokens:,.0f} tokens"
+
     def histogram(self, max_length: int, bins: int = 16, width: int = 50) -> Iterator[str]:
         """Draws the lengths of all rows that could be measured; a bin is a share of `max_length`."""
-        if not self.lengths:
+        lengths = self.longest()
+        if not lengths:
             return
         step = -(-max_length // bins)
-        counts = Counter(length // step for length in self.lengths)
-        yield f"length in tokens: {min(self.lengths)} to {max(self.lengths)}, {max_length} allowed"
+        counts = Counter(length // step for length in lengths)
+        yield f"length in tokens: {min(lengths)} to {max(lengths)}, {max_length} allowed"
         for index in range(min(counts), max(counts) + 1):
             bar = "#" * round(width * counts[index] / max(counts.values()))
             yield f"  {index * step:6d}-{(index + 1) * step - 1:<6d} {counts[index]:8d} {bar}"

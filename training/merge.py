@@ -7,26 +7,30 @@ from pathlib import Path
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, load_peft_weights
-from transformers.utils import cached_file
+from transformers.utils import cached_file, logging
 from transformers.utils.hub import extract_commit_hash
 
-from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
+from conversion.checkpoints.folders import TOKEN_BUDGETS, complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 from .saving import readable
+
+logger = logging.get_logger(__name__)
 
 
 def merge(adapter: str, destination: str, base: str | None = None, base_revision: str | None = None) -> Path:
     """Writes a folder that needs no adapter: weights, code, processor, templates and licence. Dtypes are the base's.
 
     Args:
-        adapter: folder of a LoRA run; the fusion modules that it trained in full replace those of the base.
+        adapter: folder of a LoRA run; the fusion modules that it trained in full replace those of the base, and so do
+            the token budgets that it was trained for.
         destination: must not exist, or be empty.
         base: folder or Hub id of the base; by default the one that the adapter names.
         base_revision: branch, tag or commit of a base on the Hub; by default the one that the adapter names.
 
     Raises:
-        ValueError: if the adapter is none, changes nothing or is not of this base, or its base cannot be found.
+        ValueError: if the adapter is none, changes nothing or is not of this base, or its base cannot be found or is
+            quantised.
     """
     target = require_empty(destination)
     if not (Path(adapter) / "adapter_config.json").is_file():
@@ -40,6 +44,16 @@ def merge(adapter: str, destination: str, base: str | None = None, base_revision
         raise ValueError(f"The adapter names the base {base}, which is not there. Give it with --base.")
     commit = commit_of(base, base_revision)
     model = LlavaSTFForConditionalGeneration.from_pretrained(base, revision=commit, dtype="auto")
+    if getattr(model, "is_quantized", False):
+        raise ValueError(f"{base} is quantised. Give the checkpoint that it was made from with --base.")
+    before, now = model.config.token_budgets, (settings.auto_mapping or {}).get(TOKEN_BUDGETS)
+    if before and before != now:
+        logger.warning(
+            f"The base was trained for {before} tokens per picture, the adapter for {now or 'the full number only'}: "
+            "the merged config says what the adapter was trained for."
+        )
+    model.config.token_budgets = now
+    model.config.check_fusion()
     dtypes = {name: weight.dtype for name, weight in model.named_parameters()}
     model = with_adapter(model, settings, adapter).merge_and_unload()
     for name, weight in model.named_parameters():

@@ -12,6 +12,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from torch import nn
 
+from .budgets import SAMPLE
 from .checks import Report
 from .trainer import LlavaSTFTrainer
 
@@ -50,11 +51,18 @@ def start_lines(trainer: LlavaSTFTrainer, data: Report | None) -> Iterator[str]:
         f"global batch: {rows} rows = {args.per_device_train_batch_size} per device x {args.world_size} device(s) x "
         f"{args.gradient_accumulation_steps} accumulation step(s); loss by {args.loss_reduction}"
     )
+    if args.token_budgets:
+        sizes = ", ".join(map(str, args.token_budgets))
+        yield f"tokens for each picture: {sizes}; " + (
+            "a row has one of them in each epoch"
+            if args.token_budget_mode == SAMPLE
+            else "a row with pictures is in its batch once with each of them"
+        )
     if data is not None:
-        per_row = data.tokens / data.kept
+        share = rows / data.kept
         yield (
-            f"a step: about {rows * data.images / data.kept:.0f} images and {rows * per_row:,.0f} tokens "
-            f"({rows * data.targets / data.kept:,.0f} of them trained); {data.kept:,} rows an epoch"
+            f"a step: about {share * data.epoch_images:.0f} images and {share * data.epoch_tokens:,.0f} tokens "
+            f"({share * data.epoch_targets:,.0f} of them trained); {data.kept:,} rows an epoch"
         )
 
 

@@ -18,6 +18,7 @@ from trl import ModelConfig, get_peft_config
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 from .arguments import DataArguments, LlavaSTFTrainingArguments, Parser, read_recipe
+from .budgets import budgets_of
 from .checks import Checker, Report, check_rows, fit_rows, fit_stream
 from .merge import commit_of
 from .report import draw_curves, start_lines
@@ -170,11 +171,13 @@ def prepare(
     path: str, data: DataArguments, args: LlavaSTFTrainingArguments, processor: LlavaSTFProcessor
 ) -> tuple[Dataset | IterableDataset, Report | None]:
     """Loads the rows that can be trained on. All ranks get the same; the first one checks them."""
+    budgets = budgets_of(args.token_budgets, args.token_budget_mode, args.order_seed, processor)
     checker = Checker(
         processor,
         template_text(processor, args.chat_template_name),
         args.max_length or processor.tokenizer.model_max_length,
         decode=data.on_bad_image == "skip",
+        budgets=budgets,
     )
     with args.main_process_first(desc="checking the data"):
         rows = load_rows(
@@ -184,5 +187,5 @@ def prepare(
             stream = fit_stream(rows, checker, data.on_bad_image, data.on_bad_row)
             return stream.shuffle(seed=args.order_seed, buffer_size=STREAM_BUFFER), None
         checked = check_rows(rows, checker, args.dataset_num_proc, reuse=args.local_process_index > 0)
-        report = Report.of(checked)
+        report = Report.of(checked, budgets)
         return fit_rows(checked, report, data.on_bad_image, data.on_bad_row), report

@@ -4,9 +4,12 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+
+from .budgets import ALL, TokenBudgets
 
 
 class ModalityLengthSampler(Sampler[int]):
@@ -39,6 +42,34 @@ class ModalityLengthSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         return iter(modality_length_order(self.lengths, self.has_images, self.batch_size, self.batches, generator))
+
+
+class BudgetLengthSampler(ModalityLengthSampler):
+    """Orders rows by the lengths that their budgets give them in this epoch; with `all`, by the largest.
+
+    Args:
+        lengths: tokens of each row without budgets.
+        vision: pictures and frames of each row.
+        keys: what [`training.budgets.row_key`] returns for each row.
+        budgets: of the run.
+        **kwargs: those of [`ModalityLengthSampler`].
+    """
+
+    def __init__(
+        self, lengths: Sequence[int], vision: Sequence[int], keys: Sequence[str], budgets: TokenBudgets, **kwargs: Any
+    ):
+        super().__init__(lengths, [pictures > 0 for pictures in vision], **kwargs)
+        self.full_lengths, self.vision, self.keys, self.budgets = lengths, vision, keys, budgets
+
+    def __iter__(self) -> Iterator[int]:
+        self.lengths = [
+            self.budgets.length(length, pictures, self._budget(key))
+            for length, pictures, key in zip(self.full_lengths, self.vision, self.keys, strict=True)
+        ]
+        return super().__iter__()
+
+    def _budget(self, key: str) -> int:
+        return self.budgets.sizes[0] if self.budgets.mode == ALL else self.budgets.draw(key, self.epoch)
 
 
 def modality_length_order(

@@ -153,7 +153,7 @@ class SavingTrainer(SFTTrainer):
         if self.args.should_save:
             remove_card(folder)
             if isinstance(self.model, PeftModel):
-                name_auto_class(folder)
+                name_auto_class(folder, getattr(without_adapter(self.model).config, "token_budgets", None))
             copy_licences(folder)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -185,6 +185,7 @@ class SavingTrainer(SFTTrainer):
         run = {
             "processes": self.args.world_size,
             **{name: settings[name] for name in (*DECIDING, *LENGTHS)},
+            **({"token_budget_mode": settings["token_budget_mode"]} if settings["token_budgets"] else {}),
             "base": network.name_or_path,
             "revision": base_commit(network),
             "dtype": str(next(self.model.parameters()).dtype),

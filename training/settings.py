@@ -61,7 +61,7 @@ REFUSED = {
     "steps follow from `global_batch_size`",
     "batch_eval_metrics": LOSS_ONLY,
     "bf16_full_eval": IN_TRAINING,
-    "chat_template_path": "rows are written with a template of the checkpoint's processor, which is saved with it: "
+    "chat_template_path": "rows are written with the template of the checkpoint's processor, or with stage 1's: "
     "name it with `chat_template_name`",
     "completion_only_loss": "`assistant_only_loss` trains on the answers",
     "dataset_kwargs": "rows are prepared when their batch is made",
@@ -114,6 +114,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"), ("report_to",)),
     **dict.fromkeys(("run_name", "project"), ("report_to",)),
     "fsdp_config": ("fsdp",),
+    "token_budget_mode": ("token_budgets",),
     "optim_args": ("optim",),
 }
 # What a number must be, and the options that it holds for.
@@ -147,7 +148,7 @@ DECIDING = sorted(
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     average_tokens_across_devices bf16 fp16 neftune_noise_alpha loss_type loss_reduction trainable
     assistant_only_loss chat_template_name image_aspect_ratio seed data_seed full_determinism
-    dataloader_drop_last train_sampling_strategy group_by_modality_length
+    dataloader_drop_last train_sampling_strategy group_by_modality_length token_budgets
     """.split()
 )
 

@@ -17,6 +17,8 @@ from modeling_llava_stf import LlavaSTFConfig
 
 from .arguments import CONNECTOR, TOWER
 
+LAST_OF_FUSION = "spatial_fusion.linear_2"
+
 
 class Meter:
     """Counts images and tokens of this device since the last reading."""
@@ -25,13 +27,14 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        self.images = self.tokens = 0
+        self.images = self.image_tokens = self.tokens = 0
         self.clock = now()
 
-    def count(self, inputs: dict[str, Any]) -> None:
+    def count(self, inputs: dict[str, Any], image_token_id: int) -> None:
         """Adds a micro-batch."""
         pixels = inputs.get("pixel_values")
         self.images += 0 if pixels is None else pixels.shape[0]
+        self.image_tokens += int((inputs["input_ids"] == image_token_id).sum())
         self.tokens += int(inputs["attention_mask"].sum())
 
     def read(
@@ -45,8 +48,8 @@ class Meter:
             peak: FLOP/s of all devices together, to measure model FLOPs utilisation (MFU) by.
         """
         seconds = now() - self.clock
-        images, tokens = sum_over_ranks([self.images, self.tokens])
-        flops = training_flops(model, images, tokens)
+        images, image_tokens, tokens = sum_over_ranks([self.images, self.image_tokens, self.tokens])
+        flops = training_flops(model, images, tokens, image_tokens)
         self.restart()
         return {
             "images_per_second": images / seconds,
@@ -55,9 +58,12 @@ class Meter:
         }
 
 
-def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: float) -> float:
+def training_flops(
+    model: PreTrainedModel | PeftModel, images: float, tokens: float, image_tokens: float | None = None
+) -> float:
     """Counts the FLOPs of training on so many images and tokens, without recomputing checkpointed layers.
 
+    `tokens` are all tokens, `image_tokens` those of the images, by default as many as they have without a budget.
     Each weight of a linear layer takes, for each position, two in the forward pass, two for the gradient of the inputs
     (but in the frozen tower), and two for the weight's own, if it is trained. Attention scores are left out.
     """
@@ -71,7 +77,9 @@ def training_flops(model: PreTrainedModel | PeftModel, images: float, tokens: fl
         learns = layer.weight.requires_grad
         passes = 2 + 2 * (TOWER not in name or learns) + 2 * learns
         in_fusion = next((counted for key, counted in fused.items() if key in name), None)
-        if in_fusion is not None:
+        if in_fusion is not None and image_tokens is not None and LAST_OF_FUSION in name:
+            positions = image_tokens  # the average over windows comes before it
+        elif in_fusion is not None:
             positions = images * in_fusion.rows
         elif TOWER in name or CONNECTOR in name:
             positions = images * patches

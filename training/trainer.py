@@ -3,8 +3,10 @@
 """TRL's SFT with what LLaVA's recipe adds: what trains, at which rates, in which order, and by which loss."""
 
 import copy
+import dataclasses
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,20 @@ import torch
 from datasets import IterableDataset
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Sampler
-from transformers import PreTrainedModel, ProcessorMixin
+from torch.utils.data import DataLoader, Sampler
+from transformers import PreTrainedModel, ProcessorMixin, TrainerState
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
+from modeling_llava_stf.processing_llava_stf import PLAIN
 
 from .arguments import CONNECTOR, TOWER, LlavaSTFTrainingArguments, launched_processes
 from .batches import Collator
+from .budgets import ALL, BudgetEpoch, TokenBudgets, budgets_of, row_key
 from .rows import DataError
-from .sampler import ModalityLengthSampler
-from .saving import SavingTrainer
+from .sampler import BudgetLengthSampler, ModalityLengthSampler
+from .saving import CheckpointError, SavingTrainer
 from .throughput import Meter, measure_tflops
 from .upstream import (
     NoEndlessEpochs,
@@ -30,7 +37,10 @@ from .upstream import (
     image_token_masked,
     message_of,
     name_base_commit,
+    without_adapter,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class LlavaSTFTrainer(SavingTrainer):
@@ -63,10 +73,16 @@ class LlavaSTFTrainer(SavingTrainer):
                 f"{launched} processes were launched, but each would train by itself (world size {args.world_size}): "
                 "without GPUs pass `--use_cpu true`."
             )
-        collator = collator_of(processing_class, args)
+        self.budgets = budgets_of(args.token_budgets, args.token_budget_mode, args.order_seed, processing_class)
+        if self.budgets is not None and data_collator is not None:
+            raise ValueError("`token_budgets` does not act on a `data_collator` of your own: leave one of them out.")
+        collator = collator_of(processing_class, args, self.budgets)
         super().__init__(
             model, args, processing_class=processing_class, data_collator=data_collator or collator, **kwargs
         )
+        self._name_budgets(processing_class)
+        if self.budgets is not None:
+            self.add_callback(BudgetEpoch(self.budgets))
         self._check_stream()
         if isinstance(self.model, PeftModel):
             name_base_commit(self.model)
@@ -88,6 +104,7 @@ class LlavaSTFTrainer(SavingTrainer):
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self.check_checkpoint(Path(resume_from_checkpoint))
+            self._check_pass(resume_from_checkpoint)
             if done := finished(self, resume_from_checkpoint):
                 return done
         self._meter.restart()
@@ -169,6 +186,15 @@ class LlavaSTFTrainer(SavingTrainer):
             if self.args.train_sampling_strategy != "random":
                 raise ValueError("A streamed dataset has its own order: leave out `train_sampling_strategy`.")
 
+    def _check_pass(self, checkpoint: str) -> None:
+        """Raises a [`CheckpointError`] in the second pass over a stream: transformers would skip rows of the first."""
+        epoch = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json")).epoch
+        if isinstance(self.train_dataset, IterableDataset) and (epoch or 0) >= 1:
+            raise CheckpointError(
+                f"{checkpoint} is in pass {int(epoch or 0) + 1} over a stream, and a run over a stream goes on in "
+                "its first pass only. Begin a new run from its weights with another `--output_dir`, or do not stream."
+            )
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.group_by_modality_length:
@@ -178,27 +204,100 @@ class LlavaSTFTrainer(SavingTrainer):
                 "`group_by_modality_length` needs the columns `length` and `vision`: check the rows first (see "
                 "`training.checks.check_rows`), or set it to false."
             )
-        sampler = ModalityLengthSampler(
-            rows["length"][:],
-            [vision > 0 for vision in rows["vision"][:]],
-            self.args.train_batch_size,
-            self.args.world_size * self.args.gradient_accumulation_steps,
-            self.args.order_seed,
-        )
+        lengths, vision = rows["length"][:], rows["vision"][:]
+        batches: Any = {
+            "batch_size": self.args.train_batch_size,
+            "batches": self.args.world_size * self.args.gradient_accumulation_steps,
+            "seed": self.args.order_seed,
+        }
+        sampler: ModalityLengthSampler
+        if self.budgets is None:
+            sampler = ModalityLengthSampler(lengths, [pictures > 0 for pictures in vision], **batches)
+        else:
+            named = rows.select_columns(["id", "messages"]).iter(1000)
+            keys = [row_key(*row) for batch in named for row in zip(batch["id"], batch["messages"], strict=True)]
+            sampler = BudgetLengthSampler(lengths, vision, keys, self.budgets, **batches)
         self.add_callback(SamplerEpoch(sampler))
         return sampler
+
+    # Budgets
+
+    def _name_budgets(self, processor: ProcessorMixin) -> None:
+        """Writes into the config which budgets this run trains; says so if they are others than before."""
+        config = without_adapter(self.model).config
+        if not isinstance(config, LlavaSTFConfig) or not isinstance(processor, LlavaSTFProcessor):
+            return
+        full, default = processor.allowed_token_budgets[0], processor.tokens_per_image
+        before = list(config.token_budgets or [full])
+        config.token_budgets = self.args.token_budgets or (None if default == full else [default])
+        now = list(config.token_budgets or [full])
+        if set(before) - set(now) and self.args.should_log:
+            both = " ".join(map(str, sorted({*before, *now}, reverse=True)))
+            logger.warning(
+                f"The checkpoint was trained for {before} tokens per picture. This run trains {now}, and its config "
+                f"will name no others. To keep them: --token_budgets {both}"
+            )
+        if full not in now and self.args.should_log:
+            logger.warning(
+                f"This run trains {now} tokens per picture, and not {full}: a call that does not pass "
+                "`max_soft_tokens` will have a number of tokens that the model was not trained for."
+            )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Returns the loader of [`Trainer.get_eval_dataloader`]: each row is there once, with the largest budget."""
+        collator = self.data_collator  # type: ignore[has-type]
+        if self.budgets is not None:
+            largest = TokenBudgets(self.budgets.sizes[:1], self.budgets.full)
+            self.data_collator = dataclasses.replace(collator, budgets=largest)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
 
     # Loss
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> torch.Tensor | int | None:
         if self.args.loss_reduction == "microbatch":
             return None  # each micro-batch is averaged by itself
+        if self._repeats_text:  # a text row counts as often as the others are there
+            batch_samples = [
+                {"labels": batch["labels"].repeat_interleave(self._weights(batch), 0)} for batch in batch_samples
+            ]
         return super()._get_num_items_in_batch(batch_samples, device)
 
-    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes the loss as [`SFTTrainer.compute_loss`] does, but `<image>` is no answer."""
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Computes the loss as [`SFTTrainer.compute_loss`] does, but `<image>` is no answer.
+
+        With `token_budget_mode` 'all' it is M3's: the mean of the losses that the batch has with each budget.
+        """
+        if self._repeats_text and self.model.training:
+            model = self._weighted(model, inputs)
         with image_token_masked(self.accelerator.unwrap_model(self.model)):
-            return super().compute_loss(*args, **kwargs)
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    @property
+    def _repeats_text(self) -> bool:
+        """Whether a text row, which is computed once, stands for as many rows as there are budgets."""
+        return self.budgets is not None and self.budgets.mode == ALL
+
+    def _weights(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Returns how many rows of M3's batches each row stands for, (rows,)."""
+        pictures = (batch["input_ids"] == self.model.config.image_token_id).any(1)
+        return torch.where(pictures, 1, len(self.args.token_budgets or ()))
+
+    def _weighted(self, model: Any, inputs: dict[str, Any]) -> Callable[..., Any]:
+        """Returns the model with log-probabilities that count as often as their row does."""
+        weights = self._weights(inputs)
+        if self.args.loss_reduction == "microbatch":  # TRL divides by the number of tokens that are there
+            tokens = (inputs["labels"][:, 1:] != -100).sum(1)
+            weights = weights * tokens.sum() / (weights * tokens).sum().clamp(min=1)
+
+        def weighted(**kwargs: Any) -> Any:
+            outputs = model(**kwargs)
+            outputs.log_probs = outputs.log_probs * weights[:, None]
+            return outputs
+
+        return weighted
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """Trains on a micro-batch as [`Trainer.training_step`] does.
@@ -206,7 +305,7 @@ class LlavaSTFTrainer(SavingTrainer):
         Raises:
             FloatingPointError: if the loss is not finite; the weights have not changed yet.
         """
-        self._meter.count(inputs)
+        self._meter.count(inputs, self.model.config.image_token_id)
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise FloatingPointError(
@@ -227,7 +326,9 @@ class LlavaSTFTrainer(SavingTrainer):
         return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
 
 
-def collator_of(processor: ProcessorMixin, args: LlavaSTFTrainingArguments) -> Collator:
+def collator_of(
+    processor: ProcessorMixin, args: LlavaSTFTrainingArguments, budgets: TokenBudgets | None = None
+) -> Collator:
     """Makes the collator of a training; what `args` say about pictures is set in `processor`, too."""
     template = template_text(processor, args.chat_template_name)
     for name in ("do_exif_transpose", "alpha_background"):
@@ -245,17 +346,19 @@ def collator_of(processor: ProcessorMixin, args: LlavaSTFTrainingArguments) -> C
         assistant_only_loss=args.assistant_only_loss,
         pad_to_multiple_of=args.pad_to_multiple_of,
         chat_template=template,
+        budgets=budgets,
     )
 
 
 def template_text(processor: Any, name: str) -> str:
-    """Returns the chat template of this name.
+    """Returns the chat template of this name: one of the processor's, or `plain`, that of stage 1.
 
     Raises:
         ValueError: if there is none; lists the names.
     """
     templates = processor.chat_template
     templates = templates if isinstance(templates, dict) else {"default": templates}
+    templates = {"plain": PLAIN.read_text(encoding="utf-8"), **templates}
     if name not in templates:
-        raise ValueError(f"The processor has no chat template {name!r}; it has {', '.join(templates)}.")
+        raise ValueError(f"The training has no chat template {name!r}; it has {', '.join(sorted(templates))}.")
     return templates[name]

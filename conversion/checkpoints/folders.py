@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
@@ -20,10 +21,13 @@ ROOT = Path(__file__).resolve().parents[2]
 TEMPLATES = Path(__file__).parent / "chat_templates"
 PROJECTOR_FILE = "mm_projector.bin"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+TOKEN_BUDGETS = "token_budgets"  # in the `auto_mapping` of an adapter
 ADAPTER_FILE = "adapter_model.safetensors"
 NON_LORA_FILE = "non_lora_trainables.bin"
 # The source's own config.json, for the way back.
 ORIGINAL_CONFIG_FILE = "original_config.json"
+# How a checkpoint was quantised, and from what.
+QUANTISATION_FILE = "quantisation.json"
 UNFINISHED = ".partial"  # ends the name of a folder or file that is being written, and of no other
 NOTE = """---
 library_name: transformers
@@ -121,13 +125,19 @@ def copy_licences(folder: Path) -> None:
         shutil.copyfile(ROOT / name, folder / name)
 
 
-def name_auto_class(folder: Path) -> None:
+def name_auto_class(folder: Path, token_budgets: list[int] | None = None) -> None:
     """Lets `AutoPeftModel` load a PEFT adapter's base with transformers' Auto class.
+
+    `token_budgets` are those that the adapter was trained for. PEFT keeps unknown keys in `auto_mapping` only.
 
     PEFT 0.21 names the module of the base's class, which with `trust_remote_code` exists in one cache only, and
     imports nothing outside transformers. A task type would make `AutoPeftModel` refuse the adapter.
     """
     path = folder / ADAPTER_CONFIG_FILE
     auto_class = {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"}
-    settings = {**read_json(path), "task_type": None, "auto_mapping": auto_class}
+    settings = read_json(path)
+    mapping: dict[str, Any] = {**(settings.get("auto_mapping") or {}), **auto_class}
+    if token_budgets is not None:
+        mapping[TOKEN_BUDGETS] = token_budgets
+    settings |= {"task_type": None, "auto_mapping": mapping}
     path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -9,8 +9,11 @@ python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniatur
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
 python -m examples.shapes renew MODEL OUT                      makes new fusion modules
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
+python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
+python -m examples.shapes task DATA OUT                        writes the test questions as a task of lmms-eval
 python -m examples.shapes make WORK OUT                        runs all steps: makes the model of this repository
 python -m examples.shapes ablation WORK OUT                    trains and tests with other connectors and several seeds
+python -m examples.shapes tokens OUT DATA MODEL                measures what fewer vision tokens cost
 """
 
 import argparse
@@ -25,7 +28,10 @@ from .language_model import train_language_model
 from .pictograms import SAMPLE, fetch
 from .recipe import make
 from .renew import renew
+from .shrink import shrink
+from .task import write_task
 from .text import train_tokenizer
+from .tokens import SCORES, compare
 
 
 def main() -> int:
@@ -82,6 +88,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluation.set_defaults(step=evaluate)
 
+    shrinking = commands.add_parser("shrink", help="quantise by every scheme, and compare the answers with bfloat16")
+    shrinking.add_argument("model", metavar="MODEL", help="folder of a checkpoint")
+    shrinking.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    shrinking.add_argument("--output", metavar="FILE", required=True, help="write the result as JSON; must not exist")
+    shrinking.add_argument("--questions", type=int, default=1100, metavar="N", help="number of them (default: 1100)")
+    shrinking.add_argument("--workers", type=int, default=2, metavar="N", help="models asked at a time (default: 2)")
+    shrinking.add_argument("--also", metavar="DIR", nargs="+", default=(), help="folders that were quantised elsewhere")
+    shrinking.set_defaults(step=shrink)
+    task = commands.add_parser("task", help="write the questions of the test set as a task of lmms-eval")
+    task.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    task.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    task.add_argument("--questions", type=int, metavar="N", help="only the first N questions (default: all)")
+    task.set_defaults(step=write_task)
+
     renewal = commands.add_parser("renew", help="put new fusion modules into a checkpoint")
     renewal.add_argument("checkpoint", metavar="MODEL", help="folder of a checkpoint")
     renewal.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
@@ -109,6 +129,31 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("index", "seed", "captions", "rows"):
         run.add_argument(name, type=int)
     run.set_defaults(step=run_one)
+
+    tokens = commands.add_parser("tokens", help="compare token budgets and reducers, in a table and a plot")
+    tokens.add_argument("out", metavar="OUT", help="folder for the results; a stopped run continues there")
+    tokens.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    tokens.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="FOLDER, NAME=FOLDER or NAME=FOLDER@BUDGET; the first gives rows for every budget and reducer, each "
+        "other one row, such as a model that was trained for one budget, or a stock LLaVA",
+    )
+    tokens.add_argument(
+        "--keep", type=int, nargs="+", metavar="N", help="tokens that the reducers keep (default: 1/2 to 1/16 of all)"
+    )
+    tokens.add_argument("--scores", nargs="+", choices=SCORES, help="reducers (default: all)")
+    tokens.add_argument("--questions", type=int, metavar="N", help="ask only the first N (default: all)")
+    tokens.add_argument("--batch-size", type=int, default=100, metavar="N", help="questions of a batch (default: 100)")
+    tokens.add_argument(
+        "--timed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="also time the first token of N questions, one at a time, the systems in turns (default: 0)",
+    )
+    tokens.set_defaults(step=compare)
     return parser
 
 

@@ -4,10 +4,13 @@
 
 import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
@@ -47,7 +50,7 @@ def evaluate(
     prefix = "new-" if new else ""
     rows, truth = read_rows(Path(data) / f"{prefix}test.json"), read_rows(Path(data) / f"{prefix}truth.jsonl")
     processor = LlavaSTFProcessor.from_pretrained(model)
-    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto").eval().to(DEVICE)
+    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=DEVICE).eval()
     scores = score(ask(network, processor, Path(data), rows, batch_size), rows, truth)
     print(accuracy_table(scores["kinds"]))
     result = card_results(scores["kinds"], name or str(model)) | scores
@@ -57,26 +60,42 @@ def evaluate(
 
 
 def ask(
-    network: PreTrainedModel, processor: LlavaSTFProcessor, folder: Path, rows: list[dict], batch_size: int = 100
+    network: PreTrainedModel,
+    processor: ProcessorMixin,
+    folder: Path,
+    rows: list[dict],
+    batch_size: int = 100,
+    inputs_of: Callable[[list[list[dict]]], BatchFeature] | None = None,
 ) -> dict[str, str]:
-    """Returns the greedy answer to the first question of each row, by the row's id; `folder` has the pictures."""
+    """Returns the greedy answer to the first question of each row, by the row's id; `folder` has the pictures.
+
+    `inputs_of` makes the inputs of `generate` from conversations; by default [`prompts`] does.
+    """
+    inputs_of = inputs_of or partial(prompts, network, processor)
     # Batches have answers of similar length, because the longest answer ends a batch.
     rows = sorted(rows, key=lambda row: len(row["conversations"][1]["value"]))
     answers: dict[str, str] = {}
     for start in tqdm(range(0, len(rows), batch_size), desc="questions", unit="batch"):
         batch = rows[start : start + batch_size]
-        inputs = processor.apply_chat_template(
-            [messages_of(row, folder)[:1] for row in batch],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True},
-        ).to(network.device, network.dtype)
+        inputs = inputs_of([messages_of(row, folder)[:1] for row in batch])
         outputs = network.generate(**inputs, do_sample=False, max_new_tokens=LONGEST_ANSWER)
         texts = processor.batch_decode(outputs[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         answers |= {row["id"]: text.strip() for row, text in zip(batch, texts, strict=True)}
     return answers
+
+
+def prompts(
+    network: PreTrainedModel, processor: ProcessorMixin, conversations: list[list[dict]], **kwargs: Any
+) -> BatchFeature:
+    """Returns the inputs of `generate` for conversations in the chat template; `kwargs` are the processor's."""
+    return processor.apply_chat_template(
+        conversations,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, **kwargs},
+    ).to(network.device, network.dtype)
 
 
 def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
@@ -98,7 +117,7 @@ def score(answers: dict[str, str], rows: list[dict], truth: list[dict]) -> dict:
             f"There are {len(answers)} answers, {len(expected)} test questions and {len(ids)} rows of truth, or their "
             "ids differ: test.json and truth.jsonl must come from one run of `generate`."
         )
-    right = {name: _parts(answers[name]) == _parts(sentence) for name, sentence in expected.items()}
+    right = {name: is_right(answers[name], sentence) for name, sentence in expected.items()}
     kinds = {}
     for kind in dict.fromkeys(row["kind"] for row in truth):
         marks = {
@@ -143,6 +162,11 @@ def _card_result(kind: str, group: str, part: dict) -> dict:
         "value": part["accuracy"],
         "samples": str(part["questions"]),
     }
+
+
+def is_right(answer: str, sentence: str) -> bool:
+    """Returns whether it is the true sentence, word for word; a caption may name the objects in another order."""
+    return _parts(answer) == _parts(sentence)
 
 
 def _parts(sentence: str) -> list[str]:

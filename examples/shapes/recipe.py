@@ -53,6 +53,7 @@ LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES + AGAIN}
 RENEWED = "renewed"  # the warm language model with new fusion modules
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = "A small model that was trained from nothing: it knows drawn shapes and nothing else."
+RESULTS = ("evaluation.json", "lmms_eval.json")  # of `evaluate`, and of lmms-eval if it was run
 CARD = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
 
 
@@ -113,7 +114,8 @@ def make(
 
 def render_card(model: str | Path) -> None:
     """Writes the card of the finished model into its folder."""
-    card = start_module("hub_card", "render", model, *CARD, "--results", Path(model) / "evaluation.json")
+    results = [file for name in RESULTS if (file := Path(model) / name).exists()]
+    card = start_module("hub_card", "render", model, *CARD, *(part for file in results for part in ("--results", file)))
     if card.wait():
         raise ValueError("The card could not be written, see above.")
 

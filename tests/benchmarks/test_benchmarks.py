@@ -348,3 +348,27 @@ def test_rows_that_are_wanted_first_come_first(measured, monkeypatch, capsys):
     assert all("50 tokens" in line and "batch" in line for line in lines[: sum(wanted)])
     rows = [(case["metric"], case["batch"], case["text"]) for case in json.loads(out.read_text())["cases"]]
     assert rows == [(case.metric, case.batch, case.text) for case in workloads.cases(workloads.PLANS["tiny"])]
+
+
+def test_gate_stops_another_pooling(systems):
+    fusion = systems[OURS].model.model.multi_modal_projector.spatial_fusion
+    fusion.pool = lambda hidden, tokens: hidden[:, :tokens]
+    with pytest.raises(SystemExit, match="features of 1 tokens: error"):
+        gate.eager(systems, torch.float32)
+
+
+def test_rows_of_a_budget(systems):
+    """Ours has fewer tokens, stock keeps all; the FLOPs follow, and each row has the peak of its own rounds."""
+    plan = workloads.PLANS["tiny"]
+    rows = {case.metric: run.measure(case, systems, plan, "cpu") for case in workloads.cases(plan) if case.budget}
+    assert rows.keys() == {"prefill by budget", "first token by budget"}
+    whole = next(case for case in workloads.cases(plan) if case.key == ("first token", 1, 50, None))
+    row = rows["first token by budget"]
+    assert report.label(row) == "first token by budget, batch 1, 50 tokens of text, 1 of a picture"
+    assert row["systems"][STOCK]["flops"] == whole.flops(systems[STOCK])
+    assert row["systems"][OURS]["flops"] < whole.flops(systems[OURS])
+    assert row["peak"].keys() == {"flops"}
+    assert report.share_of_peak({}, row).endswith("% flops")
+    few = systems[OURS].with_budget(1)
+    assert systems[STOCK].with_budget(1) is systems[STOCK]
+    assert few.prompt(2, 10).shape == (2, 11) and torch.stack(few.vision(few.pictures(2))).shape[:2] == (2, 1)

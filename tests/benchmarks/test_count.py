@@ -54,6 +54,15 @@ def test_vision_side(config):
     assert counted(model.multi_modal_projector, features) == connector
 
 
+@pytest.mark.parametrize("tokens", [144, 36, 9, 1])
+def test_vision_side_of_a_budget(tokens):
+    config = count.with_budget(count.NAMED["stf-7b"](), tokens)
+    projector = on_meta(config).model.multi_modal_projector
+    features = torch.empty(1, 576, 8 * 1024, device="meta")
+    assert counted(projector, features, [tokens]) == sum(part.flops for part in count.vision_parts(config)[1:])
+    assert count.image_tokens(config) == tokens and count.image_tokens(count.NAMED["stf-7b"]()) == 144
+
+
 def test_language_model(config):
     network = on_meta(config)
     settings = config.text_config
@@ -102,6 +111,18 @@ def test_command(checkpoint):
     assert len({line.count("|") for line in lines}) == 1
 
 
+def test_command_of_budgets(monkeypatch, capsys):
+    command = ["count", "llava-1.5-7b", "stf-7b", "--max-soft-tokens"]
+    monkeypatch.setattr(sys, "argv", [*command, "36", "1"])
+    count.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| | llava-1.5-7b | stf-7b, 36 tokens | stf-7b, 1 tokens |"
+    assert lines[2] == "| tokens of an image | 576 | 36 | 1 |"
+    monkeypatch.setattr(sys, "argv", [*command, "35"])
+    with pytest.raises(SystemExit, match=r"35 tokens, expected one of \[144, 36, 16, 9, 4, 1\]"):
+        count.main()
+
+
 def matrices(network, pattern=""):
     return sum(w.numel() for name, w in network.named_parameters() if w.ndim > 1 and re.search(pattern, name))
 
@@ -137,3 +158,16 @@ def test_more_devices_need_less_memory_where_they_share():
         assert (eight < one) == bool(way.trained_shared), way.name
     assert training_needs.memory(config, training_needs.WAYS[2], 1, 200) < 24e9  # QLoRA on a card of 24 GB
     assert training_needs.memory(config, training_needs.WAYS[3], 8, 200) > 80e9  # the full model, not shared
+
+
+def test_what_token_budgets_cost():
+    config = count.NAMED["stf-7b"]()
+    lines = [line.split("|") for line in training_needs.lines(config, 0.4) if line.startswith(("| 144 only", "| `"))]
+    tokens, time, memory = ([float(line[column]) for line in lines] for column in (2, 3, 4))
+    assert tokens == [144 + 200, round(190 / 4 + 200), 190 + 4 * 200]
+    each = [count.training_flops(count.with_budget(config, size), 200, True) for size in (144, 36, 9, 1)]
+    assert time == [1.0, round(sum(each) / 4 / each[0], 2), round(sum(each) / each[0], 2)]
+    assert memory[0] == memory[1] < memory[2]
+    assert not [
+        line for line in training_needs.lines(count.NAMED["llava-1.5-7b"](), 0.4) if "tokens of a picture" in line
+    ]

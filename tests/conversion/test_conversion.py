@@ -583,7 +583,6 @@ def test_the_folder_is_complete(checkpoint):
         "LICENSE",
         "NOTICE",
         "README.md",
-        "additional_chat_templates",
         "chat_template.jinja",
         "config.json",
         "configuration_llava_stf.py",

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import zlib
 
@@ -165,16 +166,37 @@ def test_versions_are_those_of_the_tests():
 
 
 def test_results_of_lmms_eval(folder):
+    """The file is one that lmms-eval 0.7.3 wrote: a group of two tasks, filters, an object, errors of three kinds."""
     text = gather(folder, "some/tiny", CARD_FACTS, results=[LMMS_EVAL]).render()
-    entries = {entry.metric_name: entry for entry in ModelCard(text).data.eval_results}
-    assert entries.keys() == {"exact_match", "mme_cognition_score", "mme_percetion_score"}
-    gqa = entries["exact_match"]
-    assert (gqa.dataset_type, gqa.dataset_name, gqa.metric_value) == ("lmms-lab/GQA", "gqa", 0.25)
-    assert (gqa.dataset_config, gqa.dataset_split) == ("testdev_balanced_instructions", "testdev")
-    assert (gqa.source_name, gqa.source_url) == ("lmms-eval", "https://github.com/EvolvingLMMs-Lab/lmms-eval")
-    assert "| gqa | exact_match | 0.25 | 0.125 | 12 of 12578 |" in text
-    assert "| mme | mme_percetion_score | 700.5 |  | 12 of 2374 |" in text
+    entries = {(entry.dataset_name, entry.metric_name): entry for entry in ModelCard(text).data.eval_results}
+    results = json.loads(LMMS_EVAL.read_text(encoding="utf-8"))["results"]
+    words, parts, shapes = results["words"], results["parts"], results["shapes"]
+    assert {name: entry.metric_value for name, entry in entries.items()} == {
+        ("both (group of 2 tasks)", "exact_match (sentence)"): words["exact_match,sentence"],
+        ("both (group of 2 tasks)", "exact_match (first_word)"): words["exact_match,first_word"],
+        ("words", "exact_match (sentence)"): words["exact_match,sentence"],
+        ("words", "exact_match (first_word)"): words["exact_match,first_word"],
+        ("parts", "right: short"): parts["right,none"]["short"],
+        ("parts", "right: long"): parts["right,none"]["long"],
+        ("parts", "letters"): parts["letters,none"],
+        ("shapes", "accuracy"): shapes["accuracy,none"],
+    }
+    entry = entries["shapes", "accuracy"]
+    assert (entry.dataset_type, entry.dataset_split, entry.dataset_config) == ("shapes", "test", None)
+    assert (entry.source_name, entry.source_url) == ("lmms-eval", "https://github.com/EvolvingLMMs-Lab/lmms-eval")
+    clt, clustered = (shapes[f"accuracy_stderr_{kind},none"] for kind in ("clt", "clustered"))
+    errors = f"CLT ± {clt:.4g}, clustered ± {clustered:.4g}"
+    assert f"| shapes | accuracy | {shapes['accuracy,none']} | {errors} | 12 of 200 |" in text
+    error = f"{parts['letters_stderr,none']:.4g}"
+    assert (
+        f"| parts | letters (lower is better) | {parts['letters,none']} | ± {error}, CLT ± {error} | 12 of 24 |" in text
+    )
+    assert "but no scores: parts submission (no number)." in text
     assert "ONLY THE FIRST 12.0 SAMPLES of each task" in text
+    command = (
+        "python -m lmms_eval --model llava_stf --model_args pretrained=some/tiny,dtype=float32 --tasks both,shapes"
+    )
+    assert f"`{command} --include_path TASKS --batch_size 16 --limit 12`" in text
 
 
 @pytest.mark.parametrize("path", [LMMS_EVAL, AUTHORS], ids=["lmms-eval", "published"])
@@ -503,3 +525,26 @@ def test_an_adapter_without_a_base_on_the_hub_is_refused(folder):
         "task_type": None,
         "auto_mapping": {"base_model_class": "AutoModelForImageTextToText", "parent_library": "transformers"},
     }
+
+
+def test_the_command_that_serves_needs_no_other_file(card_folder):
+    """It works with a Hub id from an empty folder, and names the tag of the snippet."""
+    card = (card_folder / "README.md").read_text(encoding="utf-8")
+    (serve,) = re.findall(r"^- \*\*Serve\*\*.*?(?=^- )", card, re.MULTILINE | re.DOTALL)
+    (command,) = re.findall(r"`([^`]+)`", serve)
+    assert shlex.split(command) == ["vllm", "serve", "some/tiny", "--revision", "v1", "--trust-remote-code"]
+
+
+def test_card_names_the_budgets_that_the_model_was_trained_for(folder):
+    def card(budgets):
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(settings | {"token_budgets": budgets}), encoding="utf-8")
+        return gather(folder, "some/tiny", CARD_FACTS).render()
+
+    before = (folder / "README.md").read_text(encoding="utf-8")
+    assert card(None) == card([4]) == before
+    elastic = card([4, 1])
+    assert "**4 vision tokens**" in elastic and "trained for 4, 1 tokens" in elastic
+    assert '{"max_soft_tokens": 1}' in elastic
+    found = {"wrong": [], "tokens_per_image": 4, "printed": ""}
+    assert list(compare_use(elastic, found)) == list(compare_use(before, found)) == []

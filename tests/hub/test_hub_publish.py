@@ -33,6 +33,7 @@ from hub_card.snippet import snippet_of
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
+ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).with_name("hub_worker.py")
 TINY, HALF, ADAPTER = "some/tiny", "some/tiny-half", "some/tiny-lora"
 # An older transformers refuses an adapter with modules that were trained in full: it would lose them.
@@ -340,6 +341,21 @@ def test_old_weights_are_removed(hub, folder, model):
     publish(plan(folder, TINY))
     assert published(hub, TINY) == local_files(folder)
     assert "model.safetensors" not in published(hub, TINY) and "model.safetensors" in published(hub, TINY, "v1")
+
+
+def test_a_second_chat_template_is_removed(hub, folder):
+    """vLLM does not start with it; older folders have that of stage 1, and so have their repositories."""
+    plain = folder / "additional_chat_templates" / "plain.jinja"
+    plain.parent.mkdir()
+    shutil.copy(ROOT / "modeling_llava_stf" / "plain.jinja", plain)
+    (problem,) = check(folder)
+    assert problem.startswith(f"code: {plain.relative_to(folder)} is a second chat template, with which vLLM does not")
+    publish(plan(freeze(folder, allow_code=[str(plain.relative_to(folder))]), TINY))
+    assert str(plain.relative_to(folder)) in published(hub, TINY)
+    shutil.rmtree(plain.parent)
+    write_card(folder, gather(folder, TINY, CARD_FACTS, tag="v2"))
+    publish(plan(folder, TINY))
+    assert published(hub, TINY) == local_files(folder)
 
 
 def test_private_repository(hub, folder, tmp_path):

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 from examples.shapes.evaluate import card_results
-from examples.shapes.recipe import CARD
+from examples.shapes.recipe import CARD, RESULTS
 from hub_card import Facts, gather
 from hub_card.__main__ import main
 from hub_card.card import ROOT
@@ -77,8 +77,8 @@ def small(tmp_path):
 
 
 def render(folder, monkeypatch, *options):
-    results = folder / "evaluation.json"
-    monkeypatch.setattr("sys.argv", ["hub_card", "render", str(folder), *CARD, "--results", str(results), *options])
+    results = [part for name in RESULTS for part in ("--results", str(folder / name))]
+    monkeypatch.setattr("sys.argv", ["hub_card", "render", str(folder), *CARD, *results, *options])
     assert main() == 0
     return (folder / "README.md").read_bytes()
 
@@ -107,7 +107,8 @@ def test_the_whole_card_shows_a_mistake(mistake, small, monkeypatch):
 
 def test_the_hub_reads_each_kind_of_question_under_its_own_name():
     evaluation = json.loads((SMALL / "evaluation.json").read_text(encoding="utf-8"))
-    entries = ModelCard((SMALL / "README.md").read_text(encoding="utf-8")).data.eval_results
+    every = ModelCard((SMALL / "README.md").read_text(encoding="utf-8")).data.eval_results
+    entries = [entry for entry in every if entry.source_name != "lmms-eval"]
     counted = {
         (kind, f"test, {pairs} pairs"): part["right"] / part["questions"]
         for kind, parts in evaluation["kinds"].items()
@@ -124,6 +125,19 @@ def test_the_hub_reads_each_kind_of_question_under_its_own_name():
         assert entry.source_url is None
     assert len({entry.dataset_name for entry in entries}) == len({entry.metric_name for entry in entries}) == 19
     assert "YOUR-NAME" not in (SMALL / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+
+
+def test_the_hub_reads_the_run_of_lmms_eval():
+    """docs/evaluate.md has its commands."""
+    content = json.loads((SMALL / "lmms_eval.json").read_text(encoding="utf-8"))
+    text = (SMALL / "README.md").read_text(encoding="utf-8")
+    (entry,) = (one for one in ModelCard(text).data.eval_results if one.source_name == "lmms-eval")
+    values = content["results"]["shapes"]
+    assert entry.metric_value == values["accuracy,none"] and content["n-samples"]["shapes"]["effective"] >= 1000
+    assert (entry.metric_name, entry.dataset_name, entry.dataset_split) == ("accuracy", "shapes", "test")
+    assert (
+        f"clustered ± {values['accuracy_stderr_clustered,none']:.4g}" in text and "python -m lmms_eval --model" in text
+    )
 
 
 def test_the_small_model_s_results_are_those_of_its_evaluation():
@@ -150,8 +164,8 @@ def test_standard_errors_are_no_scores(card_of):
     text, entries = card_of(lmms_eval({"gqa": values}))
     assert {entry.metric_name: entry.metric_value for entry in entries} == {"exact_match": 0.25, "f1": 0.5}
     assert rows_of(text) == [
-        ["gqa", "exact_match", "0.25", "CLT 0.13, clustered 0.2", "12"],
-        ["gqa", "f1", "0.5", "0.1, CLT 0.11", "12"],
+        ["gqa", "exact_match", "0.25", "CLT ± 0.13, clustered ± 0.2", "12"],
+        ["gqa", "f1", "0.5", "± 0.1, CLT ± 0.11", "12"],
     ]
     assert "no scores" not in text
 
@@ -183,7 +197,7 @@ def test_a_metric_that_is_an_object_is_shown_part_by_part(card_of):
         "mme_score: cognition: code": ("mme_score", 40),
         "mme_score: cognition: text": ("mme_score", 55.5),
     }
-    assert ["mme", "mme_score: perception", "700.5", "3.5", ""] in rows_of(text)
+    assert ["mme", "mme_score: perception", "700.5", "± 3.5", ""] in rows_of(text)
     assert "no scores: mme mme_score: none (no number)." in text
 
 
@@ -223,7 +237,7 @@ def test_filters_shots_versions_and_direction_belong_to_the_name(card_of):
         ("wer (5-shot)", 12.5),
     ]
     assert rows_of(text)[1:] == [
-        ["chart", "acc (flexible, 5-shot)", "0.5", "0.1", "90 of 100"],
+        ["chart", "acc (flexible, 5-shot)", "0.5", "± 0.1", "90 of 100"],
         ["chart", "wer (5-shot) (lower is better)", "12.5", "", "90 of 100"],
     ]
     assert "versions of the tasks chart 1.0" in text
@@ -327,6 +341,34 @@ def test_damaged_results_of_lmms_eval_are_refused(change, reason, tmp_path):
         read(tmp_path, {**lmms_eval({"gqa": {"acc,none": 0.5}}), **change})
 
 
+@pytest.mark.parametrize(
+    "change, command",
+    [
+        ({}, "pretrained=some/tiny,dtype=float32 --tasks both,shapes --include_path TASKS --batch_size 16"),
+        (
+            {"model_args": "model_version=some/tiny,base_url=http://127.0.0.1:8000/v1,api_key=x"},
+            "model_version=some/tiny ",
+        ),
+        ({"model_args": "pretrained=some/tiny,hub_token=abc", "batch_size": None}, "pretrained=some/tiny --tasks"),
+        ({"gen_kwargs": "max_new_tokens=5", "limit": 0.25}, "--limit 0.25 --gen_kwargs max_new_tokens=5`"),
+        ({"gen_kwargs": {"temperature": 0.9, "do_sample": True}}, "--gen_kwargs temperature=0.9,do_sample=True`"),
+        ({"resolved_cli_args": {"repeats": 3, "offset": 0}}, "--limit 12 --repeats 3`"),
+        ({"resolved_cli_args": {}, "limit": None}, "--tasks gqa --batch_size 16`"),
+    ],
+)
+def test_the_command_is_said_without_what_is_private(change, command, tmp_path):
+    content = lmms_eval({"gqa": {"exact_match,none": 0.5}}, config={**LMMS_EVAL["config"], **change})
+    conditions = read(tmp_path, content).conditions
+    assert conditions.startswith("`python -m lmms_eval --model llava_stf --model_args ") and command in conditions
+    assert not re.search("127.0.0.1|api_key|abc", conditions)
+
+
+def test_a_local_folder_is_no_part_of_the_command(tmp_path):
+    config = {**LMMS_EVAL["config"], "model_args": f"pretrained={tmp_path},dtype=float32"}
+    evaluation = read(tmp_path, lmms_eval({"gqa": {"acc,none": 0.5}}, config=config), [str(tmp_path)])
+    assert "--model_args dtype=float32 " in evaluation.conditions and str(tmp_path) not in evaluation.conditions
+
+
 def test_the_first_lmms_eval_calls_its_configuration_otherwise(tmp_path):
     """Version 0.1, and the branches that were made of it."""
     content = lmms_eval({"gqa": {"exact_match,none": 0.5}})
@@ -348,12 +390,12 @@ def test_a_model_that_was_given_as_an_object_is_known_by_its_name(tmp_path):
         ({"model_args": {"pretrained": "some/tiny", "dtype": "float16"}}, "dtype `float16`"),
         ({"model_args": "pretrained=some/tiny,load_in_4bit=False,dtype=auto"}, None),
         ({"limit": 8, "offset": 100}, "BEGINNING AT SAMPLE 100 of each task"),
-        ({"offset": 0}, None),
+        ({"offset": 0, "model_args": "pretrained=some/tiny"}, None),
     ],
 )
 def test_other_weights_and_other_samples_are_said(change, said, tmp_path):
     content = lmms_eval({"gqa": {"exact_match,none": 0.5}}, config={**LMMS_EVAL["config"], **change})
-    conditions = read(tmp_path, content).conditions
+    _, _, conditions = read(tmp_path, content).conditions.partition("`, ")  # after the command
     assert said in conditions if said else not re.search("load_in|dtype|BEGINNING", conditions)
 
 
@@ -543,7 +585,7 @@ def test_card_has_the_vocabulary_and_what_does_not_work(card_folder, processor):
     assert f"| padding token | `{tokenizer.pad_token}`, id {tokenizer.pad_token_id} |" in text
     words = " ".join(text.split())
     assert "A long answer at batch 1 gains little" in words
-    assert "GGUF and llama.cpp are not supported: their projector" in words and "ONNX has not been tried" in words
+    assert "GGUF and llama.cpp are not supported: their projector" in words and "fusion modules export to ONNX" in words
     assert "without bfloat16 (NVIDIA's before Ampere) load the model with `dtype=torch.float16`" in words
 
 

@@ -154,7 +154,7 @@ DAMAGED = {
     "processor's patch a word": (edit("processor_config.json", patch_size="big"), "patch_size"),
     "processor's window 0": (edit("processor_config.json", fusion_window=0), "fusion_window"),
     "image processor a word": (edit("processor_config.json", image_processor="clip"), "image_processor"),
-    "template missing": (lambda folder: [remove(name)(folder) for name in TEMPLATES], "template"),
+    "template missing": (remove("chat_template.jinja"), "template"),
     "template broken": (write("chat_template.jinja", b"{% for x in %}"), "template"),
     "template that fails": (write("chat_template.jinja", b"{{ messages.nope.nope }}"), "template"),
     "template without image": (write("chat_template.jinja", b"hello"), "<image>"),
@@ -163,7 +163,6 @@ DAMAGED = {
     "generation settings cut": (cut("generation_config.json", 10), "generation_config.json"),
     "end of text a word": (edit("generation_config.json", eos_token_id="</s>"), "eos_token_id"),
 }
-TEMPLATES = ("chat_template.jinja", "additional_chat_templates/plain.jinja")
 
 
 @pytest.mark.parametrize(("damage", "word"), DAMAGED.values(), ids=DAMAGED)

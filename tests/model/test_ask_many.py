@@ -113,6 +113,7 @@ def test_answers_in_words_beams_and_stream():
     assert pictures.ask(COLOUR, **GREEDY) == ANSWER
     assert pictures.ask([PLACE, COLOUR], **GREEDY) == ["The red ring is at the bottom.", ANSWER]
     assert pictures.ask([]) == []
+    assert 0 < pictures.num_tokens < len(pictures.prompt(COLOUR)) < pictures.after(COLOUR, ANSWER).num_tokens
     assert pictures.after(COLOUR, ANSWER).ask(PLACE, **GREEDY) == "The red ring is at the bottom."
     assert ask_many([PictureCache(model, processor, str(other)), pictures], [COLOUR, COLOUR], **GREEDY)[1] == ANSWER
 
@@ -141,6 +142,10 @@ def test_mistakes(model, load_model, processor, picture):
     for nothing in (None, [], ()):
         with pytest.raises(ValueError, match="There is no picture"):
             PictureCache(model, processor, nothing)
+    for text in ("Why <image>?", "<image>"):  # the model would see tokens of a picture that is not there
+        for ask in (pictures.after("Why?", "So.").ask, lambda text: pictures.after("Why?", text)):
+            with pytest.raises(ValueError, match="has the placeholder <image>"):
+                ask(text)
     with pytest.raises(ValueError, match="2 questions about 1 pictures"):
         generate_many([pictures], ["Why?", "What?"])
     with pytest.raises(ValueError, match="A question is a string, got Image"):

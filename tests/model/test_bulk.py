@@ -230,6 +230,93 @@ def test_question_files_of_llava(pictures, tmp_path, caption):
     ]
 
 
+def lines_of(folder):
+    parts = sorted(folder.glob("part-*.jsonl"))
+    return [json.loads(line) for part in parts for line in part.read_text(encoding="utf-8").splitlines()]
+
+
+def scienceqa(pictures):
+    """A file as ScienceQA's in LLaVA: a JSON list of conversations, some without a picture."""
+    first = {"from": "human", "value": f"<image>\n{QUESTION}\nAnswer in one word."}
+    rest = {"from": "gpt", "value": "Yes"}
+    return [
+        {"id": "4", "image": "01.png", "conversations": [first, rest]},
+        {"id": "5", "conversations": [{**first, "value": " How many objects are there? "}, rest]},
+        {"id": "11", "image": "02.png", "conversations": [{**first, "value": f"{QUESTION}\n<image>"}, rest]},
+    ]
+
+
+def test_questions_without_a_picture_are_asked_too(pictures, tmp_path, caption):
+    """The answers are those of `generate`. ScienceQA's scorer sees by `<image>` in the prompt what had a picture."""
+    file = tmp_path / "llava_test_CQM-A.json"
+    file.write_text(json.dumps(scienceqa(pictures), indent=1), encoding="utf-8")
+    assert caption(file, tmp_path / "out", "--images", pictures, "--batch-size", 3)[0] == 0
+    answers = lines_of(tmp_path / "out")
+    assert [(answer["question_id"], answer["prompt"]) for answer in answers] == [
+        ("4", f"<image>\n{QUESTION}\nAnswer in one word."),
+        ("5", "How many objects are there?"),
+        ("11", f"<image>\n{QUESTION}"),
+    ]
+    model = LlavaSTFForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype="auto").eval()
+    processor = LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL)
+    for answer, image in zip(answers, ("01.png", None, "02.png"), strict=True):
+        picture = {} if image is None else {"images": Image.open(pictures / image)}
+        text = f"USER: {answer['prompt']} ASSISTANT:"
+        system = processor.apply_chat_template([{"role": "user", "content": ""}]).split("USER:")[0]
+        inputs = processor(text=system + text, add_special_tokens=False, return_tensors="pt", **picture)
+        output = model.generate(**inputs.to(model.dtype), do_sample=False, max_new_tokens=128)
+        assert answer["text"] == processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answer["metadata"] == {}
+
+
+def test_a_question_id_may_come_several_times(pictures, tmp_path, caption):
+    """MME asks twice about a picture, and TextVQA's id is that of the picture: their scorers look at the prompts."""
+    questions = [
+        {"question_id": "code/1.png", "image": "01.png", "text": text}
+        for text in (QUESTION, "How many objects are there?", QUESTION)
+    ]
+    file = tmp_path / "mme.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+    assert caption(file, tmp_path / "out", "--images", pictures)[0] == 0
+    answers = lines_of(tmp_path / "out")
+    assert [(answer["question_id"], answer["prompt"]) for answer in answers] == [
+        (question["question_id"], question["text"]) for question in questions
+    ]
+    assert answers[0]["text"] == answers[2]["text"] != answers[1]["text"]
+
+
+def test_a_text_question_with_a_placeholder_has_an_error(tmp_path, caption):
+    """And so has none of the others."""
+    questions = [
+        {"question_id": 1, "text": f"<image>\n{QUESTION}"},
+        {"question_id": 2, "image": None, "text": "Hello."},
+    ]
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps(question) + "\n" for question in questions), encoding="utf-8")
+    assert caption(file, tmp_path / "out")[0] == 0
+    first, second = lines_of(tmp_path / "out")
+    assert first["text"] == "" and "names no picture" in first["metadata"]["error"] and second["metadata"] == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("q.jsonl", '{"question_id": 1}', "Line 1 of"),
+        ("q.jsonl", '{"question_id": 1, "text": 5}', "neither an `image` nor a `text`"),
+        ("q.jsonl", '{"question_id": 1, "image": 5, "text": "Why?"}', "no `image` (or `path`)"),
+        ("q.jsonl", '{"question_id": 1, "image": [], "text": "Why?"}', "no `image` (or `path`)"),
+        ("q.json", "[1]", "Item 1 of"),
+        ("q.json", "[", "is not JSON"),
+        ("q.json", '[{"id": 1, "conversations": []}]', "no first turn"),
+        ("q.json", '[{"conversations": [{"value": "Why?"}]}]', "no `id`"),
+    ],
+)
+def test_damaged_question_files_are_refused(name, content, reason, tmp_path, caption):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    status, _, errors = caption(tmp_path / name, tmp_path / "out")
+    assert status == 2 and reason in errors and not (tmp_path / "out").exists()
+
+
 def test_the_actor_of_ray_gives_the_same_rows(pictures, unbroken, monkeypatch):
     """Ray itself is not among the tests' packages: the example was run by hand with 2.60.0 on two cores."""
     monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
@@ -268,8 +355,11 @@ class Handler(BaseHTTPRequestHandler):
             stand_in.busy += 1
             stand_in.most = max(stand_in.most, stand_in.busy)
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        image, text = request["messages"][0]["content"]
-        url = image["image_url"]["url"]
+        *images, text = request["messages"][0]["content"]
+        if not images:
+            self.reply(200, {"choices": [{"message": {"content": f"Without a picture: {text['text']}"}}]})
+            return
+        url = images[0]["image_url"]["url"]
         picture = Image.open(BytesIO(base64.b64decode(url.partition(",")[2])))
         answer = f"{picture.size} {picture.convert('RGB').getpixel((0, 0))}"
         time.sleep(0.05)
@@ -371,7 +461,45 @@ def test_a_server_without_models_is_refused_in_one_line(server, photos, tmp_path
     assert (status, output) == (2, "") and "name one with --model" in errors and len(errors.splitlines()) == 1
 
 
+@pytest.mark.parametrize("where", ["here", "server"])
+def test_photos_are_turned_and_transparency_is_painted_as_asked(server, pictures, tmp_path, caption, where):
+    """The drawing lies on its side, or is drawn on nothing."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    drawing = Image.open(pictures / "01.png").convert("RGB")
+    drawing.paste((240, 240, 0), (0, 0, 30, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    drawing.save(folder / "lying.png", exif=exif)
+    drawing.save(folder / "as_it_lies.png")
+    drawing.rotate(-90).save(folder / "upright.png")
+    nothing = drawing.convert("RGBA")
+    nothing.putalpha(0)
+    nothing.save(folder / "nothing.png")
+    Image.new("RGB", drawing.size, "white").save(folder / "white.png")
+
+    def answers(*options):
+        out = tmp_path / f"out{len(options)}"
+        assert caption(folder, out, *options, *(("--server", server.url) if where == "server" else ()))[0] == 0
+        return {row["path"].removesuffix(".png"): row["answer"] for row in rows(out)}
+
+    found = answers()
+    assert found["lying"] == found["upright"] != found["as_it_lies"] == found["nothing"] != found["white"]
+    found = answers("--no-do-exif-transpose", "--alpha-background", "white")
+    assert found["lying"] == found["as_it_lies"] != found["upright"]
+    assert found["nothing"] == found["white"] != found["as_it_lies"]
+
+
 # Mistakes
+
+
+def test_a_server_is_asked_without_a_picture(server, pictures, tmp_path, caption):
+    file = tmp_path / "questions.json"
+    file.write_text(json.dumps(scienceqa(pictures)), encoding="utf-8")
+    assert caption(file, tmp_path / "out", "--images", pictures, "--server", server.url)[0] == 0
+    texts = [answer["text"] for answer in lines_of(tmp_path / "out")]
+    assert texts[1] == "Without a picture: How many objects are there?" and texts[0].startswith("(96, 96)")
+    assert {asked for _, _, asked, _ in server.seen} == {f"{QUESTION}\nAnswer in one word.", QUESTION}
 
 
 def test_mistakes_are_one_line(pictures, tmp_path, caption, monkeypatch):
@@ -404,6 +532,10 @@ def test_mistakes_are_one_line(pictures, tmp_path, caption, monkeypatch):
     for option in ("max-new-tokens", "batch-size", "part-size", "workers", "concurrency"):
         assert f"--{option} is 0" in refused(pictures, out, f"--{option}", 0)
     assert "--prompt is empty" in refused(pictures, out, "--prompt", " ")
+    for limit in (512, 100000):
+        assert f"--max-new-tokens is {limit}, expected 1 to 511" in refused(pictures, out, "--max-new-tokens", limit)
+    assert "'no-such-colour'" in refused(pictures, out, "--alpha-background", "no-such-colour")
+    assert "no folder" in refused(pictures, out, "--model", str(tmp_path / "no_model"))
     assert "--server is 'localhost:1'" in refused(pictures, out, "--server", "localhost:1")
     assert not out.exists()
     assert "is not empty" in refused(pictures, pictures)
@@ -415,7 +547,14 @@ def test_another_run_is_not_mixed_with_the_parts_of_one(pictures, tmp_path, capt
     out = tmp_path / "out"
     assert caption(pictures, out, "--part-size", 3, "--shard", "5/6")[0] == 0
     there = {file: file.read_bytes() for file in out.iterdir()}
-    for changed in (("--part-size", 4), ("--prompt", QUESTION), ("--max-new-tokens", 5), ("--revision", "main")):
+    for changed in (
+        ("--part-size", 4),
+        ("--prompt", QUESTION),
+        ("--max-new-tokens", 5),
+        ("--revision", "main"),
+        ("--no-do-exif-transpose",),
+        ("--alpha-background", "white"),
+    ):
         status, _, errors = caption(pictures, out, "--part-size", 3, *changed)
         assert status == 2 and "holds another run" in errors
     assert {file: file.read_bytes() for file in out.iterdir()} == there

@@ -1,6 +1,8 @@
 """The chat templates render the original's conversations to the character, and mark the original's targets."""
 
 import json
+import shutil
+from pathlib import Path
 
 import jinja2
 import jinja2.ext
@@ -9,9 +11,15 @@ from conftest import GOLDENS
 from jinja2 import TemplateError
 from PIL import Image
 
+from conversion.checkpoints.folders import TEMPLATES as CHAT_TEMPLATES
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import LlavaSTFProcessor
+from modeling_llava_stf.processing_llava_stf import PLAIN
 
+TEMPLATES = {
+    "default": (CHAT_TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8"),
+    "plain": PLAIN.read_text(encoding="utf-8"),
+}
 ROLES = {"human": "user", "gpt": "assistant"}
 # The original loses every target of this row, because its tokens are counted one short; ours keeps both answers.
 FAULTY = "answer_contains_separator"
@@ -62,7 +70,7 @@ def rows_and_goldens(goldens, mode, template):
 @pytest.mark.parametrize("form", [messages_of, structured])
 def test_renders_the_original(template, form, mode, goldens, mode_processor):
     for row, golden in rows_and_goldens(goldens, mode, template):
-        text = mode_processor.apply_chat_template(form(row), chat_template=mode_processor.chat_template[template])
+        text = mode_processor.apply_chat_template(form(row), chat_template=TEMPLATES[template])
         assert text == mode_processor.tokenizer.bos_token + golden["rendered"], row["id"]
 
 
@@ -73,7 +81,7 @@ def test_ids_and_targets_are_the_original_s(template, mode, goldens, mode_proces
         image = {"image": picture(row["image"])} if golden["has_image"] else {}
         encoded = mode_processor.apply_chat_template(
             structured(row, **image),
-            chat_template=mode_processor.chat_template[template],
+            chat_template=TEMPLATES[template],
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
@@ -127,6 +135,52 @@ def test_reloaded_tokenizer_is_the_same(mode, mode_processor, goldens, tmp_path)
         assert reloaded.tokenizer(row["prompt"]).input_ids == mode_processor.tokenizer(row["prompt"]).input_ids
     assert reloaded.tokenizer.padding_side == "left"
     assert reloaded.chat_template == mode_processor.chat_template
+
+
+# Older folders have the template of stage 1 beside the default one
+
+
+@pytest.fixture
+def old_folder(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint, tmp_path / "old")
+    (folder / "additional_chat_templates").mkdir()
+    shutil.copy(PLAIN, folder / "additional_chat_templates")
+    return folder
+
+
+def test_an_older_folder_loads_and_is_saved_with_one_template(old_folder, tmp_path):
+    """vLLM does not start with two."""
+    processor = LlavaSTFProcessor.from_pretrained(old_folder)
+    assert processor.chat_template == processor.tokenizer.chat_template == TEMPLATES
+    caption = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "Hi"}]
+    assert processor.apply_chat_template(caption, chat_template="plain") == "<s><image>Hi\n"
+    assert processor.apply_chat_template(caption).endswith("USER: <image> ASSISTANT: Hi</s>")
+    processor.save_pretrained(tmp_path / "saved")
+    assert processor.chat_template == processor.tokenizer.chat_template == TEMPLATES
+    assert not (tmp_path / "saved" / "additional_chat_templates").exists()
+    assert LlavaSTFProcessor.from_pretrained(tmp_path / "saved").chat_template == TEMPLATES["default"]
+
+
+def test_a_template_of_the_user_s_own_is_saved(old_folder, tmp_path):
+    (old_folder / "additional_chat_templates" / "brief.jinja").write_text("{{ messages }}")
+    LlavaSTFProcessor.from_pretrained(old_folder).save_pretrained(tmp_path / "saved")
+    saved = LlavaSTFProcessor.from_pretrained(tmp_path / "saved")
+    assert saved.chat_template == {"default": TEMPLATES["default"], "brief": "{{ messages }}"}
+
+
+def test_a_name_of_no_template_is_not_the_prompt(processor, monkeypatch):
+    question = [{"role": "user", "content": "Hi"}]
+    with pytest.raises(ValueError, match="no chat template 'brief': expected one of default, .* the installed package"):
+        processor.apply_chat_template(question, chat_template="brief")
+    assert processor.apply_chat_template(question, "{{ messages[0].content }}") == "Hi"
+    monkeypatch.setattr("modeling_llava_stf.processing_llava_stf.PLAIN", Path("none"))  # as a checkpoint's own code
+    with pytest.raises(ValueError, match="no chat template 'plain'"):
+        processor.apply_chat_template(question, chat_template="plain")
+
+
+def test_the_installed_package_has_the_template_of_stage_1(processor):
+    caption = [{"role": "user", "content": "<image>"}, {"role": "assistant", "content": "Hi"}]
+    assert processor.apply_chat_template(caption, chat_template="plain") == "<s><image>Hi\n"
 
 
 def test_generation_prompt(processor):
@@ -225,9 +279,7 @@ REFUSED_MESSAGES = {
 def refused(processor, template, messages):
     question = [{"role": "user", "content": [PICTURE, text("Hi")]}] if messages[0].get("role") == "assistant" else []
     with pytest.raises(TemplateError) as caught:
-        processor.tokenizer.apply_chat_template(
-            question + messages, chat_template=processor.chat_template[template], tokenize=False
-        )
+        processor.tokenizer.apply_chat_template(question + messages, chat_template=TEMPLATES[template], tokenize=False)
     return str(caught.value)
 
 
@@ -258,6 +310,47 @@ def test_refuses_the_placeholders_of_an_image_and_a_video_in_one_text(content, p
     assert "expected one of them" in refused(processor, "default", messages)
 
 
+LITERAL = {
+    "alone": [{"role": "user", "content": [text("What is an <image>?")]}],
+    "a video": [{"role": "user", "content": [text("<video>\nWhat happens?")]}],
+    "in parts": [{"role": "user", "content": [text("Is "), text("<image>"), text(" a tag?")]}],
+    "after a picture": [
+        {"role": "user", "content": [PICTURE, text("Hi")]},
+        {"role": "assistant", "content": [text("Ho")]},
+        {"role": "user", "content": [text("And this <image>?")]},
+    ],
+    "before a picture": [
+        {"role": "user", "content": [text("This <image>?")]},
+        {"role": "assistant", "content": [text("Ho")]},
+        {"role": "user", "content": [PICTURE, text("Hi")]},
+    ],
+    "system": [{"role": "system", "content": [text("<image>")]}, {"role": "user", "content": [text("Hi")]}],
+    "an answer": [
+        {"role": "user", "content": [PICTURE, text("Hi")]},
+        {"role": "assistant", "content": [text("It is <image>.")]},
+    ],
+    "an answer before": [{"role": "assistant", "content": [text("<video>")]}],
+}
+
+
+@pytest.mark.parametrize("tokenize", [True, False])
+@pytest.mark.parametrize("name", LITERAL)
+def test_refuses_a_placeholder_in_a_list_of_parts(name, tokenize, processor):
+    """vLLM (0.32) makes such lists of all strings; it answered, with 200, about a picture that was not there."""
+    with pytest.raises(TemplateError, match=r"placeholder (of an image or a video|<(image|video)>), (which|but)"):
+        processor.apply_chat_template(LITERAL[name], tokenize=tokenize, return_dict=True)
+
+
+def test_a_placeholder_in_a_string_needs_its_picture(processor, picture):
+    """LLaVA's data are such strings."""
+    messages = [{"role": "user", "content": "<image>\nWhat is this?"}]
+    prompt = processor.apply_chat_template(messages)
+    assert prompt.endswith("USER: <image>\nWhat is this? ")
+    assert processor(images=picture("wide.png"), text=prompt)["input_ids"]
+    with pytest.raises(ValueError, match="image"):
+        processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+
+
 @pytest.mark.parametrize("template", ["default", "plain"])
 @pytest.mark.parametrize("given", ["tools", "documents"])
 def test_refuses_tools_and_documents(given, template, processor):
@@ -265,7 +358,7 @@ def test_refuses_tools_and_documents(given, template, processor):
     with pytest.raises(TemplateError, match="no place for tools or documents"):
         processor.tokenizer.apply_chat_template(
             [{"role": "user", "content": "<image>"}],
-            chat_template=processor.chat_template[template],
+            chat_template=TEMPLATES[template],
             tokenize=False,
             **{given: [tool]},
         )
@@ -279,9 +372,7 @@ def test_what_means_nothing_is_no_reason_to_refuse(processor):
         {"role": "user", "content": parts, **nothing},
         {"role": "assistant", "content": "Ho", **nothing, "weight": 1},
     ]
-    rendered = processor.tokenizer.apply_chat_template(
-        messages, chat_template=processor.chat_template["default"], tokenize=False
-    )
+    rendered = processor.tokenizer.apply_chat_template(messages, chat_template=TEMPLATES["default"], tokenize=False)
     assert rendered.endswith("USER: <image>\nHi ASSISTANT: Ho</s>")
 
 
@@ -313,14 +404,14 @@ def test_plain_is_one_picture_and_one_caption(roles, processor):
 
 def test_both_templates_read_a_message_alike(processor):
     start, end = "{%- macro text_of", "{%- endmacro -%}"
-    macros = {text[text.index(start) : text.index(end)] for text in processor.chat_template.values()}
+    macros = {text[text.index(start) : text.index(end)] for text in TEMPLATES.values()}
     assert len(macros) == 1
 
 
 @pytest.mark.parametrize("template", ["default", "plain"])
 def test_engines_see_that_contents_are_lists_of_parts(template, processor):
     """vLLM (0.32) gives a template strings, in which one picture has a place, unless a loop goes over the contents."""
-    tree = jinja2.Environment(extensions=[GenerationTag]).parse(processor.chat_template[template])
+    tree = jinja2.Environment(extensions=[GenerationTag]).parse(TEMPLATES[template])
     contents = [
         loop
         for loop in tree.find_all(jinja2.nodes.For)

@@ -1,15 +1,31 @@
 """Quantising the language model alone, by every config of transformers, unless the user names modules himself."""
 
 import copy
+import re
 
 import pytest
 import torch
-from transformers import AutoModel, AutoModelForImageTextToText, BitsAndBytesConfig, QuantoConfig, TorchAoConfig
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    FPQuantConfig,
+    QuantoConfig,
+    TorchAoConfig,
+)
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
+from conversion.checkpoints.folders import save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
-from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED, SKIP_FIELDS, _language_model_only
+from modeling_llava_stf.__main__ import _load
+from modeling_llava_stf.modeling_llava_stf import (
+    FP_QUANT_DEFAULT,
+    NOT_QUANTISED,
+    NOT_QUANTISED_PATTERNS,
+    SKIP_FIELDS,
+    _language_model_only,
+)
 
 
 def torchao(name):
@@ -88,11 +104,7 @@ def test_a_user_who_names_modules_gets_exactly_those(checkpoint):
     assert any("multi_modal_projector" in name for name in quantised(model))
 
 
-# FPQuantConfig writes ["lm_head"] where its user wrote nothing: that cannot be told from a list of his own.
-CONFIGS = sorted(AUTO_QUANTIZATION_CONFIG_MAPPING.keys() - {"fp_quant"})
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("kind", sorted(AUTO_QUANTIZATION_CONFIG_MAPPING))
 def test_every_config_with_a_field_for_it(kind):
     try:
         config = AUTO_QUANTIZATION_CONFIG_MAPPING[kind]()
@@ -108,3 +120,48 @@ def test_every_config_with_a_field_for_it(kind):
 
 def test_fields_of_the_three_front_doors():
     assert _language_model_only(QuantoConfig(weights="int8")).modules_to_not_convert[:3] == NOT_QUANTISED
+
+
+def test_fp_quant_writes_a_list_where_its_user_gave_none():
+    """transformers 5.24. When this fails, `FP_QUANT_DEFAULT` can go."""
+    assert FPQuantConfig().modules_to_not_convert == FP_QUANT_DEFAULT
+
+
+def test_the_names_as_regular_expressions(model):
+    """compressed-tensors matches from the beginning of a name, in transformers and in vLLM's own names."""
+    patterns = [pattern.removeprefix("re:") for pattern in NOT_QUANTISED_PATTERNS]
+    linear = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    for prefix in ("", "model.", "language_model."):
+        matched = {name for name in linear if any(re.match(pattern, prefix + name) for pattern in patterns)}
+        assert matched == set(linear) - language_layers(model) != set()
+
+
+def test_a_quantised_model_is_not_moved(checkpoint, tmp_path, monkeypatch):
+    """Libraries refuse that, depending on version; `ask` and `caption` name the device when they load the model."""
+    pytest.importorskip("bitsandbytes")
+    model = LlavaSTFForConditionalGeneration.from_pretrained(
+        checkpoint, dtype=torch.bfloat16, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    save_checkpoint(tmp_path, model, checkpoint)
+    monkeypatch.setattr(LlavaSTFForConditionalGeneration, "to", lambda *_, **__: pytest.fail("it was moved"))
+    assert quantised(_load(str(tmp_path), None)[1]) == language_layers(model)
+
+
+@pytest.mark.parametrize(
+    "part", ["vision_tower.encoder.layers.0.mlp.fc2", "multi_modal_projector.spatial_fusion.linear_2"]
+)
+def test_features_that_overflow_float16_are_refused(part, model, processor, picture):
+    """Weights that float16 can hold, whose results it cannot."""
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt")
+    with torch.no_grad():
+        model.model.get_submodule(part).weight.fill_(6e4)
+        assert model(**inputs).logits.isfinite().all()
+        model = model.half()
+        inputs = inputs.to(torch.float16)
+        with pytest.raises(
+            ValueError, match="not finite in float16, whose largest number is 65504. Load the model with"
+        ):
+            model(**inputs)
+        with pytest.raises(ValueError, match="not finite in float16"):
+            model.generate(**inputs, max_new_tokens=2)
+        model.to(torch.bfloat16)(**inputs.to(torch.bfloat16))

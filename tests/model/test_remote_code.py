@@ -22,9 +22,8 @@ ROOT = Path(__file__).parents[2]
 HUB_ID = "some-user/llava-stf-1.0"
 CODE = ["configuration_llava_stf.py", "modeling_llava_stf.py", "processing_llava_stf.py"]
 WEIGHTS = "model.safetensors"
-TEMPLATES = {"chat_template.jinja": "vicuna_v1.jinja", "additional_chat_templates/plain.jinja": "plain.jinja"}
 FILES = sorted(
-    [*CODE, *TEMPLATES, "config.json", "generation_config.json", WEIGHTS]
+    [*CODE, "chat_template.jinja", "config.json", "generation_config.json", WEIGHTS]
     + ["processor_config.json", "tokenizer.json", "tokenizer_config.json"]
 )
 FUSION = "model.multi_modal_projector.spatial_fusion.linear_1"
@@ -256,13 +255,12 @@ def test_references_to_another_repository_are_not_kept(saved_by_package, tmp_pat
     assert files_of(tmp_path / "saved") == files_of(saved_by_package)
 
 
-def test_chat_templates_are_files(saved_by_package, processor):
-    for saved, source in TEMPLATES.items():
-        template = (CHAT_TEMPLATES / source).read_text(encoding="utf-8")
-        assert (saved_by_package / saved).read_text(encoding="utf-8") == template
+def test_the_chat_template_is_a_file(saved_by_package, processor):
+    template = (CHAT_TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8")
+    assert (saved_by_package / "chat_template.jinja").read_text(encoding="utf-8") == template
     for name in ("tokenizer_config.json", "processor_config.json"):
         assert "chat_template" not in json.loads((saved_by_package / name).read_text(encoding="utf-8"))
-    assert processor.chat_template.keys() == {"default", "plain"}
+    assert processor.chat_template == processor.tokenizer.chat_template == template
 
 
 def test_every_tensor_of_the_file_is_loaded(checkpoint, model):

@@ -24,6 +24,7 @@ from examples.shapes.phrases import Phrase, all_phrases
 from examples.shapes.questions import KINDS, caption, conversation, describe, furthest_left, one_of_each
 from examples.shapes.recipe import Timer
 from examples.shapes.scenes import COLOURS, HELD_OUT_PAIRS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
+from examples.shapes.task import write_task
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
 from examples.shapes.training import train
 from hub_card.results import read_evaluation
@@ -495,3 +496,38 @@ def test_a_training_shows_progress_under_its_own_name(monkeypatch):
     step = lambda: learner["head"](layer["layers"][0](batch)).square().mean()  # noqa: E731
     train(learner, step, steps=1, muon_rate=1e-3, adam_rate=1e-3, name="language model")
     assert shown == ["language model"]
+
+
+# The task of lmms-eval
+
+
+def test_the_task_has_the_questions_of_the_test(data, tmp_path):
+    """`datasets` decodes the pictures; lmms-eval itself runs the task in tests/eval."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    out = write_task(data, tmp_path / "task")
+    assert {file.name for file in out.iterdir()} == {"shapes.yaml", "utils.py", "test.parquet"}
+    table = parquet.read_table(out / "test.parquet")
+    rows, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
+    for found, row, kind in zip(table.to_pylist(), rows, truth, strict=True):
+        asked, answered = (turn["value"] for turn in row["conversations"])
+        assert (found["id"], found["kind"], f"<image>\n{found['question']}") == (row["id"], kind["kind"], asked)
+        assert found["answer"] == answered and found["image"]["bytes"] == (data / row["image"]).read_bytes()
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features.keys() == {*table.column_names} and features["image"] == {"_type": "Image"}
+    few = parquet.read_table(write_task(data, tmp_path / "few", 5) / "test.parquet")
+    assert few.to_pylist() == table.to_pylist()[:5]
+
+
+@pytest.mark.parametrize("questions", [0, -1, 10**6])
+def test_a_task_of_other_questions_is_refused(questions, data, tmp_path):
+    with pytest.raises(ValueError, match=f"--questions is {questions}, expected 1 to "):
+        write_task(data, tmp_path / "task", questions)
+    assert not (tmp_path / "task").exists()
+
+
+def test_a_task_is_not_written_over_another(data, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    with pytest.raises((ValueError, ConversionError)):
+        write_task(data, tmp_path)
+    with pytest.raises(ValueError, match="make the data first"):
+        write_task(tmp_path, tmp_path / "task")

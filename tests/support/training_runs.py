@@ -37,7 +37,8 @@ ON_CPU = {
 
 def options(recipe: str, model: Path, data: Path, output: Path, **changes) -> list[str]:
     settings = {"model_name_or_path": model, "data_path": data, "output_dir": output, **ON_CPU, **changes}
-    named = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    values = {name: value if isinstance(value, list) else [value] for name, value in settings.items()}
+    named = [part for name, several in values.items() for part in (f"--{name}", *map(str, several))]
     return ["--config", str(RECIPES / f"{recipe}.yaml"), *named]
 
 

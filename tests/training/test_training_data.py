@@ -16,6 +16,7 @@ from modeling_llava_stf import LlavaSTFProcessor
 from training.batches import Collator
 from training.checks import Checker, Report, check_rows, fit_rows, fit_stream, open_image
 from training.rows import DataError, load_rows, place_media
+from training.trainer import template_text
 
 # The original loses every target of this row, because its tokens are counted one short; ours keeps both answers.
 FAULTY = "answer_contains_separator"
@@ -44,7 +45,7 @@ def test_labels_are_the_original_s(template, either_processor, goldens):
     mode, processor = either_processor
     expected = goldens["sft"][mode] if template == "default" else goldens["sft"]["plain"][mode]
     rows = load_rows(str(CONVERSATIONS if template == "default" else CAPTIONS), str(IMAGES))
-    collator = Collator(processor, assistant_only_loss=True, chat_template=processor.chat_template[template])
+    collator = Collator(processor, assistant_only_loss=True, chat_template=template_text(processor, template))
     batch = collator(list(rows))
     assert len(expected) == len(rows) == len(batch["labels"])
     for golden, name, ids, labels, mask in zip(
@@ -269,7 +270,7 @@ KINDS = {
 
 def checked(path, processor, decode=True, max_length=256, template="default"):
     rows = load_rows(path)
-    return check_rows(rows, Checker(processor, processor.chat_template[template], max_length, decode))
+    return check_rows(rows, Checker(processor, template_text(processor, template), max_length, decode))
 
 
 def test_every_fault_is_found_and_named(broken, processor):
@@ -290,7 +291,7 @@ def test_the_quick_check_opens_no_image(broken, processor):
 
 
 def test_lengths_are_those_of_the_batch(processor):
-    checker = Checker(processor, processor.chat_template["default"], 4096, decode=False)
+    checker = Checker(processor, template_text(processor, "default"), 4096, decode=False)
     rows = list(check_rows(load_rows(str(CONVERSATIONS), str(IMAGES)), checker))
     assert len(rows) == 9
     for row in rows:
@@ -320,7 +321,7 @@ def test_nothing_left_is_an_error(broken, processor):
 
 
 def test_a_stream_is_checked_row_by_row(broken, processor):
-    checker = Checker(processor, processor.chat_template["default"], 256, decode=True)
+    checker = Checker(processor, template_text(processor, "default"), 256, decode=True)
     rows = load_rows(broken).to_iterable_dataset()
     assert [row["id"] for row in fit_stream(rows, checker, "skip", "skip")] == ["fine", "text"]
     with pytest.raises(DataError, match="Row missing cannot be trained on: bad image"):
@@ -351,7 +352,7 @@ def test_video_rows(kind, tmp_path, processor, picture):
     row = {"video": video, "conversations": conversation("<image>\nWhat happens?")}
     path = write_json(tmp_path, [row])
     (found,) = check_rows(
-        load_rows(path, folder), Checker(processor, processor.chat_template["default"], 4096, decode=True)
+        load_rows(path, folder), Checker(processor, template_text(processor, "default"), 4096, decode=True)
     )
     expected = 1 if kind == "short file" else 3
     assert (found["problem"], found["vision"]) == ("", expected)
@@ -510,7 +511,7 @@ USED = {
 def checked_rows(rows, processor, folder, name="data.json"):
     named = [{"id": key, **row} if isinstance(row, dict) else row for key, row in rows.items()]
     found = load_rows(write_json(folder, named, name), str(IMAGES))
-    return list(check_rows(found, Checker(processor, processor.chat_template["default"], 4096, decode=True)))
+    return list(check_rows(found, Checker(processor, template_text(processor, "default"), 4096, decode=True)))
 
 
 @pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
@@ -645,7 +646,7 @@ def test_changes_are_counted_and_named(processor, tmp_path):
 
 
 def test_the_question_that_stage_1_leaves_out_is_counted(processor):
-    checker = Checker(processor, processor.chat_template["plain"], 4096, decode=False)
+    checker = Checker(processor, template_text(processor, "plain"), 4096, decode=False)
     notes = [row["notes"] for row in check_rows(load_rows(str(CAPTIONS), str(IMAGES)), checker)]
     assert [any(LEFT_OUT in note for note in found) for found in notes] == [True, False, True]
 
@@ -660,7 +661,7 @@ def test_a_key_that_nothing_reads_is_named_once(processor, tmp_path, caplog):
         line = f"note: nothing reads the key '{key}' of {where}: 30 row(s), the first is row 0"
         assert line in report.lines(256) and caplog.messages.count(line) == 1
     caplog.clear()
-    checker = Checker(processor, processor.chat_template["default"], 256, decode=True)
+    checker = Checker(processor, template_text(processor, "default"), 256, decode=True)
     assert len(list(fit_stream(load_rows(path).to_iterable_dataset(), checker, "error", "error"))) == 30
     assert sum("'source'" in message for message in caplog.messages) == 1
 
@@ -670,15 +671,15 @@ def test_stage_1_has_one_question_and_one_caption(roles, processor, tmp_path):
     turns = [says(role, "<image>" if role == "user" and place < 2 else "x") for place, role in enumerate(roles)]
     path = write_json(tmp_path, [{"messages": turns, **ONE}])
     rows = load_rows(path, str(IMAGES))
-    (row,) = check_rows(rows, Checker(processor, processor.chat_template["plain"], 4096, decode=False))
+    (row,) = check_rows(rows, Checker(processor, template_text(processor, "plain"), 4096, decode=False))
     assert re.search("expected one message of 'user' with the image and one of 'assistant'", row["problem"])
 
 
 def test_a_video_in_stage_1_is_a_video(processor, tmp_path):
     row = {"video": ["frame_0.png", "frame_1.png"], "conversations": conversation("<image>")}
-    checker = Checker(processor, processor.chat_template["plain"], 4096, decode=True)
+    checker = Checker(processor, template_text(processor, "plain"), 4096, decode=True)
     (found,) = check_rows(load_rows(write_json(tmp_path, [row]), str(IMAGES)), checker)
-    batch = Collator(processor, assistant_only_loss=True, chat_template=processor.chat_template["plain"])([found])
+    batch = Collator(processor, assistant_only_loss=True, chat_template=template_text(processor, "plain"))([found])
     assert found["problem"] == "" and batch["pixel_values"].shape[0] == 2
     assert found["length"] == batch["input_ids"].shape[1]
 

@@ -15,6 +15,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from training.batches import Collator
 from training.checks import Checker, check_rows, open_image
 from training.rows import DataError, load_rows
+from training.trainer import template_text
 
 TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A photo."}]
 
@@ -35,7 +36,7 @@ def rows_of(tmp_path, **media):
 
 
 def checked(rows, processor):
-    (row,) = check_rows(rows, Checker(processor, processor.chat_template["default"], 4096, decode=True))
+    (row,) = check_rows(rows, Checker(processor, template_text(processor, "default"), 4096, decode=True))
     return row
 
 

@@ -20,6 +20,7 @@ from training.arguments import accumulation_steps
 from training.run import load_model
 from training.sampler import ModalityLengthSampler, modality_length_order
 from training.throughput import training_flops
+from training.trainer import PLAIN, template_text
 
 CONNECTOR = "multi_modal_projector"
 LORA = {"use_peft": True, "lora_r": 4, "lora_alpha": 8}
@@ -288,6 +289,15 @@ def test_grouping_needs_lengths(trainer):
     assert isinstance(run._get_train_sampler(), ModalityLengthSampler)
     with pytest.raises(ValueError, match="needs the columns `length` and `vision`"):
         run._get_train_sampler(run.train_dataset.remove_columns("length"))
+
+
+def test_stage_1_brings_its_template(processor):
+    """A folder need not have it; where an older one does, that is used."""
+    plain = PLAIN.read_text(encoding="utf-8")
+    default = processor.chat_template
+    assert (template_text(processor, "plain"), template_text(processor, "default")) == (plain, default)
+    processor.chat_template = {"default": default, "plain": "older"}
+    assert (template_text(processor, "plain"), template_text(processor, "default")) == ("older", default)
 
 
 def test_an_unknown_template_is_refused(trainer):

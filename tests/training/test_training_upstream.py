@@ -6,6 +6,7 @@ A test that fails here is good news: its entry can go.
 import contextlib
 import sys
 import types
+from dataclasses import fields
 
 import pytest
 import torch
@@ -46,6 +47,10 @@ def test_image_token_masked(trainer, monkeypatch):
     assert made.compute_loss(made.model, dict(batch)).item() == pytest.approx(expected.item(), rel=1e-6)
     monkeypatch.setattr("training.trainer.image_token_masked", contextlib.nullcontext)
     assert made.compute_loss(made.model, dict(batch)).item() != pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_with_options():
+    assert not [option for option in fields(DataCollatorForVisionLanguageModeling) if "kwargs" in option.name]
 
 
 def test_averaged_over_ranks():

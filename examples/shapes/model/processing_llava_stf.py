@@ -8,6 +8,7 @@ import copy
 import json
 import math
 import os
+import re
 import struct
 import sys
 import tempfile
@@ -16,6 +17,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -34,12 +36,15 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import cached_file
 from transformers.video_utils import load_video
 
-from .configuration_llava_stf import LlavaSTFConfig
+from .configuration_llava_stf import LlavaSTFConfig, allowed_token_budgets
 
 # The processor needs these settings of the model.
 MODEL_SETTINGS = ("patch_size", "fusion_window", "vision_feature_select_strategy")
 # These arguments of `from_pretrained` say where to look for a file.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# Folders of version 0.1 have the chat template of training's stage 1, too, which begins like this.
+STAGE_1 = "{#- The conversation `plain` of the original's stage 1"
+PLAIN = Path(__file__).with_name("plain.jinja")  # that template; only the installed package has it
 ORIENTATION = PIL.ExifTags.Base.Orientation
 # A video file is read at this many frames per second, as in the original's evaluation.
 VIDEO_FPS = 1
@@ -75,10 +80,14 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     alpha_background (`str`, *optional*):
         Colour behind transparent pixels, as PIL names it: `"white"`, `"#7a7468"`. By default transparency is dropped,
         as in the original.
+    max_soft_tokens (`int` or `list[int]`, *optional*):
+        Number of tokens of each picture in the language model, or a list with one for each picture; one of
+        `processor.allowed_token_budgets`. By default all tokens of Spatial Token Fusion. The pixels do not change.
     """
 
     do_exif_transpose: bool | None
     alpha_background: str | None
+    max_soft_tokens: Any  # the processor checks it, and says what is allowed
 
 
 class LlavaSTFImageProcessor(LlavaImageProcessorPil):
@@ -104,6 +113,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     do_pad = True
     do_exif_transpose = True
     alpha_background = None
+    max_soft_tokens = None
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens paths, URLs and bytes, in any nesting; does not rotate or convert them."""
@@ -225,8 +235,9 @@ class LlavaSTFProcessor(LlavaProcessor):
     Turns prompts with `<image>` and `<video>` placeholders, pictures and videos into the inputs of LLaVA-STF.
 
     Every image, and every frame of a video, becomes (image size / patch size / fusion window)^2 image tokens (144 for
-    the released model). The tokens of all frames of a video replace its one placeholder, in order. `pixel_values`
-    contains images and frames in the order of their placeholders: (images + frames, 3, height, width).
+    the released model), or as many as `max_soft_tokens` says. The tokens of all frames of a video replace its one
+    placeholder, in order. `pixel_values` contains images and frames in the order of their placeholders: (images +
+    frames, 3, height, width).
 
     Threads may share a processor, also through `apply_chat_template`. They may not share its `tokenizer` in direct
     calls that pad or truncate: give each thread a `copy.deepcopy` of it.
@@ -248,7 +259,13 @@ class LlavaSTFProcessor(LlavaProcessor):
     """
 
     # Each video has one entry; their lengths differ. They are merged with the images before the processor returns.
-    skip_tensor_conversion = [*LlavaProcessor.skip_tensor_conversion, "pixel_values_videos"]
+    # The numbers of tokens stay a list: reading them waits for no device, and they are constants for `torch.compile`.
+    skip_tensor_conversion = [
+        *LlavaProcessor.skip_tensor_conversion,
+        "pixel_values_videos",
+        "image_tokens",
+        "image_tokens_videos",
+    ]
 
     def __init__(
         self,
@@ -302,6 +319,43 @@ class LlavaSTFProcessor(LlavaProcessor):
             processor.tokenizer.init_kwargs.pop(name, None)
         return loaded
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Saves the processor (see [`ProcessorMixin.save_pretrained`]) without the chat template of stage 1.
+
+        vLLM (seen in 0.32.0) does not start if there are several. Older folders have that one beside the default.
+        """
+        parts = (self, self.tokenizer)
+        loaded = [part.chat_template for part in parts]
+        for part, templates in zip(parts, loaded, strict=True):
+            part.chat_template = _without_stage_1(templates)
+        try:
+            return super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            for part, templates in zip(parts, loaded, strict=True):
+                part.chat_template = templates
+
+    def apply_chat_template(
+        self, conversation: Any, chat_template: str | None = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Writes a conversation as a prompt (see [`ProcessorMixin.apply_chat_template`]).
+
+        Args:
+            chat_template: the text of a template, a name among the processor's templates, or "plain" for that of
+                training's stage 1, which the installed package has.
+
+        Raises:
+            ValueError: if it is a name that there is no template of, and would be the prompt.
+        """
+        named = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        if chat_template is not None and re.fullmatch(r"[\w.-]+", chat_template) and chat_template not in named:
+            if chat_template != "plain" or not PLAIN.exists():
+                raise ValueError(
+                    f"The processor has no chat template {chat_template!r}: expected one of {', '.join(named)}, or a "
+                    "template's text. That of training's stage 1, `plain`, comes with the installed package."
+                )
+            chat_template = PLAIN.read_text(encoding="utf-8")
+        return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
+
     def check_settings(self) -> None:
         """Raises a `ValueError` if a setting that the token count needs is missing or does not fit."""
         missing = [name for name in MODEL_SETTINGS if getattr(self, name) is None]
@@ -326,6 +380,9 @@ class LlavaSTFProcessor(LlavaProcessor):
                 f"{self.patch_size} give a grid of {crop['height'] // self.patch_size} x "
                 f"{crop['width'] // self.patch_size}, which it does not divide."
             )
+        default, allowed = self.image_processor.max_soft_tokens, self.allowed_token_budgets
+        if default is not None and not (type(default) is int and default in allowed):
+            raise ValueError(f"`max_soft_tokens` is {default!r} for all pictures, expected one of {allowed}.")
 
     @property
     def video_processor(self) -> LlavaSTFImageProcessor:
@@ -345,13 +402,16 @@ class LlavaSTFProcessor(LlavaProcessor):
                 or AVIF, or a file that PyAV reads. A file is read at one frame per second, unless `fps` or
                 `num_frames` says otherwise; an animation by the durations of its frames, and no frame twice.
             kwargs: options of the tokenizer and the image processor, such as `padding`, `return_tensors`, `do_pad`.
+                `max_soft_tokens` is the number of tokens of each image and frame; a list has one for each image, in
+                `videos_kwargs` one for each video or frame.
 
         Returns:
-            [`BatchFeature`] with `input_ids`, `attention_mask` and `pixel_values`.
+            [`BatchFeature`] with `input_ids`, `attention_mask` and `pixel_values`; also with `image_tokens`, a list of
+            the number of tokens of each image and frame, if one of them has not all tokens.
 
         Raises:
-            ValueError: if placeholders and images differ in number, a picture is unreadable, or a prompt with images
-                is longer than the model's context.
+            ValueError: if placeholders and images differ in number, a picture is unreadable, `max_soft_tokens` is not
+                allowed, or a prompt with images is longer than the model's context.
         """
         offsets_wanted = kwargs.pop("return_text_replacement_offsets", False)
         guarded = copy.copy(self)
@@ -362,9 +422,10 @@ class LlavaSTFProcessor(LlavaProcessor):
         places = outputs["text_replacement_offsets"] if offsets_wanted else outputs.pop("text_replacement_offsets", [])
         if "pixel_values_videos" in outputs:
             types = [place["type"] for row in places for place in row]
-            outputs["pixel_values"] = _in_reading_order(
-                types, outputs.get("pixel_values", []), outputs.pop("pixel_values_videos")
-            )
+            for name in ("pixel_values", "image_tokens"):
+                outputs[name] = _in_reading_order(types, outputs.get(name, []), outputs.pop(f"{name}_videos"))
+        if outputs.get("image_tokens") == self._full_tokens(outputs.get("pixel_values", [])):
+            del outputs["image_tokens"]
         if "offset_mapping" in outputs and not offsets_wanted:
             outputs["offset_mapping"] = _offsets_in_prompt(outputs["offset_mapping"], places)
         elif isinstance(outputs.get("offset_mapping"), torch.Tensor):
@@ -386,23 +447,54 @@ class LlavaSTFProcessor(LlavaProcessor):
     def tokens_per_image(self) -> int:
         """Returns the tokens of one image or video frame, from the settings of processor and image processor."""
         crop = self.image_processor.crop_size
-        return self.num_image_tokens(crop["height"], crop["width"])
+        return self._image_tokens([(crop["height"], crop["width"])])[0]
+
+    @property
+    def allowed_token_budgets(self) -> list[int]:
+        """Returns the numbers of tokens that `max_soft_tokens` may ask for, largest first."""
+        crop = self.image_processor.crop_size
+        return self._allowed_tokens(crop["height"], crop["width"])
+
+    def _allowed_tokens(self, height: int, width: int) -> list[int]:
+        patch_and_window = self.patch_size * self.fusion_window
+        return allowed_token_budgets(height // patch_and_window, width // patch_and_window)
+
+    def _full_tokens(self, pixels: Any) -> list[int]:
+        return [self.num_image_tokens(*picture.shape[-2:]) for picture in pixels]
+
+    def _image_tokens(self, sizes: Sequence[tuple[int, int]], asked: Any = None) -> list[int]:
+        """Returns the tokens of pictures of (height, width) pixels; `asked` is `max_soft_tokens` of a call."""
+        asked = self.image_processor.max_soft_tokens if asked is None else asked
+        if asked is None:
+            return [self.num_image_tokens(*size) for size in sizes]
+        numbers = [*asked] if isinstance(asked, (list, tuple)) else [asked] * len(sizes)
+        allowed = [self._allowed_tokens(*size) for size in sizes]
+        if len(numbers) != len(sizes) or not all(
+            type(number) is int and number in ok for number, ok in zip(numbers, allowed, strict=True)
+        ):
+            raise ValueError(
+                f"`max_soft_tokens` is {asked!r} for {len(sizes)} pictures or frames, expected one of "
+                f"{self.allowed_token_budgets}, or a list with one of them for each picture."
+            )
+        return numbers
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs: Any) -> str:
         """Returns the image tokens that replace the placeholder of image `image_idx`."""
-        return self.image_token * self.num_image_tokens(*image_inputs["pixel_values"][image_idx].shape[-2:])
+        tokens = image_inputs.get("image_tokens") or self._full_tokens(image_inputs["pixel_values"])
+        return self.image_token * tokens[image_idx]
 
     def replace_video_token(self, video_inputs: dict, video_idx: int, **kwargs: Any) -> str:
         """Returns the image tokens that replace the placeholder of video `video_idx`: those of all its frames."""
-        frames = video_inputs["pixel_values_videos"][video_idx]
-        return self.image_token * sum(self.num_image_tokens(*frame.shape[-2:]) for frame in frames)
+        return self.image_token * sum(video_inputs["image_tokens_videos"][video_idx])
 
     def _get_num_multimodal_tokens(self, image_sizes: Any = None, **kwargs: Any) -> MultiModalData:
         if image_sizes is None:
             return MultiModalData()
-        crop = kwargs.get("crop_size")
-        tokens = self.num_image_tokens(crop["height"], crop["width"]) if crop else self.tokens_per_image
-        return MultiModalData(num_image_tokens=[tokens] * len(image_sizes), num_image_patches=[1] * len(image_sizes))
+        options = kwargs | kwargs.get("images_kwargs", {})
+        crop = options.get("crop_size") or self.image_processor.crop_size
+        sizes = [(crop["height"], crop["width"])] * len(image_sizes)
+        tokens = self._image_tokens(sizes, options.get("max_soft_tokens"))
+        return MultiModalData(num_image_tokens=tokens, num_image_patches=[1] * len(image_sizes))
 
     # `ProcessorMixin.__call__` calls these hooks in this order: `prepare_inputs_layout`, `validate_inputs`,
     # `_process_images`, `_process_videos` (both also return the replacements of the placeholders), and after the
@@ -429,6 +521,11 @@ class LlavaSTFProcessor(LlavaProcessor):
             return
         if not all(isinstance(prompt, str) for prompt in text):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.100}.")
+        if images is not None and videos is not None and isinstance(kwargs.get("max_soft_tokens"), (list, tuple)):
+            raise ValueError(
+                "`max_soft_tokens` is a list, and there are images and videos: give the list of the images in "
+                "`images_kwargs` and that of the videos in `videos_kwargs`."
+            )
         images = [] if images is None else images
         per_prompt = isinstance(images, (list, tuple)) and all(isinstance(item, (list, tuple)) for item in images)
         n_images = [len(_flat_images(item)) for item in images] if per_prompt else [len(_flat_images(images))]
@@ -442,12 +539,14 @@ class LlavaSTFProcessor(LlavaProcessor):
         raise ValueError(
             f"The number of {token} tokens in the prompts should be the same as the number of images or videos given: "
             f"found {sum(expected)} ({expected} by prompt) and {sum(given)} ({given} by prompt or in all). Each image "
-            f"or frame takes {self.tokens_per_image} tokens; write one {token} for it. "
+            f"or frame takes {self.tokens_per_image} tokens by default; write one {token} for it. "
             "Usual causes: the chat template was not applied, or a placeholder is missing from the text or twice in it."
         )
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
         outputs = self.image_processor(images, **kwargs)
+        sizes = [picture.shape[-2:] for picture in outputs["pixel_values"]]
+        outputs["image_tokens"] = self._image_tokens(sizes, kwargs.get("max_soft_tokens"))
         return outputs, [self.replace_image_token(outputs, index) for index in range(len(outputs["pixel_values"]))]
 
     def _process_videos(self, videos: list, **kwargs: Any) -> tuple[dict, list[str]]:
@@ -464,7 +563,15 @@ class LlavaSTFProcessor(LlavaProcessor):
                 # The range is that of all frames together, because a single frame may be black or nearly so.
                 frames = _as_pictures([_as_array(frame) for frame in frames], image_kwargs.get("input_data_format"))
             pixels.append(self.image_processor(frames, **image_kwargs)["pixel_values"])
-        outputs = {"pixel_values_videos": pixels}
+        tokens = self._image_tokens(
+            [frame.shape[-2:] for video in pixels for frame in video],
+            _for_each_frame(kwargs.get("max_soft_tokens"), [len(video) for video in pixels]),
+        )
+        next_tokens = iter(tokens)
+        outputs = {
+            "pixel_values_videos": pixels,
+            "image_tokens_videos": [[*islice(next_tokens, len(video))] for video in pixels],
+        }
         return outputs, [self.replace_video_token(outputs, index) for index in range(len(videos))]
 
     def _check_special_mm_tokens(self, text: list[str], text_inputs: Any, modalities: list[str]) -> None:
@@ -492,6 +599,14 @@ class LlavaSTFProcessor(LlavaProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings (see [`ProcessorMixin.to_dict`]); the code is that of the same repository."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
+
+
+def _without_stage_1(templates: str | dict[str, str] | None) -> str | dict[str, str] | None:
+    """Removes the template of stage 1 from named templates; returns the default one as a string if it is alone."""
+    if not isinstance(templates, dict):
+        return templates
+    kept = {name: text for name, text in templates.items() if not text.startswith(STAGE_1)}
+    return kept["default"] if kept.keys() == {"default"} else kept
 
 
 def _settings_of_model(folder: Any, where: dict[str, Any]) -> dict[str, Any]:
@@ -892,8 +1007,15 @@ def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[
     return [PIL.Image.fromarray(frame) for frame in frames]
 
 
+def _for_each_frame(max_soft_tokens: Any, frames: list[int]) -> Any:
+    """Returns the option with one number for each frame, if it is a list with one for each video."""
+    if not isinstance(max_soft_tokens, (list, tuple)) or len(max_soft_tokens) != len(frames):
+        return max_soft_tokens
+    return [number for number, count in zip(max_soft_tokens, frames, strict=True) for _ in range(count)]
+
+
 def _in_reading_order(types: list[str], images: Any, videos: list) -> Any:
-    """Merges images and frames in the order of their placeholders; without text, images are first.
+    """Merges images and frames, or their tokens, in the order of their placeholders; without text, images are first.
 
     Returns (images + frames, 3, H, W): a tensor, an array or a list, the type of the pixels of each video.
     """
