@@ -7,6 +7,7 @@ python -m examples.shapes generate DATA --scenes N --seed S    draws scenes, wri
 python -m examples.shapes tokenizer DATA OUT                   trains the language model's tokenizer
 python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniature CLIP
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
+python -m examples.shapes ideal DATA LANGUAGE_MODEL OUT        warms it up on tokens that belong to no connector
 python -m examples.shapes renew MODEL OUT                      makes new fusion modules
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
 python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
@@ -24,6 +25,7 @@ from .ablation import ablate, run_one
 from .clip import train_clip
 from .evaluate import evaluate
 from .generate import generate
+from .ideal import warm_up
 from .language_model import train_language_model
 from .pictograms import SAMPLE, fetch
 from .recipe import make
@@ -64,7 +66,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
     data.add_argument(
-        "--pictograms", default=SAMPLE, metavar="FOLDER", help="folder that `pictograms` wrote (default: a small sample)"
+        "--pictograms",
+        default=SAMPLE,
+        metavar="FOLDER",
+        help="folder that `pictograms` wrote (default: a small sample)",
     )
     data.set_defaults(step=generate)
 
@@ -108,6 +113,14 @@ def _parser() -> argparse.ArgumentParser:
     renewal.add_argument("--seed", type=int, default=0, help="seed of the new weights (default: 0)")
     renewal.set_defaults(step=renew)
 
+    ideal = commands.add_parser("ideal", help="teach a language model to look things up in ideal tokens")
+    ideal.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    ideal.add_argument("language_model", metavar="LANGUAGE_MODEL", help="folder that `language-model` wrote")
+    ideal.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    ideal.add_argument("--steps", type=int, required=True, metavar="N")
+    ideal.add_argument("--seed", type=int, default=0, help="seed of the tokens and batches (default: 0)")
+    ideal.set_defaults(step=warm_up)
+
     recipe = commands.add_parser("make", help="generate, train every part, and write a Hub folder")
     recipe.add_argument(
         "work", metavar="WORK", help="folder for data and intermediate models; a stopped run continues there"
@@ -120,14 +133,17 @@ def _parser() -> argparse.ArgumentParser:
     ablation = commands.add_parser("ablation", help="train and test with other connectors")
     ablation.add_argument("work", metavar="WORK", help="WORK folder of `make`")
     ablation.add_argument("out", metavar="OUT", help="folder for the results; a stopped run continues there")
-    for name in ("seeds", "captions", "rows"):
+    for name in ("seeds", "captions", "rows", "steps", "workers"):
         ablation.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
+    ablation.add_argument("--equal", choices=("rows", "time"), default="rows", help="default: rows")
+    ablation.add_argument("--systems", nargs="+", metavar="NAME", help="train only these (default: all)")
     ablation.set_defaults(step=ablate)
     run = commands.add_parser("ablation-run")  # `ablation` starts it for each of its runs
-    for name in ("work", "file"):
+    for name in ("work", "out", "system"):
         run.add_argument(name)
-    for name in ("index", "seed", "captions", "rows"):
+    for name in ("seed", "captions", "rows"):
         run.add_argument(name, type=int)
+    run.add_argument("equal")
     run.set_defaults(step=run_one)
 
     tokens = commands.add_parser("tokens", help="compare token budgets and reducers, in a table and a plot")

@@ -3,236 +3,342 @@
 """Asks the paper's question in miniature: what do Multi-Block and Spatial Token Fusion gain or cost?
 
 Systems that differ only in the connector train in both stages, on the same rows in the same order, from the same tower
-and language model, with several seeds. The language model is the final one of `make`: like Vicuna it can look up and
-compare the content of tokens, which it would not learn in the minutes of a run. It learned this from tokens of MBTF +
-STF; all connectors are new.
+and language model, with several seeds. The language model has learned to look things up, from ideal tokens that belong
+to no connector (`ideal.py`). Each run writes its answers' marks, so that systems are compared question by question.
 """
 
-import copy
+import hashlib
 import json
 import os
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from torch import nn
 from tqdm import tqdm
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers import BatchFeature, TrainerCallback
 
 from conversion.checkpoints.folders import complete_or_absent
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from modeling_llava_stf.modeling_llava_stf import (
-    LlavaSTFMultiModalProjector,
-    MultiBlockTokenFusion,
-    SpatialTokenFusion,
-)
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, reduce_image_tokens
 
-from .evaluate import ask, score
+from .ablation_report import in_curve, report
+from .connectors import REFERENCE, SYSTEMS, Asked, System
+from .connectors.divt import DiVT
+from .connectors.encode_first import encode_first, tower_features
+from .evaluate import ask, is_right, prompts
 from .processes import start_module
-from .questions import KINDS
-from .recipe import AGAIN, STAGES, TAPS
-from .renew import initialise
-from .text import read_rows
+from .recipe import STAGES, TAPS, Timer
+from .text import messages_of, read_rows
 
-
-class PooledProjector(LlavaMultiModalProjector):
-    """Applies LLaVA's projector to the mean of each window of patches."""
-
-    def __init__(self, config: LlavaSTFConfig):
-        super().__init__(config)
-        self.grid, self.window = config.grid_size, config.fusion_window
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Pools and projects: (B, N, C) -> (B, T, D)."""
-        maps = features.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, C, G, G)
-        pooled = nn.functional.avg_pool2d(maps, self.window)
-        return super().forward(pooled.flatten(2).transpose(1, 2))
-
-
-class MixedProjector(nn.Sequential):
-    """Applies Multi-Block Token Fusion, then LLaVA's projector to every patch: (B, N, L*C) -> (B, N, D)."""
-
-    def __init__(self, config: LlavaSTFConfig):
-        one_layer = copy.deepcopy(config)
-        one_layer.vision_feature_layer = config.taps[:1]
-        super().__init__(MultiBlockTokenFusion(config), LlavaMultiModalProjector(one_layer))
+POINTS = 8  # of a learning curve; the last is the end
+FITTED_PICTURES = 256  # training pictures on which DiVT's threshold is chosen
+BATCH = 100  # questions that are answered together
 
 
 @dataclass(frozen=True)
-class System:
-    """Describes a connector between tower and language model."""
+class Run:
+    """Describes a training of one system with one seed."""
 
-    name: str
-    taps: tuple[int, ...]
-    window: int
-    projector: Callable[[LlavaSTFConfig], nn.Module]
+    system: str
+    seed: int
+    captions: int
+    rows: int
+    equal: str = "rows"  # what the systems of a comparison have in common, or "time"
 
-    def build(self, start: str | Path, seed: int) -> tuple[LlavaSTFForConditionalGeneration, LlavaSTFProcessor]:
-        """Loads the checkpoint `start` with this connector, newly initialised as PyTorch's linear layers."""
-        settings = {"vision_feature_layer": list(self.taps), "fusion_window": self.window}
-        config = LlavaSTFConfig.from_pretrained(start, **settings)
-        trained = LlavaSTFForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
-        model = LlavaSTFForConditionalGeneration(config).float()
-        model.model.multi_modal_projector = self.projector(config)
-        initialise(model.model.multi_modal_projector, seed)
-        kept = {name: weight for name, weight in trained.items() if ".multi_modal_projector." not in name}
-        missing, _ = model.load_state_dict(kept, strict=False)
-        assert all(".multi_modal_projector." in name for name in missing)
-        processor = LlavaSTFProcessor.from_pretrained(start)
-        processor.fusion_window = self.window
-        return model, processor
+    @property
+    def file(self) -> str:
+        return f"{self.equal}-{re.sub(r'[^a-z0-9]+', '-', self.system.lower()).strip('-')}-{self.seed}.json"
 
 
-SYSTEMS = (
-    System("LLaVA-1.5", TAPS[:1], 1, LlavaMultiModalProjector),
-    System("average pooling 2x2", TAPS[:1], 2, PooledProjector),
-    System("STF alone", TAPS[:1], 2, SpatialTokenFusion),
-    System("MBTF alone", TAPS, 1, MixedProjector),
-    System("MBTF + STF", TAPS, 2, LlavaSTFMultiModalProjector),
-    System("MBTF + STF, window 4", TAPS, 4, LlavaSTFMultiModalProjector),
-)
-# Captions are not compared, because they are right only as a whole.
-ASKED = tuple(kind for kind in KINDS if kind != "caption")
-
-
-def ablate(work: str | Path, out: str | Path, seeds: int = 3, captions: int = 4800, rows: int = 2560) -> Path:
+def ablate(
+    work: str | Path,
+    out: str | Path,
+    seeds: int = 5,
+    captions: int = 9600,
+    rows: int = 9600,
+    steps: int = 1500,
+    equal: str = "rows",
+    systems: list[str] | None = None,
+    workers: int | None = None,
+) -> Path:
     """Trains and tests every system with every seed, and writes results.json, a table and a plot into `out`.
 
-    It runs as many processes as there are cores, with one thread each. It skips runs that have a result.
+    It skips what has a result, so that the same command continues a stopped one, and a higher `seeds` adds to it.
 
     Args:
-        work: the folder of `make` with data, tower and language model.
-        out: folder for the results.
+        work: the folder of `make`, with data, tower and language model.
+        out: folder for the results, and for the language model that all systems start from.
         seeds: number of seeds, which set connector and order.
         captions, rows: number of rows in stage 1 and stage 2.
-    """
-    work, runs = Path(work).resolve(), Path(out).resolve() / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    todo = [
-        (runs / f"{index}-{seed}.json", index, seed)
-        for seed in range(seeds)
-        for index in range(len(SYSTEMS))
-        if not (runs / f"{index}-{seed}.json").exists()
-    ]
+        steps: steps of the language model on ideal tokens.
+        equal: "rows", or "time": a system then has so many rows that it trains as long as LLaVA-1.5 does with `rows`.
+            This needs the results of "rows".
+        systems: names of the systems; by default all.
+        workers: runs at a time, with one thread each; by default the number of cores.
 
-    def launch(run: tuple[Path, int, int]) -> int:
-        file, index, seed = run
-        words = ("examples.shapes", "ablation-run", work, file, index, seed, captions, rows)
-        with file.with_suffix(".log").open("w", encoding="utf-8") as log:
+    Raises:
+        ValueError: if a system is unknown, a run fails, or `out` has results of other settings or another start.
+    """
+    work, out = Path(work).resolve(), Path(out).resolve()
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    chosen = [system_of(name) for name in systems or [system.name for system in SYSTEMS]]
+    warm_start(work, out, steps)
+    todo = [
+        Run(system.name, seed, *_amounts(out, system.name, captions, rows, equal), equal)
+        for seed in range(seeds)
+        for system in chosen
+        if equal == "rows" or system.name != REFERENCE
+    ]
+    todo = [run for run in todo if not _is_done(out, run)]
+
+    def launch(run: Run) -> int:
+        words = ("examples.shapes", "ablation-run", work, out, run.system, run.seed, run.captions, run.rows, run.equal)
+        with (out / "runs" / run.file).with_suffix(".log").open("w", encoding="utf-8") as log:
             return start_module(*words, stdout=log, stderr=log).wait()
 
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
         statuses = list(tqdm(pool.map(launch, todo), total=len(todo), desc="runs", unit="run"))
-    failed = [run[0].with_suffix(".log") for run, status in zip(todo, statuses, strict=True) if status]
+    failed = [(out / "runs" / run.file).with_suffix(".log") for run, code in zip(todo, statuses, strict=True) if code]
     if failed:
         raise ValueError(f"{len(failed)} runs failed, see {failed[0]}; the others are kept.")
-    return report(Path(out))
+    return report(out, work / "data")
 
 
-def run_one(work: str, file: str, index: int, seed: int, captions: int, rows: int) -> None:
+def system_of(name: str) -> System:
+    """Returns the system of a name; raises a `ValueError` that lists them."""
+    for system in SYSTEMS:
+        if system.name == name:
+            return system
+    raise ValueError(f"There is no system {name!r}, expected some of: {', '.join(one.name for one in SYSTEMS)}.")
+
+
+def warm_start(work: Path, out: Path, steps: int) -> None:
+    """Makes `out`/start, the checkpoint of all systems: the tower, and the language model warmed up on ideal tokens."""
+    timer = Timer(out / "seconds.json")
+    ideal = ("ideal", work / "data", work / "language-model", out / "ideal", "--steps", steps)
+    timer.run({out / "ideal": ("examples.shapes", *ideal)})
+    towers = ("--init-fusion", "--vision-tower", work / "clip", "--keep-full-tower", "--taps", *TAPS)
+    timer.run({out / "start": ("conversion", out / "ideal", out / "start", *towers)})
+
+
+def _amounts(out: Path, system: str, captions: int, rows: int, equal: str) -> tuple[int, int]:
+    """Returns the rows of both stages; for equal time, more where the results for equal rows were faster."""
+    if equal == "rows":
+        return captions, rows
+    if equal != "time":
+        raise ValueError(f"`equal` is {equal!r}, expected 'rows' or 'time'.")
+    factor = _training_seconds(out, REFERENCE) / _training_seconds(out, system)
+    return round(captions * factor), round(rows * factor)
+
+
+def _training_seconds(out: Path, system: str) -> float:
+    files = sorted((out / "runs").glob(Run(system, 0, 0, 0).file.replace("-0.json", "-[0-9]*.json")))
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    if not runs:
+        raise ValueError(f"There is no result of {system} for equal rows: run it first, without `--equal time`.")
+    return statistics.median(sum(run["seconds"].values()) for run in runs)
+
+
+def _is_done(out: Path, run: Run) -> bool:
+    """Returns whether a run has a result; raises a `ValueError` if that has other settings or another start."""
+    file = out / "runs" / run.file
+    if not file.exists():
+        return False
+    found = json.loads(file.read_text(encoding="utf-8"))
+    expected: dict[str, object] = {"start": _digest(out / "start" / "model.safetensors")}
+    if run.equal == "rows":  # for equal time, later results may change the median
+        expected |= {"captions": run.captions, "rows": run.rows}
+    for name, value in expected.items():
+        if found[name] != value:
+            raise ValueError(f"{file} has {name} {found[name]}, expected {value}: name another folder, or remove it.")
+    return True
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+
+
+def build(
+    system: System, start: str | Path, seed: int, data: Path | None = None
+) -> tuple[LlavaSTFForConditionalGeneration, LlavaSTFProcessor]:
+    """Loads the checkpoint `start` with the system's connector, newly initialised; `data` has pictures to fit it on."""
+    settings = {"vision_feature_layer": list(system.taps), "fusion_window": system.window}
+    config = LlavaSTFConfig.from_pretrained(start, **settings)
+    trained = LlavaSTFForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
+    model = LlavaSTFForConditionalGeneration(config).float()
+    torch.manual_seed(seed)
+    model.model.multi_modal_projector = system.projector(config)
+    kept = {name: weight for name, weight in trained.items() if ".multi_modal_projector." not in name}
+    missing, _ = model.load_state_dict(kept, strict=False)
+    assert all(".multi_modal_projector." in name for name in missing)
+    processor = LlavaSTFProcessor.from_pretrained(start)
+    processor.fusion_window = system.window
+    if data is not None and isinstance(model.model.multi_modal_projector, DiVT):
+        full = config.tokens_per_image // 4  # as many as windows of 2 x 2 have
+        model.model.multi_modal_projector.fit(_fitted_features(model, processor, data), full)
+    return model, processor
+
+
+def _fitted_features(model: LlavaSTFForConditionalGeneration, processor: LlavaSTFProcessor, data: Path) -> torch.Tensor:
+    rows = read_rows(data / "captions.json")[:FITTED_PICTURES]
+    inputs = prompts(model, processor, [messages_of(row, data)[:1] for row in rows])
+    return tower_features(model, inputs["pixel_values"])
+
+
+def run_one(work: str, out: str, system: str, seed: int, captions: int, rows: int, equal: str) -> None:
     """Trains and tests one system with one seed; [`ablate`] starts it."""
-    # This import is here because only this command needs TRL.
+    run, of = Run(system, seed, captions, rows, equal), system_of(system)
+    data, folder = Path(work) / "data", Path(out)
+    model, processor = build(of, folder / "start", seed, data)
+    tester = Tester(of, processor, data)
+    curve = Curve(tester)
+    seconds = {}
+    with encoding_first(model, of):
+        for stage, limit in zip(STAGES, (captions, rows), strict=True):
+            watch = curve if stage is STAGES[-1] else None
+            seconds[stage.name] = train(model, processor, of, stage, data / stage.rows, limit, seed, watch)
+    asked = {way.name: tester.ask(model.eval(), way) for way in of.asked}
+    result = {
+        **{name: getattr(run, name) for name in ("system", "seed", "captions", "rows", "equal")},
+        "start": _digest(folder / "start" / "model.safetensors"),
+        "parameters": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
+        "seconds": seconds,
+        "curve": curve.points,
+        "asked": asked,
+    }
+    with complete_or_absent(folder / "runs" / run.file, file=True) as unfinished:
+        unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
+
+
+def train(
+    model: LlavaSTFForConditionalGeneration,
+    processor: LlavaSTFProcessor,
+    system: System,
+    stage: Any,
+    file: Path,
+    limit: int,
+    seed: int,
+    curve: "Curve | None",
+) -> float:
+    """Trains one stage on the first `limit` rows of a file, over again if it has fewer; returns seconds of a core."""
+    # These imports are here because only this command needs TRL.
     from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
     from training.rows import load_rows
 
-    data, target = Path(work) / "data", Path(file)
-    system = SYSTEMS[index]
-    model, processor = system.build(Path(work) / AGAIN[-1].name, seed)
-    seconds = {}
-    for stage, limit in zip(STAGES, (captions, rows), strict=True):
-        dataset = load_rows(data / stage.rows, data).select(range(limit))
-        settings = yaml.safe_load(stage.file.read_text(encoding="utf-8"))
-        settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "seed": seed, "report_to": "none"}
-        settings.pop("dtype")  # of loading
-        with tempfile.TemporaryDirectory() as scratch:
-            args = LlavaSTFTrainingArguments(output_dir=scratch, **settings)
-            started = time.perf_counter()
-            LlavaSTFTrainer(model, args, train_dataset=dataset, processing_class=processor).train()
-            seconds[stage.name] = round(time.perf_counter() - started, 1)
-    questions, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
-    started = time.perf_counter()
-    answers = ask(model.eval(), processor, data, questions)
-    seconds["test"] = round(time.perf_counter() - started, 1)
-    result = {
-        "system": system.name,
-        "seed": seed,
-        "vision_tokens": model.config.tokens_per_image,
-        "connector_parameters": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
-        "captions": captions,
-        "rows": rows,
-        "questions": len(questions),
-        "seconds": seconds,
-        "kinds": score(answers, questions, truth)["kinds"],
-    }
-    with complete_or_absent(target, file=True) as unfinished:
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    dataset = load_rows(str(file), str(file.parent))
+    dataset = dataset.select([index % len(dataset) for index in range(limit)])
+    settings = yaml.safe_load(stage.file.read_text(encoding="utf-8"))
+    # Grouping by length would order the rows by a system's own lengths.
+    settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "group_by_modality_length": False}
+    settings |= {"seed": seed, "report_to": "none", **system.settings}
+    settings.pop("dtype")  # of loading
+    with tempfile.TemporaryDirectory() as scratch:
+        args = LlavaSTFTrainingArguments(output_dir=scratch, **settings)
+        trainer = LlavaSTFTrainer(
+            model.train(),
+            args,
+            train_dataset=dataset,
+            processing_class=processor,
+            callbacks=[curve] if curve else None,
+        )
+        started = time.process_time()
+        trainer.train()
+        return round(time.process_time() - started - (curve.paused if curve else 0), 1)
 
 
-def report(out: Path) -> Path:
-    """Writes results.json, results.md and results.png from the runs in `out`/runs."""
-    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted((out / "runs").glob("*.json"))]
-    systems = {system.name: [run for run in runs if run["system"] == system.name] for system in SYSTEMS}
-    accuracies = {
-        name: {kind: [accuracy(run, [kind]) for run in of_system] for kind in ASKED}
-        | {"all": list(map(accuracy, of_system))}
-        for name, of_system in systems.items()
-    }
-    (out / "results.json").write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
-    (out / "results.md").write_text(table(systems, accuracies), encoding="utf-8")
-    draw(accuracies, out / "results.png")
-    return out
+@contextmanager
+def encoding_first(model: LlavaSTFForConditionalGeneration, system: System) -> Iterator[None]:
+    """Lets a system that encodes before the prompt has its final length do so in every forward pass with pixels."""
+
+    def hook(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if system.encode is None or kwargs.get("pixel_values") is None:
+            return None
+        return args, dict(encode_first(model, kwargs, system.encode))
+
+    handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
-def accuracy(run: dict, kinds: tuple[str, ...] | list[str] = ASKED) -> float:
-    """Returns the right answers in percent, over seen and unseen pairs, as the mean over the kinds."""
-    shares = []
-    for kind in kinds:
-        parts = run["kinds"][kind].values()
-        shares.append(100 * sum(part["right"] for part in parts) / sum(part["questions"] for part in parts))
-    return statistics.mean(shares)
+@dataclass
+class Tester:
+    """Asks a model the questions of the test, except for captions, which are right only as a whole."""
+
+    system: System
+    processor: LlavaSTFProcessor
+    data: Path
+    rows: list[dict] = field(init=False)
+
+    def __post_init__(self) -> None:
+        kinds = {row["id"]: row["kind"] for row in read_rows(self.data / "truth.jsonl")}
+        self.rows = [row for row in read_rows(self.data / "test.json") if kinds[row["id"]] != "caption"]
+
+    def ask(self, model: LlavaSTFForConditionalGeneration, way: Asked, some: bool = False) -> dict[str, Any]:
+        """Returns the mean number of tokens, seconds of a core, and a mark for each question, or for `some`."""
+        rows = [row for row in self.rows if not some or in_curve(row["id"])]
+        tokens: list[int] = []
+
+        def inputs_of(conversations: list[list[dict]]) -> BatchFeature:
+            inputs = self.inputs(model, way, conversations)
+            tokens.extend((inputs["input_ids"] == model.config.image_token_id).sum(1).tolist())
+            return inputs
+
+        started = time.process_time()
+        with torch.inference_mode():
+            answers = ask(model, self.processor, self.data, rows, BATCH, inputs_of)
+        right = (is_right(answers[row["id"]], row["conversations"][1]["value"]) for row in rows)
+        return {
+            "tokens": statistics.mean(tokens),
+            "seconds": round(time.process_time() - started, 1),
+            "right": "".join("01"[mark] for mark in right),
+        }
+
+    def inputs(self, model: LlavaSTFForConditionalGeneration, way: Asked, conversations: list) -> BatchFeature:
+        """Returns what `generate` gets."""
+        prepare = partial(prompts, model, self.processor, conversations)
+        if way.budget is not None:
+            return prepare(max_soft_tokens=way.budget)
+        if way.encode is not None:
+            return encode_first(model, prepare(), way.encode)
+        if way.keep is not None:
+            return reduce_image_tokens(model, prepare(), keep=way.keep, score=way.score)
+        return prepare()
 
 
-def table(systems: dict[str, list[dict]], accuracies: dict[str, dict[str, list[float]]]) -> str:
-    """Returns a Markdown table: a row for each system, with mean and standard deviation over the seeds."""
-    kinds = [*ASKED, "all"]
-    lines = [
-        "| connector | tokens | " + " | ".join(kinds) + " | training, s | test, s |",
-        "| --- | --: |" + " --: |" * (len(kinds) + 2),
-    ]
-    for name, runs in systems.items():
-        cells = [
-            f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in accuracies[name].values()
-        ]
-        training = statistics.median(sum(run["seconds"][stage.name] for stage in STAGES) for run in runs)
-        testing = statistics.median(run["seconds"]["test"] for run in runs)
-        cells = [str(runs[0]["vision_tokens"]), *cells, f"{training:.0f}", f"{testing:.0f}"]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+class Curve(TrainerCallback):
+    """Asks some questions at several points of a training; the last point is left to the test."""
 
+    def __init__(self, tester: Tester):
+        self.tester, self.paused, self.started = tester, 0.0, 0.0
+        self.points: list[dict[str, Any]] = []
 
-def draw(accuracies: dict[str, dict[str, list[float]]], path: Path) -> None:
-    """Draws bars of mean accuracy by kind and system; each seed is a point."""
-    from matplotlib.figure import Figure  # imported here because only this command needs it
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.started = time.process_time()
 
-    kinds = [*ASKED, "all"]
-    figure = Figure(figsize=(13, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    width = 0.8 / len(accuracies)
-    for index, (name, values) in enumerate(accuracies.items()):
-        places = [position + (index - (len(accuracies) - 1) / 2) * width for position in range(len(kinds))]
-        axes.bar(places, [statistics.mean(values[kind]) for kind in kinds], width, label=name)
-        for place, kind in zip(places, kinds, strict=True):
-            axes.plot([place] * len(values[kind]), values[kind], "k.", markersize=3)
-    axes.set(
-        ylabel="right answers, %", ylim=(0, 105), title="Same tower, language model, rows and order; each seed a point"
-    )
-    axes.set_xticks(range(len(kinds)), kinds)
-    figure.legend(ncols=len(accuracies), loc="outside lower center")
-    axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=110)
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        ends = {round(state.max_steps * point / POINTS) for point in range(1, POINTS)} - {0, state.max_steps}
+        if state.global_step not in ends:
+            return
+        begun = time.process_time()
+        answers = self.tester.ask(model.eval(), self.tester.system.asked[0], some=True)
+        model.train()
+        share, seconds = state.global_step / state.max_steps, begun - self.started - self.paused
+        self.points.append(
+            {
+                "share": round(share, 4),
+                "seconds": round(seconds, 1),
+                "right": answers["right"],
+            }
+        )
+        self.paused += time.process_time() - begun

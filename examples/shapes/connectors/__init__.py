@@ -1,0 +1,105 @@
+# Copyright 2026 The LLaVA-STF for Transformers authors
+# SPDX-License-Identifier: Apache-2.0
+"""Lists the systems of the comparison: a training each, and the ways in which the trained model is asked.
+
+All systems have the same tower, language model and rows. One file has one method; its first lines name the paper, and
+what differs from the original.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+
+from modeling_llava_stf import LlavaSTFConfig
+from modeling_llava_stf.modeling_llava_stf import LlavaSTFMultiModalProjector, SpatialTokenFusion
+
+from ..recipe import TAPS
+from . import divt, downsampling, quecc
+from .encode_first import Encode
+from .grouping import Grouping
+from .m3 import M3Projector
+from .mbtf import MixedProjector
+from .mqt import MatryoshkaQueries
+from .pooling import PooledProjector
+from .token_packer import TokenPacker
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Describes a row of the table: one way of asking a trained model."""
+
+    name: str
+    budget: int | None = None  # `max_soft_tokens` of the processor
+    keep: int | str | None = None  # of `reduce_image_tokens`, as `score`
+    score: str = ""
+    encode: Encode | None = None  # a way from pixels to tokens that the model does not know
+
+
+@dataclass(frozen=True)
+class System:
+    """Describes a connector between tower and language model, and how it is trained and asked."""
+
+    name: str
+    taps: tuple[int, ...]
+    window: int
+    projector: Callable[[LlavaSTFConfig], nn.Module]
+    settings: dict[str, Any] = field(default_factory=dict)  # of the training, besides the recipe
+    others: tuple[Asked, ...] = ()  # other ways of asking the same model
+    budget: int | None = None  # of the system itself
+    encode: Encode | None = None
+
+    @property
+    def asked(self) -> tuple[Asked, ...]:
+        return Asked(self.name, self.budget, encode=self.encode), *self.others
+
+
+def _budgets(name: str, *budgets: int) -> tuple[Asked, ...]:
+    return tuple(Asked(f"{name} at {budget}", budget) for budget in budgets)
+
+
+def _reduced(name: str, *counts: int) -> tuple[Asked, ...]:
+    scores = ("salience", "diverse", "merging", "pool")
+    by_count = (Asked(f"{name}, {score} {count}", None, count, score) for count in counts for score in scores)
+    return *by_count, Asked(f"{name}, adaptive", None, "adaptive", "salience")
+
+
+def _elastic(mode: str, *budgets: int) -> dict[str, Any]:
+    return {"token_budgets": list(budgets), "token_budget_mode": mode}
+
+
+REFERENCE = "LLaVA-1.5"
+ONE, HALVED = TAPS[:1], Asked(f"{REFERENCE}, picture halved", encode=downsampling.encode)
+SYSTEMS = (
+    System(REFERENCE, ONE, 1, LlavaMultiModalProjector, others=(*_reduced(REFERENCE, 16, 4), HALVED)),
+    System("average pooling", ONE, 2, PooledProjector),
+    System("STF", ONE, 2, SpatialTokenFusion, others=_reduced("STF", 4)),
+    System("MBTF", TAPS, 1, MixedProjector),
+    System("MBTF + STF", TAPS, 2, LlavaSTFMultiModalProjector, others=_reduced("MBTF + STF", 4)),
+    System(
+        "elastic MBTF + STF",
+        TAPS,
+        2,
+        LlavaSTFMultiModalProjector,
+        _elastic("sample", 16, 4, 1),
+        _budgets("elastic MBTF + STF", 4, 1),
+    ),
+    System("MBTF + STF for 4", TAPS, 2, LlavaSTFMultiModalProjector, _elastic("sample", 4), budget=4),
+    System("MBTF + STF for 1", TAPS, 2, LlavaSTFMultiModalProjector, _elastic("sample", 1), budget=1),
+    System("M3, one count a row", ONE, 1, M3Projector, _elastic("sample", 64, 16, 4, 1), _budgets("M3", 16, 4, 1)),
+    System(
+        "M3, all counts",
+        ONE,
+        1,
+        M3Projector,
+        _elastic("all", 64, 16, 4, 1),
+        _budgets("M3, all counts,", 16, 4, 1),
+    ),
+    System("TokenPacker", TAPS, 2, TokenPacker),
+    System("QueCC", TAPS, 2, quecc.QueCC, encode=quecc.encode),
+    System("MQT", ONE, 2, MatryoshkaQueries, _elastic("sample", 16, 4, 1), _budgets("MQT", 4, 1)),
+    System("DiVT", ONE, 1, divt.DiVT, encode=divt.encode),
+    System("VisToG", ONE, 2, Grouping),
+)

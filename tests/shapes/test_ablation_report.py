@@ -1,0 +1,127 @@
+"""The report of the ablation: its numbers by hand, from raw results."""
+
+import json
+import math
+import statistics
+
+import pytest
+from PIL import Image
+
+from examples.shapes.ablation_report import STUDENT, Difference, Questions, accuracy, curve, difference, report
+from examples.shapes.ablation_report import Results as Raw
+
+# Two pictures; in the mean over the kinds a "count" weighs half of a "where".
+ROWS = [("test-000000-count", "count"), ("test-000000-where", "where"), ("test-000001-count", "count")]
+QUESTIONS = Questions(*zip(*ROWS, strict=True))
+
+
+def run(system, seed, right, equal="rows", **changes):
+    return {
+        "system": system,
+        "seed": seed,
+        "equal": equal,
+        "parameters": 100,
+        "seconds": {"stage1": 10.0, "stage2": 20.0 + seed},
+        "curve": [{"share": 0.5, "seconds": 5.0, "right": "00"}, {"share": 0.75, "seconds": 7.0, "right": "10"}],
+        "asked": {system: {"tokens": 16, "seconds": 3.0, "right": right}},
+    } | changes
+
+
+def folder_of(tmp_path, runs):
+    (tmp_path / "out" / "runs").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    for index, one in enumerate(runs):
+        (tmp_path / "out" / "runs" / f"{index}.json").write_text(json.dumps(one))
+    truth = [{"id": "test-000000-caption", "kind": "caption", "group": "seen"}]
+    truth += [{"id": name, "kind": kind, "group": "seen"} for name, kind in ROWS]
+    (tmp_path / "data" / "truth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in truth))
+    return tmp_path / "out", tmp_path / "data"
+
+
+def test_every_kind_counts_the_same():
+    weights = QUESTIONS.weights(["count", "where"])
+    assert weights == [25.0, 50.0, 25.0]
+    assert accuracy("110", weights) == 75.0
+    assert QUESTIONS.weights(["where"]) == [0.0, 100.0, 0.0]
+
+
+def test_differences_are_paired_by_seed_and_have_student_s_interval():
+    ours, theirs = {0: "111", 1: "110", 2: "111"}, {0: "110", 1: "100", 2: "011", 9: "000"}
+    found = difference(ours, theirs, [25.0, 50.0, 25.0], QUESTIONS.pictures)
+    by_seed = [25.0, 50.0, 25.0]  # 100 - 75, 75 - 25, 100 - 75
+    assert found.mean == pytest.approx(statistics.mean(by_seed))
+    pictures = [(0 + 50 + 25) / 3, (25 + 0 + 0) / 3]  # each one's part of the mean
+    over_seeds, over_pictures = statistics.variance(by_seed) / 3, 2 * statistics.variance(pictures)
+    assert found.half == pytest.approx(4.303 * math.sqrt(over_seeds + over_pictures))
+    unpaired = statistics.variance([100, 75, 100]) + statistics.variance([75, 25, 75])
+    assert found.half != pytest.approx(4.303 * math.sqrt(unpaired / 3 + over_pictures))
+
+
+def test_equal_marks_are_no_difference_and_one_seed_has_no_interval():
+    weights, pictures = QUESTIONS.weights(["count", "where"]), QUESTIONS.pictures
+    same = difference({0: "101", 1: "010"}, {0: "101", 1: "010"}, weights, pictures)
+    assert (same.mean, same.half) == (0, 0)
+    assert difference({0: "111"}, {0: "011"}, weights, pictures) == Difference(25.0, None)
+    assert difference({0: "111"}, {1: "011"}, weights, pictures) is None
+
+
+@pytest.mark.parametrize(
+    ("mean", "half", "text"),
+    [
+        (2.0, 1.5, "+2.0 ± 1.5"),
+        (-2.0, 1.5, "-2.0 ± 1.5"),
+        (2.0, 2.5, "+2.0 ± 2.5, not distinguishable"),
+        (-2.0, 2.0, "-2.0 ± 2.0, not distinguishable"),
+        (0.0, 0.0, "+0.0 ± 0.0, not distinguishable"),
+        (4.0, None, "+4.0 (one seed)"),
+    ],
+)
+def test_an_interval_that_holds_zero_is_said_to(mean, half, text):
+    assert str(Difference(mean, half)) == text
+
+
+def test_the_quantiles_are_student_s():
+    # P(|t| < q) by Simpson's rule over the density.
+    for freedom, quantile in enumerate(STUDENT, start=1):
+        scale = math.gamma((freedom + 1) / 2) / math.sqrt(freedom * math.pi) / math.gamma(freedom / 2)
+        steps, heights = 2000, []
+        for step in range(steps + 1):
+            x = quantile * step / steps
+            heights.append(scale * (1 + x * x / freedom) ** (-(freedom + 1) / 2))
+        area = quantile / steps / 3 * (heights[0] + heights[-1] + 4 * sum(heights[1:-1:2]) + 2 * sum(heights[2:-1:2]))
+        assert 2 * area == pytest.approx(0.95, abs=1e-4), freedom
+
+
+def test_the_table_has_a_row_for_each_way_of_asking(tmp_path):
+    reduced = {"STF": {"tokens": 16, "seconds": 3.0, "right": "111"}}
+    reduced |= {"STF, salience 4": {"tokens": 4.5, "seconds": 1.0, "right": "100"}}
+    runs = [run("LLaVA-1.5", seed, "100") for seed in (0, 1)]
+    runs += [run("STF", seed, "", asked=reduced) for seed in (0, 1)]
+    runs += [run("STF", 0, "", "time", asked=reduced | {"STF": reduced["STF"] | {"right": "110"}})]
+    out, data = folder_of(tmp_path, runs)
+    report(out, data)
+    header, _, *rows = (line.split(" | ") for line in (out / "results.md").read_text().splitlines())
+    assert header[:8] == ["| system", "tokens", "parameters", "seeds", "all", "against LLaVA-1.5", "count", "where"]
+    assert header[8:12] == ["last quarter", "training, s", "answering, s", "equal time: all"]
+    llava, stf, fewer = (dict(zip(header[:-1], row[:-1], strict=True)) for row in rows)
+    assert [row["| system"] for row in (llava, stf, fewer)] == ["| LLaVA-1.5", "| STF", "| STF, salience 4"]
+    assert (llava["all"], llava["against LLaVA-1.5"], llava["count"], llava["where"]) == ("25.0", "", "50", "0")
+    # The two seeds agree; the pictures' parts of the difference are 50 and 25.
+    assert stf["all"] == "100.0"
+    assert stf["against LLaVA-1.5"] == f"+75.0 ± {12.706 * math.sqrt(2 * statistics.variance([50, 25])):.1f}, not distinguishable"
+    assert (stf["training, s"], stf["equal time: all"], stf["seeds"]) == ("30", "75.0", "2")
+    assert (fewer["tokens"], fewer["last quarter"], fewer["answering, s"]) == ("4.5", "", "1")
+    assert Image.open(out / "results.png").width > 500
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
+
+
+def test_a_curve_ends_with_the_test_on_the_same_questions():
+    # Of the pictures 0 and 1 only the first is in the curve.
+    found = curve(Raw(QUESTIONS, [run("STF", 0, "110"), run("STF", 1, "011")]), "STF")
+    assert found == [(0.5, 0.0), (0.75, 50.0), (1.0, 75.0)]
+
+
+def test_marks_of_other_questions_are_refused(tmp_path):
+    out, data = folder_of(tmp_path, [run("LLaVA-1.5", 0, "10")])
+    with pytest.raises(ValueError, match="has marks of 2 questions, but .* has 3 of them"):
+        report(out, data)
