@@ -199,14 +199,14 @@ def run_one(work: str, out: str, system: str, seed: int, captions: int, rows: in
     run, of = Run(system, seed, captions, rows, equal), system_of(system)
     data, folder = Path(work) / "data", Path(out)
     model, processor = build(of, folder / "start", seed, data)
-    tester = Tester(of, processor, data)
-    curve = Curve(tester)
+    examiner = Examiner(of, processor, data)
+    curve = Curve(examiner)
     seconds = {}
     with encoding_first(model, of):
         for stage, limit in zip(STAGES, (captions, rows), strict=True):
             watch = curve if stage is STAGES[-1] else None
             seconds[stage.name] = train(model, processor, of, stage, data / stage.rows, limit, seed, watch)
-    asked = {way.name: tester.ask(model.eval(), way) for way in of.asked}
+    asked = {way.name: examiner.ask(model.eval(), way) for way in of.asked}
     result = {
         **{name: getattr(run, name) for name in ("system", "seed", "captions", "rows", "equal")},
         "start": _digest(folder / "start" / "model.safetensors"),
@@ -239,7 +239,8 @@ def train(
     settings = yaml.safe_load(stage.file.read_text(encoding="utf-8"))
     # Grouping by length would order the rows by a system's own lengths.
     settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "group_by_modality_length": False}
-    settings |= {"seed": seed, "report_to": "none", **system.settings}
+    # The speed of the processor is not measured, because that would take longer than some stages.
+    settings |= {"seed": seed, "report_to": "none", "peak_tflops": 1.0, **system.settings}
     settings.pop("dtype")  # of loading
     with tempfile.TemporaryDirectory() as scratch:
         args = LlavaSTFTrainingArguments(output_dir=scratch, **settings)
@@ -272,7 +273,7 @@ def encoding_first(model: LlavaSTFForConditionalGeneration, system: System) -> I
 
 
 @dataclass
-class Tester:
+class Examiner:
     """Asks a model the questions of the test, except for captions, which are right only as a whole."""
 
     system: System
@@ -319,8 +320,8 @@ class Tester:
 class Curve(TrainerCallback):
     """Asks some questions at several points of a training; the last point is left to the test."""
 
-    def __init__(self, tester: Tester):
-        self.tester, self.paused, self.started = tester, 0.0, 0.0
+    def __init__(self, examiner: Examiner):
+        self.examiner, self.paused, self.started = examiner, 0.0, 0.0
         self.points: list[dict[str, Any]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -331,7 +332,7 @@ class Curve(TrainerCallback):
         if state.global_step not in ends:
             return
         begun = time.process_time()
-        answers = self.tester.ask(model.eval(), self.tester.system.asked[0], some=True)
+        answers = self.examiner.ask(model.eval(), self.examiner.system.asked[0], some=True)
         model.train()
         share, seconds = state.global_step / state.max_steps, begun - self.started - self.paused
         self.points.append(

@@ -108,7 +108,10 @@ def test_the_table_has_a_row_for_each_way_of_asking(tmp_path):
     assert (llava["all"], llava["against LLaVA-1.5"], llava["count"], llava["where"]) == ("25.0", "", "50", "0")
     # The two seeds agree; the pictures' parts of the difference are 50 and 25.
     assert stf["all"] == "100.0"
-    assert stf["against LLaVA-1.5"] == f"+75.0 ± {12.706 * math.sqrt(2 * statistics.variance([50, 25])):.1f}, not distinguishable"
+    assert (
+        stf["against LLaVA-1.5"]
+        == f"+75.0 ± {12.706 * math.sqrt(2 * statistics.variance([50, 25])):.1f}, not distinguishable"
+    )
     assert (stf["training, s"], stf["equal time: all"], stf["seeds"]) == ("30", "75.0", "2")
     assert (fewer["tokens"], fewer["last quarter"], fewer["answering, s"]) == ("4.5", "", "1")
     assert Image.open(out / "results.png").width > 500

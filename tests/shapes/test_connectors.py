@@ -346,7 +346,9 @@ def test_placeholders_without_a_token_are_cut_out_and_nothing_else(model):
 
 def test_all_tokens_give_the_same_answer_as_the_model_itself(model):
     inputs = inputs_of()
-    whole = encode_first(model, inputs, lambda model, inputs: model.get_image_features(inputs["pixel_values"]).pooler_output)
+    whole = encode_first(
+        model, inputs, lambda model, inputs: model.get_image_features(inputs["pixel_values"]).pooler_output
+    )
     ours, theirs = model(**whole).logits, model(**inputs).logits
     torch.testing.assert_close(ours[:, -3:], theirs[:, -3:])
 

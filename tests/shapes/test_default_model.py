@@ -9,7 +9,8 @@ import torch
 from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from conversion import convert, convert_back
-from examples.shapes.ablation import SYSTEMS
+from examples.shapes.ablation import build
+from examples.shapes.connectors import SYSTEMS
 from examples.shapes.evaluate import accuracy_table, ask, score
 from examples.shapes.generate import generate
 from examples.shapes.text import CHAT_TEMPLATE, read_rows
@@ -102,24 +103,8 @@ def test_in_8_bit_it_answers_as_well(answers, data, rows, processor):
     assert share(ask(model, processor, data, rows), data, rows) >= share(answers, data, rows) - 0.01
 
 
-@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
-def test_connectors_of_the_ablation(system):
-    model, processor = system.build(MODEL, seed=0)
-    again, _ = system.build(MODEL, seed=0)
-    torch.testing.assert_close(model.state_dict(), again.state_dict(), rtol=0, atol=0)
-    crop = processor.image_processor.crop_size["height"]
-    assert processor.tokens_per_image == model.config.tokens_per_image == (8 // system.window) ** 2
-    trained = load().state_dict()
-    for name, weight in model.state_dict().items():
-        if ".multi_modal_projector." not in name:
-            assert torch.equal(weight, trained[name].to(weight.dtype)), name
-    pixels = torch.randn(2, 3, crop, crop)
-    features = torch.stack(model.model.get_image_features(pixels).pooler_output)
-    assert features.shape == (2, model.config.tokens_per_image, model.config.text_config.hidden_size)
-
-
 def test_the_first_connector_is_stock_llava():
-    model, _ = SYSTEMS[0].build(MODEL, seed=0)
+    model, _ = build(SYSTEMS[0], MODEL, seed=0)
     config = model.config
     stock_config = LlavaConfig(
         vision_config=config.vision_config, text_config=config.text_config, image_token_id=config.image_token_id

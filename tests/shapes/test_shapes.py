@@ -15,7 +15,6 @@ from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
 from examples.shapes.__main__ import main
-from examples.shapes.ablation import SYSTEMS, report
 from examples.shapes.clip import build_clip, contrast, encode, measure, similarity, train_clip, waves
 from examples.shapes.evaluate import evaluate, score
 from examples.shapes.generate import generate, read_scenes
@@ -440,36 +439,6 @@ def test_evaluates_the_new_kind(data, checkpoint):
     texts = {row["conversations"][0]["value"] for row in read_rows(data / "train.json")}
     assert not any("furthest" in text for text in texts)
     assert evaluate(checkpoint, data, new=True)["kinds"].keys() == {"furthest left"}
-
-
-def runs_of(accuracies):
-    return [
-        {
-            "system": system.name,
-            "seed": seed,
-            "vision_tokens": 64 // system.window**2,
-            "seconds": {"stage1": 10, "stage2": 20 + seed, "test": 5},
-            "kinds": {
-                kind: {"seen": {"right": right, "questions": 80}, "unseen": {"right": 0, "questions": 20}}
-                for kind in KINDS
-            },
-        }
-        for system, rights in zip(SYSTEMS, accuracies, strict=True)
-        for seed, right in enumerate(rights)
-    ]
-
-
-def test_the_ablation_s_table_has_mean_spread_and_cost_of_each_connector(tmp_path):
-    (tmp_path / "runs").mkdir()
-    for run in runs_of([(80, 80, 80), (10, 20, 30), (1, 1, 1), (2, 2, 2), (3, 3, 3), (4, 4, 4)]):
-        (tmp_path / "runs" / f"{run['system']}-{run['seed']}.json").write_text(json.dumps(run))
-    out = report(tmp_path)
-    table = (out / "results.md").read_text().splitlines()
-    assert len(table) == 2 + len(SYSTEMS)
-    assert table[2].startswith("| LLaVA-1.5 | 64 | 80.0 ± 0.0 |") and table[2].endswith("| 31 | 5 |")
-    assert table[3].startswith("| average pooling 2x2 | 16 | 20.0 ± 10.0 |")
-    assert Image.open(out / "results.png").width > 500
-    assert len(json.loads((out / "results.json").read_text())["runs"]) == 3 * len(SYSTEMS)
 
 
 def test_steps_that_are_complete_are_not_done_again_and_failed_ones_are_named(tmp_path, monkeypatch):

@@ -1,0 +1,251 @@
+"""The harness of the ablation, on a tiny model: it resumes, and all systems see the same rows in the same order."""
+
+import json
+from random import Random
+
+import pytest
+import torch
+from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+
+import conversion.__main__
+import examples.shapes.__main__
+from examples.shapes import ablation, recipe
+from examples.shapes.ablation import Examiner, Run, ablate, build, encoding_first, system_of
+from examples.shapes.clip import PATCH
+from examples.shapes.connectors import SYSTEMS
+from examples.shapes.generate import generate
+from examples.shapes.ideal import IdealTokens, answer_loss, facts_of, read_answers
+from examples.shapes.recipe import LAYERS
+from examples.shapes.scenes import SIDE, Print, Scene, Thing
+from examples.shapes.text import messages_of, read_rows, train_tokenizer
+from modeling_llava_stf import LlavaSTFImageProcessor
+from training import LlavaSTFTrainer
+
+AMOUNTS = {"captions": 32, "rows": 64}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """The folder of `make`, with a tower and a language model of a few thousand weights."""
+    work = tmp_path_factory.mktemp("work")
+    data = generate(work / "data", 20, 3, seed=5)
+    tokenizer = LlamaTokenizer.from_pretrained(train_tokenizer(data, work / "tokenizer"))
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
+    vision = {**small, "num_hidden_layers": LAYERS, "image_size": SIDE, "patch_size": PATCH}
+    CLIPModel(CLIPConfig(text_config=small, vision_config=vision)).save_pretrained(work / "clip")
+    size = {"size": {"shortest_edge": SIDE}, "crop_size": {"height": SIDE, "width": SIDE}}
+    LlavaSTFImageProcessor(**size).save_pretrained(work / "clip")
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    llama = LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=2, max_position_embeddings=512, **small, **ids)
+    LlamaForCausalLM(llama).save_pretrained(work / "language-model")
+    tokenizer.save_pretrained(work / "language-model")
+    return work
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Runs the commands of the harness in this process, and notes those of the runs."""
+    runs = []
+
+    class Finished:
+        def __init__(self, status):
+            self.status = status
+
+        def wait(self):
+            return self.status
+
+    def start_module(module, *words, **options):
+        if words[0] == "ablation-run":
+            runs.append(words[3:5])
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", [module, *map(str, words)])
+            return Finished({"conversion": conversion, "examples.shapes": examples.shapes}[module].__main__.main())
+
+    for module in (ablation, recipe):
+        monkeypatch.setattr(module, "start_module", start_module)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def out(work, tmp_path_factory):
+    """A folder in which the start of all systems is made."""
+    with pytest.MonkeyPatch.context() as patch:
+        out = tmp_path_factory.mktemp("out")
+        started.__wrapped__(patch)
+        ablation.warm_start(work, out, 2)
+    return out
+
+
+def compare(work, out, **changes):
+    # All runs are in this process, so that one at a time may run.
+    return ablate(work, out, steps=2, workers=1, **({"systems": ["LLaVA-1.5", "DiVT"], **AMOUNTS} | changes))
+
+
+def result_of(out, system, **changes):
+    return json.loads((out / "runs" / Run(system, 0, **AMOUNTS | changes).file).read_text())
+
+
+def test_a_comparison_continues_where_it_stopped(work, out, started):
+    compare(work, out, seeds=1)
+    assert started == [("LLaVA-1.5", 0), ("DiVT", 0)]
+    found = result_of(out, "DiVT")
+    assert (found["captions"], found["rows"], found["seed"]) == (32, 64, 0)
+    questions = [row for row in read_rows(work / "data" / "truth.jsonl") if row["kind"] != "caption"]
+    assert {len(way["right"]) for way in found["asked"].values()} == {len(questions)}
+    assert found["asked"]["DiVT"]["tokens"] < 64
+    assert [point["share"] for point in found["curve"]] == [0.5]  # of two steps
+    assert min(found["seconds"].values()) > 0
+    assert len((out / "results.md").read_text().splitlines()) == 2 + len(system_of("LLaVA-1.5").asked) + 1
+
+    (out / "runs" / Run("DiVT", 0, **AMOUNTS).file).unlink()
+    compare(work, out, seeds=1)
+    assert started[2:] == [("DiVT", 0)]
+    assert result_of(out, "DiVT")["asked"]["DiVT"]["right"] == found["asked"]["DiVT"]["right"]
+
+    compare(work, out, seeds=1)
+    assert len(started) == 3
+    with pytest.raises(ValueError, match="has rows 64, expected 96: name another folder, or remove it"):
+        compare(work, out, seeds=1, rows=96)
+    start = (out / "start" / "model.safetensors").read_bytes()
+    (out / "start" / "model.safetensors").write_bytes(b"another")
+    with pytest.raises(ValueError, match="has start .* expected"):
+        compare(work, out, seeds=1)
+    (out / "start" / "model.safetensors").write_bytes(start)
+
+
+def test_for_equal_time_a_faster_system_has_more_rows(tmp_path):
+    (tmp_path / "runs").mkdir()
+    for system, seed, seconds in [("LLaVA-1.5", 0, 90), ("LLaVA-1.5", 1, 110), ("STF", 0, 50), ("STF", 1, 30)]:
+        file = tmp_path / "runs" / Run(system, seed, 0, 0).file
+        file.write_text(json.dumps({"seconds": {"stage1": 10, "stage2": seconds - 10}}))
+    assert ablation._amounts(tmp_path, "STF", 3200, 6400, "rows") == (3200, 6400)
+    assert ablation._amounts(tmp_path, "STF", 3200, 6400, "time") == (8000, 16000)  # medians of 100 s and 40 s
+    with pytest.raises(ValueError, match="There is no result of MBTF for equal rows: run it first"):
+        ablation._amounts(tmp_path, "MBTF", 3200, 6400, "time")
+
+
+def test_an_unknown_system_is_named_with_those_that_exist(work, tmp_path):
+    with pytest.raises(ValueError, match="There is no system 'SFT', expected some of: LLaVA-1.5, average pooling"):
+        ablate(work, tmp_path, systems=["SFT"])
+
+
+def test_every_system_has_its_own_file_and_row():
+    assert len({Run(system.name, 0, 1, 1).file for system in SYSTEMS}) == len(SYSTEMS)
+    rows = [way.name for system in SYSTEMS for way in system.asked]
+    assert len({*rows}) == len(rows)
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Notes the answers of each batch, which do not depend on the connector."""
+    seen = []
+    stock = LlavaSTFTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        seen.append([row[row != -100].tolist() for row in inputs["labels"]])
+        return stock(self, model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaSTFTrainer, "compute_loss", compute_loss)
+    return seen
+
+
+def train_a_moment(work, out, batches, name, seed):
+    """Trains 64 rows of stage 2; returns the answers in their order, and which weights changed."""
+    system, data = system_of(name), work / "data"
+    model, processor = build(system, out / "start", seed, data)
+    before = {key: weight.clone() for key, weight in model.state_dict().items()}
+    batches.clear()
+    with encoding_first(model, system):
+        stage = recipe.STAGES[1]
+        ablation.train(model, processor, system, stage, data / stage.rows, 64, seed, None)
+    changed = {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
+    return list(batches), changed
+
+
+def test_all_systems_see_the_same_rows_in_the_same_order(work, out, batches):
+    expected, _ = train_a_moment(work, out, batches, "LLaVA-1.5", 0)
+    assert len(expected) == 2 and all(expected[0])
+    for name in ("QueCC", "VisToG", "elastic MBTF + STF"):  # a second pass, noise, and budgets drawn for each row
+        seen, changed = train_a_moment(work, out, batches, name, 0)
+        assert seen == expected, name
+        assert any("multi_modal_projector" in key for key in changed)
+        assert any("language_model" in key for key in changed)
+        assert not any("vision_tower" in key for key in changed)
+    assert train_a_moment(work, out, batches, "LLaVA-1.5", 1)[0] != expected
+
+
+def test_what_is_shared_is_equal_and_the_connector_depends_on_the_seed(work, out):
+    ours, theirs, other = (build(system_of(*one), out / "start", seed)[0] for *one, seed in WAYS)
+    shared = [key for key in ours.state_dict() if "multi_modal_projector" not in key]
+    assert all(torch.equal(ours.state_dict()[key], theirs.state_dict()[key]) for key in shared)
+    again = build(system_of("TokenPacker"), out / "start", 0)[0]
+    torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
+    assert not torch.equal(
+        ours.model.multi_modal_projector.out[0].weight, other.model.multi_modal_projector.out[0].weight
+    )
+
+
+WAYS = (("TokenPacker", 0), ("STF", 0), ("TokenPacker", 1))
+
+
+@pytest.mark.parametrize("name", ["LLaVA-1.5", "DiVT", "QueCC", "MQT", "elastic MBTF + STF"])
+def test_every_way_of_asking_has_its_number_of_tokens(work, out, name):
+    system, data = system_of(name), work / "data"
+    model, processor = build(system, out / "start", 0, data)
+    examiner = Examiner(system, processor, data)
+    conversations = [messages_of(row, data)[:1] for row in examiner.rows[:2]]
+    for way in system.asked:
+        inputs = examiner.inputs(model.eval(), way, conversations)
+        numbers = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
+        expected = way.budget or (way.keep if isinstance(way.keep, int) else None)
+        if expected is not None:
+            assert numbers == [expected] * 2, way.name
+        with torch.inference_mode():
+            assert model.generate(**inputs, do_sample=False, max_new_tokens=2).shape[0] == 2
+
+
+# The ideal tokens from which the language model learns to look things up
+
+
+FOX = Thing("fox", "animal", "orange", "noto", "large", 20.0, 100.0, 22.0)
+STAR = Thing("star", "", None, "twemoji", "small", 100.0, 20.0, 15.0)
+
+
+def test_an_ideal_token_has_all_facts_of_an_object_and_nothing_else():
+    facts = list(facts_of(Scene((FOX, STAR), Print("7", (0.0, 0.0, 9.0, 9.0)))))
+    assert facts == [
+        ["name fox", "category animal", "colour orange", "size large", "place at the bottom left"],
+        ["name star", "size small", "place at the top right"],
+        ["print 7"],
+    ]
+
+
+def test_ideal_tokens_are_sums_of_facts_in_random_order():
+    tokens = IdealTokens({"a": Scene((FOX, STAR), None)}, 8)
+    found = tokens("a", 5, Random(0))
+    sums = [sum(tokens.vectors.weight[tokens.number[fact]] for fact in facts) for facts in tokens.facts["a"]]
+    empty = tokens.vectors.weight[0]
+    for expected, times in ((sums[0], 1), (sums[1], 1), (empty, 3)):
+        assert sum(torch.allclose(token, expected, atol=1e-6) for token in found) == times
+    assert len({tuple(tokens("a", 5, Random(seed))[:, 0].tolist()) for seed in range(9)}) > 3
+
+
+def test_the_loss_on_ideal_tokens_is_that_of_the_answers(work):
+    model = LlamaForCausalLM.from_pretrained(work / "language-model")
+    captions, questions = read_answers(work / "data", work / "language-model")
+    rows = [captions[0], questions[1]]
+    pictures = [torch.randn(3, 16), torch.randn(3, 16)]
+    ours = answer_loss(model, rows, pictures)
+    losses = []
+    for (_, ids, labels), tokens in zip(rows, pictures, strict=True):
+        place = ids.index(model.config.vocab_size)
+        words = model.get_input_embeddings()(torch.tensor(ids[:place] + [0] * 3 + ids[place + 1 :])).clone()
+        words[place : place + 3] = tokens
+        logits = model(inputs_embeds=words[None]).logits[0].log_softmax(-1)
+        for position, label in enumerate(labels[:place] + [-100] * 3 + labels[place + 1 :]):
+            if label != -100:
+                losses.append(-logits[position - 1, label])
+    torch.testing.assert_close(ours, torch.stack(losses).mean())
+    answers = [label for label in rows[1][2] if label != -100]
+    assert answers.count(2) == len(read_rows(work / "data" / "train.json")[1]["conversations"]) // 2  # one `</s>` each
