@@ -4,6 +4,7 @@
 
 python -m examples.shapes pictograms OUT                       fetches pictures of objects by several artists
 python -m examples.shapes generate DATA --scenes N --seed S    draws scenes, writes questions and answers
+python -m examples.shapes untold DATA OUT                      adds marks that only stage 2 asks about
 python -m examples.shapes tokenizer DATA OUT                   trains the language model's tokenizer
 python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniature CLIP
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
@@ -34,6 +35,7 @@ from .shrink import shrink
 from .task import write_task
 from .text import train_tokenizer
 from .tokens import SCORES, compare
+from .untold import add_untold
 
 
 def main() -> int:
@@ -120,6 +122,12 @@ def _parser() -> argparse.ArgumentParser:
     ideal.add_argument("--steps", type=int, required=True, metavar="N")
     ideal.add_argument("--seed", type=int, default=0, help="seed of the tokens and batches (default: 0)")
     ideal.set_defaults(step=warm_up)
+
+    untold = commands.add_parser("untold", help="draw marks that the tower is not told, and ask about them")
+    untold.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    untold.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
+    untold.add_argument("--seed", type=int, default=0, help="seed of the marks and questions (default: 0)")
+    untold.set_defaults(step=add_untold)
 
     recipe = commands.add_parser("make", help="generate, train every part, and write a Hub folder")
     recipe.add_argument(

@@ -20,6 +20,7 @@ from conversion.checkpoints.folders import complete_or_absent
 
 from .connectors import REFERENCE, SYSTEMS
 from .text import read_rows
+from .untold import UNTOLD
 
 # The 97.5 % quantiles of Student's distribution for 1 to 30 degrees of freedom; more are taken as normal.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
@@ -155,17 +156,28 @@ def rows_of(results: Results) -> list[str]:
     return [way.name for system in SYSTEMS for way in system.asked if way.name in found]
 
 
+def told(results: Results) -> list[str]:
+    """Returns the kinds of questions whose answers the vision tower has learned to tell."""
+    return [kind for kind in dict.fromkeys(results.questions.kinds) if kind not in UNTOLD]
+
+
 def table(results: Results) -> str:
-    """Returns a Markdown table: a row for each system, and for each other way of asking it."""
-    kinds = [*dict.fromkeys(results.questions.kinds)]
-    heads = ["system", "tokens", "parameters", "seeds", "all", AGAINST, *kinds, "last quarter"]
+    """Returns a Markdown table: a row for each system, and for each other way of asking it.
+
+    "all" is the mean of the kinds that the tower was told about; "untold" is that of the others, if there are any.
+    """
+    kinds = told(results)
+    untold = [kind for kind in UNTOLD if kind in results.questions.kinds]
+    heads = ["system", "tokens", "parameters", "seeds", "all", AGAINST]
+    heads += [*(["untold", AGAINST] if untold else []), *kinds, *untold, "last quarter"]
     heads += ["training, s", "answering, s", *(["equal time: all", AGAINST] if results.runs["time"] else [])]
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " --: |" * (len(heads) - 1)]
     for row in rows_of(results):
         tokens = results.median(row, lambda run, row=row: run["asked"][row]["tokens"])
         cells = [row, f"{tokens:.1f}".removesuffix(".0"), f"{results.median(row, lambda run: run['parameters']):.0f}"]
         cells += [str(len(results.marks(row))), f"{results.accuracy(row, kinds):.1f}", _against(results, row, kinds)]
-        cells += [f"{results.accuracy(row, [kind]):.0f}" for kind in kinds]
+        cells += [f"{results.accuracy(row, untold):.1f}", _against(results, row, untold)] if untold else []
+        cells += [f"{results.accuracy(row, [kind]):.0f}" for kind in [*kinds, *untold]]
         cells += [_rise(results, row), f"{results.median(row, lambda run: sum(run['seconds'].values())):.0f}"]
         cells += [f"{results.median(row, lambda run, row=row: run['asked'][row]['seconds']):.0f}"]
         cells += _equal_time(results, row, kinds)
@@ -191,7 +203,7 @@ def _against(results: Results, row: str, kinds: Sequence[str], equal: str = "row
 def curve(results: Results, row: str) -> list[tuple[float, float]]:
     """Returns share of stage 2 and mean accuracy on the questions of the curve, at each of its points."""
     few = results.questions.where(in_curve)
-    weights = few.weights([*dict.fromkeys(few.kinds)])
+    weights = few.weights([kind for kind in told(results) if kind in few.kinds])
     chosen = [in_curve(name) for name in results.questions.ids]
     by_share: dict[float, list[float]] = defaultdict(list)
     for run in results.runs["rows"]:
@@ -216,7 +228,7 @@ def draw(results: Results, path: Path) -> None:
     """Draws the differences with their intervals, and the learning curves."""
     from matplotlib.figure import Figure  # imported here because only this command needs it
 
-    kinds, rows = [*dict.fromkeys(results.questions.kinds)], rows_of(results)
+    kinds, rows = told(results), rows_of(results)
     figure = Figure(figsize=(15, 2 + 0.25 * len(rows)), layout="constrained")
     left, right = figure.subplots(1, 2)
     others = [(row, found) for row in rows if row != REFERENCE and (found := results.difference(row, kinds))]

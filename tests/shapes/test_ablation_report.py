@@ -7,7 +7,7 @@ import statistics
 import pytest
 from PIL import Image
 
-from examples.shapes.ablation_report import STUDENT, Difference, Questions, accuracy, curve, difference, report
+from examples.shapes.ablation_report import STUDENT, Difference, Questions, accuracy, curve, difference, report, table
 from examples.shapes.ablation_report import Results as Raw
 
 # Two pictures; in the mean over the kinds a "count" weighs half of a "where".
@@ -116,6 +116,16 @@ def test_the_table_has_a_row_for_each_way_of_asking(tmp_path):
     assert (fewer["tokens"], fewer["last quarter"], fewer["answering, s"]) == ("4.5", "", "1")
     assert Image.open(out / "results.png").width > 500
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
+
+
+def test_what_the_tower_was_not_told_is_reported_apart():
+    questions = Questions(("test-000000-where", "test-000000-arrow", "test-000001-arrow"), ("where", "arrow", "arrow"))
+    runs = [run("LLaVA-1.5", seed, "100", curve=[]) for seed in (0, 1)]
+    runs += [run("STF", seed, right, curve=[]) for seed, right in ((0, "110"), (1, "101"))]
+    header, _, llava, stf = (line.split(" | ") for line in table(Raw(questions, runs)).splitlines())
+    assert header[4:10] == ["all", "against LLaVA-1.5", "untold", "against LLaVA-1.5", "where", "arrow"]
+    assert llava[4:10] == ["100.0", "", "0.0", "", "100", "0"]
+    assert stf[4:10] == ["100.0", "+0.0 ± 0.0, not distinguishable", "50.0", "+50.0 ± 0.0", "100", "50"]
 
 
 def test_a_curve_ends_with_the_test_on_the_same_questions():

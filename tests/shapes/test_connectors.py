@@ -4,6 +4,8 @@ from itertools import product
 
 import pytest
 import torch
+import transformers
+from packaging import version
 from torch import nn
 from transformers import BatchFeature, CLIPVisionConfig, LlamaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
@@ -330,6 +332,17 @@ def test_the_tower_s_features_are_those_that_the_model_uses(model):
     torch.testing.assert_close(ours, torch.stack(expected))
 
 
+old = version.parse(transformers.__version__).release < (5, 18)
+encodes_first = pytest.mark.skipif(old, reason="transformers 5.18 is the first that takes encoded pictures")
+
+
+@pytest.mark.skipif(not old, reason="transformers 5.18 takes encoded pictures")
+def test_an_older_transformers_is_refused(model):
+    with pytest.raises(ValueError, match="encoded pictures need 5.18 or later"):
+        encode_first(model, inputs_of(), downsampling.encode)
+
+
+@encodes_first
 def test_placeholders_without_a_token_are_cut_out_and_nothing_else(model):
     inputs = inputs_of(labels=True)
     tokens = [torch.randn(3, D), torch.randn(5, D)]
@@ -344,6 +357,7 @@ def test_placeholders_without_a_token_are_cut_out_and_nothing_else(model):
         encode_first(model, inputs, lambda model, inputs: [tokens[0], torch.randn(20, D)])
 
 
+@encodes_first
 def test_all_tokens_give_the_same_answer_as_the_model_itself(model):
     inputs = inputs_of()
     whole = encode_first(
@@ -353,6 +367,7 @@ def test_all_tokens_give_the_same_answer_as_the_model_itself(model):
     torch.testing.assert_close(ours[:, -3:], theirs[:, -3:])
 
 
+@encodes_first
 def test_a_halved_picture_has_a_quarter_of_the_tokens(model):
     model.model.multi_modal_projector = LlavaMultiModalProjector(model.config)
     shorter = encode_first(model, inputs_of(), downsampling.encode)
@@ -377,6 +392,7 @@ def test_the_question_s_vector_depends_on_the_first_question_and_not_on_the_answ
     assert not torch.allclose(vector(row, [-100] * 12), alone)  # the whole conversation would give answers away
 
 
+@encodes_first
 def test_quecc_encodes_a_picture_for_its_question(model):
     config = config_of()
     model = LlavaSTFForConditionalGeneration(config).eval()

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import transformers
+from packaging import version
 from transformers import BatchFeature
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -25,7 +27,12 @@ def encode_first(model: LlavaSTFForConditionalGeneration, inputs: dict[str, Any]
     """Returns the inputs with the pictures' tokens in place of the pixels; every prompt has one picture.
 
     Placeholders that its tokens do not fill are cut out, and the prompts are padded again on the left.
+
+    Raises:
+        ValueError: if a prompt has fewer placeholders than its picture has tokens, or transformers is older than 5.18.
     """
+    if version.parse(transformers.__version__).release < (5, 18):  # it would ignore the tokens
+        raise ValueError(f"transformers is {transformers.__version__}, but encoded pictures need 5.18 or later.")
     tokens = encode(model, inputs)
     ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
     is_image = ids == model.config.image_token_id
