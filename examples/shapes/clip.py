@@ -165,7 +165,10 @@ def contrast(logits: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
 def measure(
     model: CLIPModel, data: Path, image_processor: LlavaSTFImageProcessor, texts: dict[str, torch.Tensor]
 ) -> dict[str, dict[str, float]]:
-    """Returns, by group and kind of phrase, the share of patches for which a true phrase of the kind scores highest."""
+    """Returns, by group and kind of phrase, the share of patches for which a true phrase of the kind scores highest.
+
+    Patches that show nothing are left out.
+    """
     phrases, groups = all_phrases(), [scene.group for scene in read_scenes(data, "test").values()]
     pixels, truth = read_pictures(data, "test", phrases)
     batches = pixels.split(READ_AT_ONCE)
@@ -175,6 +178,7 @@ def measure(
         of_group = torch.tensor([one == group for one in groups])
         found = cosines[of_group].flatten(0, 1)
         true = marks(truth[of_group].flatten(0, 1), len(phrases))
+        true[:, phrases.index(Phrase("print", NOTHING))] = False
         result[group] = {
             kind: _share_told(found, true, [phrase.kind == kind for phrase in phrases])
             for kind in dict.fromkeys(phrase.kind for phrase in phrases)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
@@ -36,17 +37,29 @@ TABLE = Path(__file__).parent / "objects.csv"
 SAMPLE = Path(__file__).parent / "sample"  # a few objects of every family, for the tests
 RENDERED = 64  # side of a picture in the folder, in pixels
 
-# Degrees of hue. Between two colours is room, so that people would agree on the name.
-HUES = {"red": (345, 12), "orange": (22, 38), "yellow": (44, 58), "green": (80, 160), "blue": (195, 235)}
-CERTAIN = 0.7  # share of the pixels that must have the colour
+# Lowest and highest hue in degrees, and least saturation and value. Between two colours is room, so that people would
+# agree on the name. A darker or paler orange is brown or pink, a paler red is pink.
+HUES = {
+    "red": (348, 9, 0.7, 0.55),
+    "orange": (20, 34, 0.78, 0.9),
+    "yellow": (44, 58, 0.6, 0.85),
+    "green": (80, 160, 0.45, 0.4),
+    "blue": (198, 235, 0.45, 0.45),
+}
+CERTAIN = 0.75  # share of the pixels that must have the colour
 
 
 @dataclass(frozen=True)
 class Object:
-    """Describes an object by its name and its category, which is empty for what has none."""
+    """Describes an object by its name and its category, which is empty for what has none.
+
+    `also` are other names and categories that some people would give it: a hen is a bird, a tomato is a fruit. Nothing
+    is asked for such a word about a picture with this object.
+    """
 
     name: str
     category: str
+    also: tuple[str, ...]
 
 
 def _rows() -> list[dict[str, str]]:
@@ -54,7 +67,9 @@ def _rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-OBJECTS = tuple(Object(row["name"], row["category"]) for row in _rows())
+OBJECTS = tuple(
+    Object(row["name"], row["category"], tuple(filter(None, row["also"].split("; ")))) for row in _rows()
+)
 
 
 @dataclass(frozen=True)
@@ -149,20 +164,14 @@ def _read_family(folder: Path, family: str) -> Iterator[Pictogram]:
 
 def certain_colour(picture: Image.Image) -> str | None:
     """Returns the colour that at least CERTAIN of a picture's opaque pixels have, or None."""
-    small = picture.resize((16, 16), Image.Resampling.BOX)
-    pixels = [pixel for pixel in small.getdata() if pixel[3] > 200]
-    names = [_colour_of(pixel[:3]) for pixel in pixels]
-    for name in HUES:
-        if pixels and names.count(name) >= CERTAIN * len(pixels):
-            return name
-    return None
+    pixels = np.asarray(picture.resize((16, 16), Image.Resampling.BOX)).reshape(-1, 4)
+    names = [_colour_of(pixel[:3]) for pixel in pixels / 255 if pixel[3] > 0.8]
+    return next((name for name in HUES if names and names.count(name) >= CERTAIN * len(names)), None)
 
 
-def _colour_of(pixel: tuple[int, ...]) -> str | None:
-    hue, saturation, value = colorsys.rgb_to_hsv(*(part / 255 for part in pixel))
-    if saturation < 0.5 or value < 0.45:
-        return None  # grey, pale, dark or brown
-    for name, (low, high) in HUES.items():
-        if (hue * 360 - low) % 360 <= (high - low) % 360:
+def _colour_of(pixel: np.ndarray) -> str | None:
+    hue, saturation, value = colorsys.rgb_to_hsv(*pixel)
+    for name, (low, high, least_saturation, least_value) in HUES.items():
+        if (hue * 360 - low) % 360 <= (high - low) % 360 and saturation >= least_saturation and value >= least_value:
             return name
     return None

@@ -17,17 +17,19 @@ T = TypeVar("T")
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 CAPTION_REQUESTS = ("Describe the picture.", "What is in the picture?", "What does the picture show?")
 # The data has both spellings, so that the model knows both.
-COLOUR_QUESTIONS = ("What color is the {}?", "What colour is the {}?", "Which color does the {} have?")
+COLOUR_QUESTIONS = ("What color is the object {}?", "What colour is the object {}?", "Which color does the object {} have?")
 NAME_QUESTIONS = ("What is {}?", "Which object is {}?")
 READ_QUESTIONS = ("What is written in the picture?", "Read the word or number.", "What does the text say?")
 ALL_QUESTIONS = ("How many objects are there?", "How many objects are in the picture?", "Count the objects.")
 
 PLURALS = {"mouse": "mice", "wolf": "wolves", "ox": "oxen", "sheep": "sheep", "fish": "fish", "knife": "knives"}
-PLURALS |= {"leaf": "leaves", "loaf": "loaves", "die": "dice", "deer": "deer", "octopus": "octopuses"}
-PLURALS |= {"squid": "squid", "shrimp": "shrimp", "gallows": "gallows", "cactus": "cacti", "bus": "buses"}
-ARTICLES = {"hourglass": "an", "unicorn": "a"}
+PLURALS |= {"leaf": "leaves", "loaf": "loaves", "die": "dice", "deer": "deer"}
+PLURALS |= {"squid": "squid", "shrimp": "shrimp", "blowfish": "blowfish", "cactus": "cacti", "snowman": "snowmen"}
+PLURALS |= {"tomato": "tomatoes", "potato": "potatoes", "tornado": "tornadoes", "volcano": "volcanoes"}
+ARTICLES = {"hourglass": "an", "unicorn": "a"}  # by sound; all others follow their first letter
 
 CATEGORIES = sorted({one.category for one in OBJECTS} - {""})
+ALSO = {one.name: one.also for one in OBJECTS}
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,11 @@ def count(scene: Scene, rng: Random) -> Question:
         return _count_of(rng.choice(ALL_QUESTIONS), "object", len(scene.things))
     names = Counter(thing.name for thing in scene.things)
     names.update(thing.category for thing in scene.things if thing.category)
-    names.update({rng.choice(OBJECTS).name: 0, rng.choice(CATEGORIES): 0})
+    names.update({_absent(scene, rng): 0, rng.choice(CATEGORIES): 0})
+    clear = sorted(names.keys() - disputed(scene))
     # The number is drawn before the noun: otherwise nearly all answers would be one.
-    number = rng.choice(sorted(set(names.values())))
-    noun = rng.choice(sorted(name for name in names if names[name] == number))
+    number = rng.choice(sorted({names[noun] for noun in clear}))
+    noun = rng.choice([noun for noun in clear if names[noun] == number])
     return _count_of(f"How many {plural(noun)} are there?", noun, number)
 
 
@@ -71,46 +74,53 @@ def name(scene: Scene, rng: Random) -> Question | None:
     if thing is None:
         return None
     text = rng.choice(NAME_QUESTIONS).format(thing.place)
-    return Question("name", text, f"{article(thing.name).capitalize()}.")
+    return Question("name", text, f"{article(thing.name).replace('a', 'A', 1)}.")
 
 
-def category(scene: Scene, rng: Random) -> Question:
-    present = sorted({thing.category for thing in scene.things} - {""})
-    if present and rng.random() < 0.5:
-        noun = rng.choice(present)
+def category(scene: Scene, rng: Random) -> Question | None:
+    present = {thing.category for thing in scene.things} - {""}
+    certain = sorted(present - disputed(scene))
+    if not certain:
+        return None  # the answer would be no: "no" would be the best guess
+    if rng.random() < 0.5:
+        noun = rng.choice(certain)
         first = next(thing.name for thing in scene.things if thing.category == noun)
         return Question("category", f"Is there {article(noun)}?", f"Yes, there is {article(noun)}: {article(first)}.")
-    noun = rng.choice([noun for noun in CATEGORIES if noun not in present])
+    noun = rng.choice(sorted({*CATEGORIES} - present - disputed(scene)))
     return Question("category", f"Is there {article(noun)}?", f"No, there is no {noun}.")
 
 
 def colour(scene: Scene, rng: Random) -> Question | None:
-    thing = _choice([thing for thing in _unique(scene, lambda thing: thing.name) if thing.colour], rng)
+    """Asks by place: the name would give away that a tree is green."""
+    thing = _choice([thing for thing in _unique(scene, lambda thing: thing.place) if thing.colour], rng)
     if thing is None:
         return None
-    text = rng.choice(COLOUR_QUESTIONS).format(thing.name)
-    return Question("colour", text, f"The {thing.name} is {thing.colour}.")
+    text = rng.choice(COLOUR_QUESTIONS).format(thing.place)
+    return Question("colour", text, f"The object {thing.place} is {thing.colour}.")
 
 
 def where(scene: Scene, rng: Random) -> Question | None:
-    thing = _choice(_unique(scene, lambda thing: thing.name), rng)
+    thing = _choice(_named(scene), rng)
     if thing is None:
         return None
     return Question("where", f"Where is the {thing.name}?", f"The {thing.name} is {thing.place}.")
 
 
-def is_there(scene: Scene, rng: Random) -> Question:
-    present = {thing.name for thing in scene.things}
+def is_there(scene: Scene, rng: Random) -> Question | None:
+    certain = sorted({thing.name for thing in scene.things} - disputed(scene))
+    if not certain:
+        return None
     if rng.random() < 0.5:
-        noun = rng.choice(sorted(present))
+        noun = rng.choice(certain)
         return Question("is there", f"Is there {article(noun)}?", f"Yes, there is {article(noun)}.")
     noun = _absent(scene, rng)
     return Question("is there", f"Is there {article(noun)}?", f"No, there is no {noun}.")
 
 
 def _absent(scene: Scene, rng: Random) -> str:
-    """Picks an object that is not in the scene; about half are of a category in the scene."""
-    absent = [one for one in OBJECTS if all(one.name != thing.name for thing in scene.things)]
+    """Picks an object that is certainly not in the scene; about half are of a category in the scene."""
+    present = {thing.name for thing in scene.things} | disputed(scene)
+    absent = [one for one in OBJECTS if one.name not in present]
     near = [one for one in absent if any(one.category == thing.category for thing in scene.things)]
     return rng.choice(near if near and rng.random() < 0.5 else absent).name
 
@@ -199,8 +209,18 @@ def _unique(scene: Scene, key: Callable[[Thing], object]) -> list[Thing]:
     return [thing for thing in scene.things if times[key(thing)] == 1]
 
 
+def _named(scene: Scene) -> list[Thing]:
+    """Returns the objects that one name names uniquely."""
+    return [thing for thing in _unique(scene, lambda thing: thing.name) if thing.name not in disputed(scene)]
+
+
+def disputed(scene: Scene) -> set[str]:
+    """Returns the names and categories that some people would give an object that does not have them here."""
+    return {word for thing in scene.things for word in ALSO[thing.name]}
+
+
 def _different(scene: Scene, key: Callable[[Thing], object]) -> list[tuple[Thing, Thing]]:
-    pairs = combinations(_unique(scene, lambda thing: thing.name), 2)
+    pairs = combinations(_named(scene), 2)
     return [(first, second) for first, second in pairs if key(first) != key(second)]
 
 
@@ -209,7 +229,7 @@ def _choice(items: list[T], rng: Random) -> T | None:
 
 
 def article(noun: str) -> str:
-    return f"{ARTICLES.get(noun, 'an' if noun[0] in 'aeiou' else 'a')} {noun}"
+    return f"{ARTICLES.get(noun, 'an' if noun[0] in 'aeiouA' else 'a')} {noun}"
 
 
 def plural(noun: str) -> str:
