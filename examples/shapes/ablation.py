@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from .ablation_report import in_curve, report
 from .connectors import REFERENCE, SYSTEMS, Asked, System
 from .connectors.divt import DiVT
 from .connectors.encode_first import encode_first, tower_features
+from .connectors.inside import dropping
 from .evaluate import ask, is_right, prompts
 from .processes import start_module
 from .recipe import STAGES, TAPS, Timer
@@ -296,7 +297,7 @@ class Examiner:
             return inputs
 
         started = time.process_time()
-        with torch.inference_mode():
+        with torch.inference_mode(), dropping(model, way.inside) if way.inside else nullcontext():
             answers = ask(model, self.processor, self.data, rows, BATCH, inputs_of)
         right = (is_right(answers[row["id"]], row["conversations"][1]["value"]) for row in rows)
         return {

@@ -14,6 +14,7 @@ from examples.shapes.connectors import SYSTEMS, divt, downsampling, quecc
 from examples.shapes.connectors.divt import DiVT, cover
 from examples.shapes.connectors.encode_first import encode_first, tower_features
 from examples.shapes.connectors.grouping import Grouping
+from examples.shapes.connectors.inside import FAST_V, PYRAMID_DROP, Schedule, dropping
 from examples.shapes.connectors.m3 import M3Projector
 from examples.shapes.connectors.mqt import MatryoshkaQueries
 from examples.shapes.connectors.parts import HEADS
@@ -402,3 +403,90 @@ def test_quecc_encodes_a_picture_for_its_question(model):
     same = BatchFeature(inputs | {"pixel_values": inputs["pixel_values"][:1].repeat(2, 1, 1, 1)})
     first, second = quecc.encode(model, same)
     assert torch.allclose(first, both[0], atol=1e-6) and not torch.allclose(first, second, atol=1e-3)
+
+
+# What acts inside the language model.
+
+TWICE = Schedule({1 / 4: 0.5, 3 / 4: 0.25}, ranked_before=True)
+
+
+@pytest.fixture
+def deep():
+    """A model of four layers with attention that is far from even."""
+    config = config_of((3,), 2)
+    config.text_config.num_hidden_layers = 4
+    model = LlavaSTFForConditionalGeneration(config).eval().requires_grad_(False)
+    for layer in model.model.language_model.layers:
+        layer.self_attn.q_proj.weight.mul_(60)
+    return model
+
+
+def by_hand(model, inputs, cuts, ranked_before=True):
+    """Runs one prompt layer by layer; returns the last logits, and which pictures' tokens are left behind each cut."""
+    ids = inputs["input_ids"]
+    picture = (ids[0] == IMAGE).nonzero().flatten().tolist()
+    hidden = model.get_input_embeddings()(ids).clone()
+    hidden[0, picture] = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    language, gone, left, rows = model.model.language_model, set(), [], {}
+    angles = language.rotary_emb(hidden, position_ids=torch.arange(ids.shape[1])[None])
+    for number, layer in enumerate(language.layers):
+        for turn in (0, 1):  # a ranking by the layer behind a cut needs this layer's attention first
+            mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+            mask[:, sorted(gone)] = False
+            rows[number] = row_of(layer, hidden, angles, mask)
+            if turn == 0 and number in cuts:
+                ranks = rows[number - 1] if ranked_before else rows[number]
+                alive = [place for place in picture if place not in gone]
+                keep = max(1, round(cuts[number] * len(picture)))
+                gone |= set(sorted(alive, key=lambda place, ranks=ranks: -float(ranks[place]))[keep:])
+                left.append(sorted(set(picture) - gone))
+        hidden = layer(hidden, attention_mask=mask[None, None], position_embeddings=angles)
+    return model.lm_head(language.norm(hidden))[0, -1], left
+
+
+def row_of(layer, hidden, angles, mask):
+    attention, normed = layer.self_attn, layer.input_layernorm(hidden)
+    cos, sin = angles
+    shares = []
+    for head in range(2):
+        part = slice(head * D // 2, (head + 1) * D // 2)
+        q, k = attention.q_proj(normed)[0, :, part], attention.k_proj(normed)[0, :, part]
+        turned = [x * cos[0] + torch.cat([-x[:, D // 4 :], x[:, : D // 4]], 1) * sin[0] for x in (q, k)]
+        scores = (turned[0][-1] @ turned[1].T) / (D // 2) ** 0.5
+        shares.append(scores.masked_fill(~mask[-1], -torch.inf).softmax(0))
+    return torch.stack(shares).mean(0)
+
+
+def logits_of(model, inputs, schedule):
+    with dropping(model, schedule):
+        return model(**inputs).logits[:, -1]
+
+
+def single(deep):
+    inputs = inputs_of(placeholders=4)
+    return {name: value[1:] for name, value in inputs.items()}
+
+
+def test_tokens_that_are_dropped_inside_are_those_of_the_schedule(deep):
+    inputs = single(deep)
+    expected, left = by_hand(deep, inputs, {1: 0.5, 3: 0.25})
+    assert [len(places) for places in left] == [2, 1]
+    torch.testing.assert_close(logits_of(deep, inputs, TWICE)[0], expected)
+    behind, other = by_hand(deep, inputs, {1: 0.5, 3: 0.25}, ranked_before=False)
+    torch.testing.assert_close(logits_of(deep, inputs, Schedule(TWICE.kept, ranked_before=False))[0], behind)
+    assert left != other and not torch.allclose(expected, behind, atol=1e-4)  # each is a wrong port of the other
+    whole = deep(**inputs).logits[:, -1]
+    assert not torch.allclose(expected, whole[0], atol=1e-4)
+    torch.testing.assert_close(logits_of(deep, inputs, Schedule({1 / 4: 1.0}, True)), whole)
+    torch.testing.assert_close(deep(**inputs).logits[:, -1], whole)  # no hook is left
+
+
+@pytest.mark.parametrize("schedule", [FAST_V, PYRAMID_DROP, TWICE])
+def test_answers_of_a_batch_are_those_of_single_prompts(deep, schedule):
+    inputs = inputs_of(placeholders=4)
+    with dropping(deep, schedule):
+        both = deep.generate(**inputs, do_sample=False, max_new_tokens=5)[:, -5:]
+        last = deep.generate(
+            **single(deep) | {"pixel_values": inputs["pixel_values"][1:]}, do_sample=False, max_new_tokens=5
+        )
+    assert both[1].tolist() == last[0, -5:].tolist()

@@ -20,6 +20,7 @@ from ..recipe import TAPS
 from . import divt, downsampling, quecc
 from .encode_first import Encode
 from .grouping import Grouping
+from .inside import FAST_V, PYRAMID_DROP, Schedule
 from .m3 import M3Projector
 from .mbtf import MixedProjector
 from .mqt import MatryoshkaQueries
@@ -36,6 +37,7 @@ class Asked:
     keep: int | str | None = None  # of `reduce_image_tokens`, as `score`
     score: str = ""
     encode: Encode | None = None  # a way from pixels to tokens that the model does not know
+    inside: Schedule | None = None  # tokens that are dropped in the language model; a simulation
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,12 @@ def _elastic(mode: str, *budgets: int) -> dict[str, Any]:
 
 REFERENCE = "LLaVA-1.5"
 ONE, HALVED = TAPS[:1], Asked(f"{REFERENCE}, picture halved", encode=downsampling.encode)
+INSIDE = (
+    Asked(f"{REFERENCE}, FastV (simulated)", inside=FAST_V),
+    Asked(f"{REFERENCE}, PyramidDrop (simulated)", inside=PYRAMID_DROP),
+)
 SYSTEMS = (
-    System(REFERENCE, ONE, 1, LlavaMultiModalProjector, others=(*_reduced(REFERENCE, 16, 4), HALVED)),
+    System(REFERENCE, ONE, 1, LlavaMultiModalProjector, others=(*_reduced(REFERENCE, 16, 4), HALVED, *INSIDE)),
     System("average pooling", ONE, 2, PooledProjector),
     System("STF", ONE, 2, SpatialTokenFusion, others=_reduced("STF", 4)),
     System("MBTF", TAPS, 1, MixedProjector),
