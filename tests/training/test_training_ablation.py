@@ -166,7 +166,7 @@ def train_a_moment(work, out, batches, name, seed):
 def test_all_systems_see_the_same_rows_in_the_same_order(work, out, batches):
     expected, _ = train_a_moment(work, out, batches, "LLaVA-1.5", 0)
     assert len(expected) == 2 and all(expected[0])
-    for name in ("QueCC", "VisToG", "elastic MBTF + STF"):  # a second pass, noise, and budgets drawn for each row
+    for name in ("QueCC", "DiVT", "VisToG", "elastic MBTF + STF"):  # other passes, noise, and a budget for each row
         seen, changed = train_a_moment(work, out, batches, name, 0)
         assert seen == expected, name
         assert any("multi_modal_projector" in key for key in changed)
