@@ -127,6 +127,9 @@ def warm_start(work: Path, out: Path, steps: int) -> None:
     timer = Timer(out / "seconds.json")
     ideal = ("ideal", work / "data", work / "language-model", out / "ideal", "--steps", steps)
     timer.run({out / "ideal": ("examples.shapes", *ideal)})
+    found = json.loads((out / "ideal" / "training_log.json").read_text(encoding="utf-8"))["settings"]["steps"]
+    if found != steps:
+        raise ValueError(f"{out / 'ideal'} has {found} steps, expected {steps}: name another folder, or pass {found}.")
     towers = ("--init-fusion", "--vision-tower", work / "clip", "--keep-full-tower", "--taps", *TAPS)
     timer.run({out / "start": ("conversion", out / "ideal", out / "start", *towers)})
 

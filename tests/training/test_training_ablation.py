@@ -107,6 +107,8 @@ def test_a_comparison_continues_where_it_stopped(work, out, started):
     assert len(started) == 3
     with pytest.raises(ValueError, match="has rows 64, expected 96: name another folder, or remove it"):
         compare(work, out, seeds=1, rows=96)
+    with pytest.raises(ValueError, match="ideal has 2 steps, expected 3: name another folder, or pass 2"):
+        ablate(work, out, seeds=1, steps=3)
     start = (out / "start" / "model.safetensors").read_bytes()
     (out / "start" / "model.safetensors").write_bytes(b"another")
     with pytest.raises(ValueError, match="has start .* expected"):
