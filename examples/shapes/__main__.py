@@ -64,7 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
     data.add_argument(
-        "--pictograms", default=SAMPLE, metavar="FOLDER", help="folder that `pictograms` wrote (default: a small sample)"
+        "--pictograms",
+        default=SAMPLE,
+        metavar="FOLDER",
+        help="folder that `pictograms` wrote (default: a sample)",
     )
     data.set_defaults(step=generate)
 

@@ -67,9 +67,7 @@ def _rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-OBJECTS = tuple(
-    Object(row["name"], row["category"], tuple(filter(None, row["also"].split("; ")))) for row in _rows()
-)
+OBJECTS = tuple(Object(row["name"], row["category"], tuple(filter(None, row["also"].split("; ")))) for row in _rows())
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,9 @@ def _download(family: str, version: str) -> dict:
     package = f"@iconify-json/{family}@{version}"
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True)
+            subprocess.run(
+                ["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True
+            )
         except FileNotFoundError:
             raise ValueError("npm was not found. Install it: it downloads the pictograms.") from None
         except subprocess.CalledProcessError as error:

@@ -17,7 +17,11 @@ T = TypeVar("T")
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 CAPTION_REQUESTS = ("Describe the picture.", "What is in the picture?", "What does the picture show?")
 # The data has both spellings, so that the model knows both.
-COLOUR_QUESTIONS = ("What color is the object {}?", "What colour is the object {}?", "Which color does the object {} have?")
+COLOUR_QUESTIONS = (
+    "What color is the object {}?",
+    "What colour is the object {}?",
+    "Which color does the object {} have?",
+)
 NAME_QUESTIONS = ("What is {}?", "Which object is {}?")
 READ_QUESTIONS = ("What is written in the picture?", "Read the word or number.", "What does the text say?")
 ALL_QUESTIONS = ("How many objects are there?", "How many objects are in the picture?", "Count the objects.")
@@ -118,10 +122,11 @@ def is_there(scene: Scene, rng: Random) -> Question | None:
 
 
 def _absent(scene: Scene, rng: Random) -> str:
-    """Picks an object that is certainly not in the scene; about half are of a category in the scene."""
+    """Picks an object that is certainly not in the scene; about half are of the category of one that is."""
     present = {thing.name for thing in scene.things} | disputed(scene)
     absent = [one for one in OBJECTS if one.name not in present]
-    near = [one for one in absent if any(one.category == thing.category for thing in scene.things)]
+    category = rng.choice(scene.things).category
+    near = [one for one in absent if one.category == category]
     return rng.choice(near if near and rng.random() < 0.5 else absent).name
 
 
