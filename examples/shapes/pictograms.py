@@ -3,7 +3,7 @@
 """Fetches colour emoji as pictures of objects: several artists have drawn each of about 300 objects.
 
 The families are npm packages of Iconify with the artists' SVG; `objects.csv` says which of their pictures shows which
-object. NOTICE has their licences. This step needs npm and resvg-py (`pip install resvg-py`).
+object. NOTICE has their artists and licences. This step needs npm and resvg-py (`pip install resvg-py`).
 """
 
 import colorsys
