@@ -149,17 +149,22 @@ def read_pictograms(folder: str | Path) -> dict[str, list[Pictogram]]:
     Raises:
         ValueError: if a family is missing.
     """
-    return {family: list(_read_family(Path(folder), family)) for family in FAMILIES}
+    pictograms = {family: list(_read_family(Path(folder) / family)) for family in FAMILIES}
+    for family, of_family in pictograms.items():
+        if not of_family:
+            raise ValueError(
+                f"{Path(folder) / family} has no picture of an object: fetch them first (python -m examples.shapes "
+                "pictograms OUT)."
+            )
+    return pictograms
 
 
-def _read_family(folder: Path, family: str) -> Iterator[Pictogram]:
-    if not (folder / family).is_dir():
-        raise ValueError(f"There is no {folder / family}: fetch them first (python -m examples.shapes pictograms OUT).")
+def _read_family(folder: Path) -> Iterator[Pictogram]:
     for one in OBJECTS:
-        file = folder / family / f"{one.name}.png"
+        file = folder / f"{one.name}.png"
         if file.exists():
             with Image.open(file) as picture:
-                yield Pictogram(one, family, picture.convert("RGBA"))
+                yield Pictogram(one, folder.name, picture.convert("RGBA"))
 
 
 def certain_colour(picture: Image.Image) -> str | None:

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -203,7 +204,11 @@ def test_what_people_would_call_differently_has_no_colour(colour):
 
 
 def test_a_family_without_pictures_is_named(tmp_path):
-    with pytest.raises(ValueError, match="fetch them first"):
+    with pytest.raises(ValueError, match="noto has no picture of an object: fetch them first"):
+        read_pictograms(tmp_path)
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / HELD_OUT_FAMILY)
+    with pytest.raises(ValueError, match=HELD_OUT_FAMILY):
         read_pictograms(tmp_path)
 
 
