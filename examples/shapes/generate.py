@@ -53,7 +53,8 @@ def generate(
         _write_json(folder / "captions.json", rows.values())
         rows = {name: _row(name, True, conversation(scene, turns, rng)) for name, scene in train.items()}
         _write_json(folder / "train.json", rows.values())
-        rows = {name: _row(name, False, conversation(scene, turns, rng)) for name, scene in train.items()}
+        untold = ("caption", "colour")  # the caption stands for the picture, and has no colours
+        rows = {name: _row(name, False, conversation(scene, turns, rng, untold)) for name, scene in train.items()}
         for name, scene in train.items():
             first = rows[name]["conversations"][0]
             first["value"] = f"{describe(scene)}\n{first['value']}"

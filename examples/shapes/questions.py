@@ -198,9 +198,9 @@ def one_of_each(scene: Scene, rng: Random) -> list[Question]:
     return [question for question in questions if question is not None]
 
 
-def conversation(scene: Scene, turns: int, rng: Random) -> list[Question]:
-    """Returns up to `turns` different questions without a caption, which would answer all later ones."""
-    makers = [make for kind, make in KINDS.items() if kind != "caption"]
+def conversation(scene: Scene, turns: int, rng: Random, without: tuple[str, ...] = ("caption",)) -> list[Question]:
+    """Returns up to `turns` different questions; by default without a caption, which would answer all later ones."""
+    makers = [make for kind, make in KINDS.items() if kind not in without]
     rounds = (make(scene, rng) for _ in range(3) for make in rng.sample(makers, len(makers)))
     distinct = {question.text: question for question in rounds if question is not None}
     questions = list(distinct.values())[:turns]

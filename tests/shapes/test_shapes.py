@@ -482,6 +482,7 @@ def test_files_fit_together(data):
     captions = {row["id"]: row["conversations"][1]["value"] for row in read_rows(data / "captions.json")}
     for row in read_rows(data / "text.json"):
         assert "image" not in row and row["conversations"][0]["value"].startswith(captions[row["id"]] + "\n")
+        assert not any("color" in turn["value"] or "colour" in turn["value"] for turn in row["conversations"])
     assert max(len(row["conversations"]) for row in read_rows(data / "train.json")) == 16
 
 
