@@ -79,7 +79,9 @@ def train_clip(
 
 def normalised(pixels: torch.Tensor, image_processor: LlavaSTFImageProcessor) -> torch.Tensor:
     """Does what the image processor does with pictures of the right size: (P, S, S, 3) to (P, 3, S, S)."""
-    mean, deviation = (torch.tensor(part).view(3, 1, 1) for part in (image_processor.image_mean, image_processor.image_std))
+    mean, deviation = (
+        torch.tensor(part).view(3, 1, 1) for part in (image_processor.image_mean, image_processor.image_std)
+    )
     return ((pixels.permute(0, 3, 1, 2) * image_processor.rescale_factor - mean) / deviation).to(DEVICE)
 
 
@@ -94,7 +96,7 @@ def read_pictures(data: Path, split: str, phrases: list[Phrase]) -> tuple[torch.
     truth = torch.full((len(scenes), (SIDE // PATCH) ** 2, MOST), len(phrases), dtype=torch.int16)
     for index, (name, scene) in enumerate(tqdm(scenes.items(), desc=f"{split} pictures")):
         with Image.open(data / "images" / f"{name}.png") as picture:
-            pixels[index] = torch.from_numpy(np.asarray(picture))
+            pixels[index] = torch.from_numpy(np.array(picture))
         for patch, (y, x) in enumerate(product(range(SIDE // PATCH), repeat=2)):
             true = true_phrases(shown_at(scene, (x + 0.5) * PATCH, (y + 0.5) * PATCH))
             truth[index, patch, : len(true)] = torch.tensor([number[phrase] for phrase in true])
@@ -174,15 +176,13 @@ def measure(
     batches = pixels.split(READ_AT_ONCE)
     cosines = torch.cat([similarity(model, normalised(batch, image_processor), texts).cpu() for batch in batches])
     result = {}
-    for group in GROUPS:
+    for group in (group for group in GROUPS if group in groups):
         of_group = torch.tensor([one == group for one in groups])
         found = cosines[of_group].flatten(0, 1)
         true = marks(truth[of_group].flatten(0, 1), len(phrases))
         true[:, phrases.index(Phrase("print", NOTHING))] = False
-        result[group] = {
-            kind: _share_told(found, true, [phrase.kind == kind for phrase in phrases])
-            for kind in dict.fromkeys(phrase.kind for phrase in phrases)
-        }
+        asked = dict.fromkeys(phrase.kind for phrase, shown in zip(phrases, true.any(0), strict=True) if shown)
+        result[group] = {kind: _share_told(found, true, [phrase.kind == kind for phrase in phrases]) for kind in asked}
     return result
 
 

@@ -53,7 +53,8 @@ def generate(
         _write_json(folder / "captions.json", rows.values())
         rows = {name: _row(name, True, conversation(scene, turns, rng)) for name, scene in train.items()}
         _write_json(folder / "train.json", rows.values())
-        rows = {name: _row(name, False, conversation(scene, turns, rng)) for name, scene in train.items()}
+        untold = ("caption", "colour")  # the caption stands for the picture, and has no colours
+        rows = {name: _row(name, False, conversation(scene, turns, rng, untold)) for name, scene in train.items()}
         for name, scene in train.items():
             first = rows[name]["conversations"][0]
             first["value"] = f"{describe(scene)}\n{first['value']}"
@@ -116,8 +117,8 @@ def _write_lines(file: Path, rows: Iterable[dict]) -> None:
 def read_scenes(data: str | Path, split: str) -> dict[str, Scene]:
     """Returns the scenes of a split, by the names of their pictures in images/."""
     rows = (row for row in read_rows(Path(data) / "scenes.jsonl") if row["split"] == split)
-    return {row["id"]: Scene(_things(row), Print(**row["print"]) if row["print"] else None) for row in rows}
+    return {row["id"]: Scene(tuple(Thing(**thing) for thing in row["things"]), _print(row["print"])) for row in rows}
 
 
-def _things(row: dict) -> tuple[Thing, ...]:
-    return tuple(Thing(**thing) for thing in row["things"])
+def _print(row: dict | None) -> Print | None:
+    return Print(row["text"], tuple(row["box"])) if row else None

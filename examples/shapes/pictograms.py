@@ -3,7 +3,7 @@
 """Fetches colour emoji as pictures of objects: several artists have drawn each of about 300 objects.
 
 The families are npm packages of Iconify with the artists' SVG; `objects.csv` says which of their pictures shows which
-object. NOTICE has their licences. This step needs npm and resvg-py (`pip install resvg-py`).
+object. NOTICE has their artists and licences. This step needs npm and resvg-py (`pip install resvg-py`).
 """
 
 import colorsys
@@ -67,9 +67,7 @@ def _rows() -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-OBJECTS = tuple(
-    Object(row["name"], row["category"], tuple(filter(None, row["also"].split("; ")))) for row in _rows()
-)
+OBJECTS = tuple(Object(row["name"], row["category"], tuple(filter(None, row["also"].split("; ")))) for row in _rows())
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,9 @@ def _download(family: str, version: str) -> dict:
     package = f"@iconify-json/{family}@{version}"
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            subprocess.run(["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True)
+            subprocess.run(
+                ["npm", "pack", "--silent", package], cwd=scratch, check=True, capture_output=True, text=True
+            )
         except FileNotFoundError:
             raise ValueError("npm was not found. Install it: it downloads the pictograms.") from None
         except subprocess.CalledProcessError as error:
@@ -149,17 +149,22 @@ def read_pictograms(folder: str | Path) -> dict[str, list[Pictogram]]:
     Raises:
         ValueError: if a family is missing.
     """
-    return {family: list(_read_family(Path(folder), family)) for family in FAMILIES}
+    pictograms = {family: list(_read_family(Path(folder) / family)) for family in FAMILIES}
+    for family, of_family in pictograms.items():
+        if not of_family:
+            raise ValueError(
+                f"{Path(folder) / family} has no picture of an object: fetch them first (python -m examples.shapes "
+                "pictograms OUT)."
+            )
+    return pictograms
 
 
-def _read_family(folder: Path, family: str) -> Iterator[Pictogram]:
-    if not (folder / family).is_dir():
-        raise ValueError(f"There is no {folder / family}: fetch them first (python -m examples.shapes pictograms OUT).")
+def _read_family(folder: Path) -> Iterator[Pictogram]:
     for one in OBJECTS:
-        file = folder / family / f"{one.name}.png"
+        file = folder / f"{one.name}.png"
         if file.exists():
             with Image.open(file) as picture:
-                yield Pictogram(one, family, picture.convert("RGBA"))
+                yield Pictogram(one, folder.name, picture.convert("RGBA"))
 
 
 def certain_colour(picture: Image.Image) -> str | None:

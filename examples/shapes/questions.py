@@ -17,7 +17,11 @@ T = TypeVar("T")
 NUMBER_WORDS = ("no", "one", "two", "three", "four", "five")
 CAPTION_REQUESTS = ("Describe the picture.", "What is in the picture?", "What does the picture show?")
 # The data has both spellings, so that the model knows both.
-COLOUR_QUESTIONS = ("What color is the object {}?", "What colour is the object {}?", "Which color does the object {} have?")
+COLOUR_QUESTIONS = (
+    "What color is the object {}?",
+    "What colour is the object {}?",
+    "Which color does the object {} have?",
+)
 NAME_QUESTIONS = ("What is {}?", "Which object is {}?")
 READ_QUESTIONS = ("What is written in the picture?", "Read the word or number.", "What does the text say?")
 ALL_QUESTIONS = ("How many objects are there?", "How many objects are in the picture?", "Count the objects.")
@@ -118,10 +122,11 @@ def is_there(scene: Scene, rng: Random) -> Question | None:
 
 
 def _absent(scene: Scene, rng: Random) -> str:
-    """Picks an object that is certainly not in the scene; about half are of a category in the scene."""
+    """Picks an object that is certainly not in the scene; about half are of the category of one that is."""
     present = {thing.name for thing in scene.things} | disputed(scene)
     absent = [one for one in OBJECTS if one.name not in present]
-    near = [one for one in absent if any(one.category == thing.category for thing in scene.things)]
+    category = rng.choice(scene.things).category
+    near = [one for one in absent if one.category == category]
     return rng.choice(near if near and rng.random() < 0.5 else absent).name
 
 
@@ -193,9 +198,9 @@ def one_of_each(scene: Scene, rng: Random) -> list[Question]:
     return [question for question in questions if question is not None]
 
 
-def conversation(scene: Scene, turns: int, rng: Random) -> list[Question]:
-    """Returns up to `turns` different questions without a caption, which would answer all later ones."""
-    makers = [make for kind, make in KINDS.items() if kind != "caption"]
+def conversation(scene: Scene, turns: int, rng: Random, without: tuple[str, ...] = ("caption",)) -> list[Question]:
+    """Returns up to `turns` different questions; by default without a caption, which would answer all later ones."""
+    makers = [make for kind, make in KINDS.items() if kind not in without]
     rounds = (make(scene, rng) for _ in range(3) for make in rng.sample(makers, len(makers)))
     distinct = {question.text: question for question in rounds if question is not None}
     questions = list(distinct.values())[:turns]

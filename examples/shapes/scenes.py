@@ -88,7 +88,7 @@ class Scene:
     def split(self) -> str | None:
         """Returns the split, or None for what is in neither.
 
-        It depends only on the content, so that no seed or size can mix train and test, and on what training never shows.
+        It depends on the content, so that no seed or size can mix train and test, and on what training never shows.
         """
         if not zlib.crc32(self.content.encode()) % TEST_SHARE:
             return "test"

@@ -1,10 +1,17 @@
-"""The shapes example: scenes, questions, data sets, tokenizer and evaluation."""
+"""The shapes example: pictograms, scenes, questions, data sets, tokenizer and evaluation."""
 
+import functools
+import io
 import json
-import math
+import shutil
+import subprocess
+import sys
+import tarfile
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,14 +22,47 @@ from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
 from examples.shapes.__main__ import main
-from examples.shapes.clip import build_clip, contrast, encode, measure, similarity, train_clip, waves
+from examples.shapes.clip import (
+    MOST,
+    PATCH,
+    build_clip,
+    contrast,
+    encode,
+    marks,
+    measure,
+    read_pictures,
+    similarity,
+    train_clip,
+    waves,
+)
 from examples.shapes.evaluate import evaluate, score
 from examples.shapes.generate import generate, read_scenes
 from examples.shapes.language_model import train_language_model
-from examples.shapes.phrases import Phrase, all_phrases
-from examples.shapes.questions import KINDS, caption, conversation, describe, furthest_left, one_of_each
+from examples.shapes.phrases import NOTHING, Phrase, all_phrases, shown_at, true_phrases
+from examples.shapes.pictograms import (
+    FAMILIES,
+    HELD_OUT_FAMILY,
+    OBJECTS,
+    RENDERED,
+    SAMPLE,
+    Pictogram,
+    certain_colour,
+    fetch,
+    read_pictograms,
+)
+from examples.shapes.questions import (
+    CATEGORIES,
+    KINDS,
+    article,
+    caption,
+    conversation,
+    describe,
+    furthest_left,
+    one_of_each,
+    plural,
+)
 from examples.shapes.recipe import Timer
-from examples.shapes.scenes import COLOURS, HELD_OUT_PAIRS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
+from examples.shapes.scenes import GROUPS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
 from examples.shapes.task import write_task
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
 from examples.shapes.training import train
@@ -47,8 +87,32 @@ def tokenizer(tokenizer_folder):
     return read_tokenizer(tokenizer_folder)
 
 
-def scenes(split, number):
-    return [draw_scene(split, Random(f"{split}/{index}")) for index in range(number)]
+SAMPLES = read_pictograms(SAMPLE)
+BLOCKS = {
+    "red": (220, 20, 20),
+    "yellow": (250, 220, 30),
+    "green": (30, 160, 60),
+    "blue": (40, 90, 220),
+    None: (99, 99, 99),
+}
+
+
+def block(one, family):
+    """Stands for any pictogram: its colour depends on the artist."""
+    colour = list(BLOCKS.values())[zlib.crc32(f"{one.name}{family}".encode()) % len(BLOCKS)]
+    return Pictogram(one, family, Image.new("RGBA", (RENDERED, RENDERED), (*colour, 255)))
+
+
+EVERYTHING = {family: [block(one, family) for one in OBJECTS] for family in FAMILIES}
+
+
+@functools.cache
+def drawn(split, index, everything):
+    return draw_scene(EVERYTHING if everything else SAMPLES, split, Random(f"{split}/{index}"))
+
+
+def scenes(split, number, everything=False):
+    return [drawn(split, index, everything) for index in range(number)]
 
 
 def files(folder):
@@ -75,24 +139,161 @@ def test_refuses_a_folder_that_is_not_empty(data):
         generate(data, 1)
 
 
+def drawn_apart(scene, pictograms, index):
+    """The picture, and where it differs from the same background alone."""
+    alone = replace(scene, things=(), print=None)
+    picture, background = (
+        np.asarray(draw_picture(one, pictograms, Random(index))).astype(int) for one in (scene, alone)
+    )
+    return picture, (picture != background).any(-1)
+
+
+def shown_colours(scene, picture, changed):
+    """For each thing, the mean colour of what is drawn in its box, which must be enough to see."""
+    for thing in scene.things:
+        left, top, right, bottom = (round(side) for side in thing.box)
+        inside = changed[top:bottom, left:right]
+        assert inside.mean() > 0.1, thing
+        yield thing, picture[top:bottom, left:right][inside].mean(0)
+
+
+def mean_colour(thing):
+    (found,) = (one.picture for one in SAMPLES[thing.family] if one.object.name == thing.name)
+    pixels = np.asarray(found).reshape(-1, 4)
+    return pixels[pixels[:, 3] > 200, :3].mean(0)
+
+
 def test_pictures_show_what_the_scene_says():
-    """The colour at an object's heart, or on its ring, and the colour it leaves free at its corner."""
+    """Nothing changes outside the boxes; what a box shows has its object's colours, and not those of the next."""
+    right, wrong = [], []
     for index, scene in enumerate(scenes("train", 60)):
-        pixels = np.asarray(draw_picture(scene, Random(index))).astype(int)
-        for thing in scene.things:
-            inside = thing.radius * 0.75 if thing.shape == "ring" else 0
-            assert nearest_colour(pixels[round(thing.y - 0.5), round(thing.x - 0.5 + inside)]) == thing.colour
-            if thing.shape != "square":  # all others leave the corner of their box free
-                corner = pixels[int(thing.box[1]), int(thing.box[0])]
-                assert np.ptp(corner) < 60, (thing, corner)
+        picture, changed = drawn_apart(scene, SAMPLES, index)
         if scene.print:
-            left, top, right, bottom = (int(side) for side in scene.print.box)
-            grey = pixels[top:bottom, left:right].mean(-1)
-            assert np.ptp(grey) > 100
+            left, top, _, bottom = (int(side) for side in scene.print.box)
+            right_edge = int(scene.print.box[2])
+            assert np.ptp(picture[top:bottom, left:right_edge].mean(-1)) > 100
+            changed[top:bottom, left:right_edge] = False
+        found = list(shown_colours(scene, picture, changed))
+        right += [np.abs(colour - mean_colour(thing)).max() for thing, colour in found]
+        others = [thing for thing, _ in found[1:]]
+        wrong += [np.abs(colour - mean_colour(next)).max() for (_, colour), next in zip(found, others, strict=False)]
+        for thing in scene.things:
+            left, top, right_edge, bottom = thing.box
+            changed[int(top) : int(bottom) + 2, int(left) : int(right_edge) + 2] = False
+        assert not changed.any()
+    assert np.median(right) < 25 and np.quantile(right, 0.9) < 50 < np.median(wrong)
 
 
-def nearest_colour(pixel):
-    return min(COLOURS, key=lambda name: math.dist(COLOURS[name], pixel))
+@pytest.mark.parametrize("name", BLOCKS)
+def test_a_colour_is_certain_only_if_nearly_all_has_it(name):
+    picture = Image.new("RGBA", (RENDERED, RENDERED), (*BLOCKS[name], 255))
+    assert certain_colour(picture) == name
+    picture.paste((120, 120, 120, 255), (0, 0, RENDERED, RENDERED // 4))
+    assert certain_colour(picture) == name
+    picture.paste((120, 120, 120, 255), (0, 0, RENDERED, RENDERED // 2))
+    assert certain_colour(picture) is None
+
+
+@pytest.mark.parametrize(
+    "colour", [(150, 90, 50), (240, 160, 90), (255, 120, 150), (255, 172, 51), (40, 170, 170), (10, 25, 60)]
+)
+def test_what_people_would_call_differently_has_no_colour(colour):
+    """Brown, tan, pink, gold, teal and nearly black."""
+    assert certain_colour(Image.new("RGBA", (RENDERED, RENDERED), (*colour, 255))) is None
+
+
+def test_a_family_without_pictures_is_named(tmp_path):
+    with pytest.raises(ValueError, match="noto has no picture of an object: fetch them first"):
+        read_pictograms(tmp_path)
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    shutil.rmtree(tmp_path / HELD_OUT_FAMILY)
+    with pytest.raises(ValueError, match=HELD_OUT_FAMILY):
+        read_pictograms(tmp_path)
+
+
+def test_the_table_of_objects():
+    names = [one.name for one in OBJECTS]
+    assert len(set(names)) == len(names) > 300
+    assert not {*names} & {*CATEGORIES}
+    for one in OBJECTS:
+        assert one.category in ("", *CATEGORIES)
+        assert {*one.also} <= {*names, *CATEGORIES} - {one.name, one.category}, one
+        # A caption is compared by its parts, see `is_right`.
+        assert not any(mark in one.name for mark in (" and ", ",", ":", ".")), one
+    assert {"tomato", "fox", "guitar"} < {*names} and "fruit" in next(
+        one.also for one in OBJECTS if one.name == "tomato"
+    )
+
+
+def test_the_sample_has_every_artist():
+    named = {family: {one.object.name for one in pictograms} for family, pictograms in SAMPLES.items()}
+    assert named.keys() == FAMILIES.keys() and named[HELD_OUT_FAMILY] == set().union(*named.values())
+    for family in FAMILIES:
+        assert {file.stem for file in (SAMPLE / family).iterdir()} == named[family]
+        assert all(one.picture.size == (RENDERED, RENDERED) for one in SAMPLES[family])
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """Two objects, npm without a network, and a resvg that draws a green bar."""
+
+    bar = io.BytesIO()
+    picture = Image.new("RGBA", (2 * RENDERED, 2 * RENDERED))
+    picture.paste((0, 200, 0, 255), (10, 30, 118, 40))
+    picture.save(bar, "PNG")
+    seen = []
+
+    def pack(command, cwd, **_):
+        icons = {name: {"body": f"<path d='{name}'/>", "width": 36} for name in ("cat-a", "dog-a")}
+        data = json.dumps({"icons": icons, "width": 128, "height": 64}).encode()
+        with tarfile.open(f"{cwd}/package.tgz", "w:gz") as archive:
+            entry = tarfile.TarInfo("package/icons.json")
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+        seen.append(command[-1])
+
+    rows = [
+        {"name": "cat", **dict.fromkeys(FAMILIES, "cat-a")},
+        {"name": "dog", **dict.fromkeys(FAMILIES, "dog-a"), "fxemoji": ""},
+    ]
+    monkeypatch.setattr("examples.shapes.pictograms._rows", lambda: rows)
+    monkeypatch.setattr("examples.shapes.pictograms.subprocess.run", pack)
+    svgs = []
+    resvg = SimpleNamespace(svg_to_bytes=lambda svg_string, **_: svgs.append(svg_string) or bar.getvalue())
+    monkeypatch.setitem(sys.modules, "resvg_py", resvg)
+    return SimpleNamespace(packages=seen, svgs=svgs)
+
+
+def test_fetch_draws_every_object_of_every_family(offline, tmp_path):
+    out = fetch(tmp_path / "pictograms")
+    assert offline.packages == [f"@iconify-json/{family}@{version}" for family, version in FAMILIES.items()]
+    expected = {f"{family}/{name}.png" for family in FAMILIES for name in ("cat", "dog")} - {"fxemoji/dog.png"}
+    assert {str(file) for file in files(out)} == expected
+    assert 'viewBox="0 0 36 64"' in offline.svgs[0] and "cat-a" in offline.svgs[0]
+    picture = Image.open(out / "noto" / "cat.png")  # cut to what is drawn, in the middle of a square
+    assert picture.size == (RENDERED, RENDERED) and picture.getpixel((RENDERED // 2,) * 2) == (0, 200, 0, 255)
+    assert picture.getpixel((0, RENDERED // 2))[3] > 200 and picture.getpixel((RENDERED // 2, RENDERED // 4))[3] == 0
+    assert {one.object.name for one in read_pictograms(out)["noto"]} == {"cat", "dog"}
+    with pytest.raises(ConversionError, match="not empty"):
+        fetch(out)
+
+
+@pytest.mark.parametrize("lacking", ["npm", "package", "resvg"])
+def test_fetch_says_what_is_missing_and_writes_nothing(lacking, offline, tmp_path, monkeypatch):
+
+    failures = {"npm": FileNotFoundError(), "package": subprocess.CalledProcessError(1, "npm", stderr="E404")}
+
+    def fail(*_, **__):
+        raise failures[lacking]
+
+    if lacking == "resvg":
+        monkeypatch.setitem(sys.modules, "resvg_py", None)
+    else:
+        monkeypatch.setattr("examples.shapes.pictograms.subprocess.run", fail)
+    messages = {"npm": "Install it", "package": r"noto@.*E404", "resvg": "pip install resvg-py"}
+    with pytest.raises(ValueError, match=messages[lacking]):
+        fetch(tmp_path / "pictograms")
+    assert not (tmp_path / "pictograms").exists()
 
 
 def test_objects_lie_inside_the_picture_and_apart():
@@ -105,37 +306,49 @@ def test_objects_lie_inside_the_picture_and_apart():
                 assert a[0] >= b[2] or b[0] >= a[2] or a[1] >= b[3] or b[1] >= a[3]
 
 
-def test_splits_share_no_content_and_held_out_pairs_are_in_the_test_only():
-    train, test = scenes("train", 1500), scenes("test", 300)
+@pytest.mark.parametrize("everything", [False, True], ids=["sample", "everything"])
+def test_splits_share_no_content_and_the_test_has_what_training_never_shows(everything):
+    train, test = scenes("train", 1500, everything), scenes("test", 300, everything)
     assert not {scene.content for scene in train} & {scene.content for scene in test}
-    assert not {thing.pair for scene in train for thing in scene.things} & set(HELD_OUT_PAIRS)
-    assert {thing.pair for scene in test for thing in scene.things} >= set(HELD_OUT_PAIRS)
+    assert {scene.split for scene in train} == {"train"} and {scene.split for scene in test} == {"test"}
+    assert HELD_OUT_FAMILY not in {thing.family for scene in train for thing in scene.things}
+    together = pairs(train)
+    for scene in test:
+        artists = {thing.family for thing in scene.things}
+        assert (artists == {HELD_OUT_FAMILY}) == (scene.group == "unseen artist") == (HELD_OUT_FAMILY in artists)
+        if scene.group == "unseen pair":
+            assert pairs([scene]) - together
+    if not everything:  # so few objects that nearly all other pairs are in the training
+        assert not pairs(scene for scene in test if scene.group == "seen") - together
+    shares = Counter(scene.group for scene in test)
+    assert shares.keys() == {*GROUPS} and min(shares.values()) > 50
     assert {len(scene.things) for scene in test} == {1, 2, 3, 4, 5}
 
 
-def test_training_asks_nothing_about_held_out_pairs():
-    rng = Random(0)
-    asked = [q for scene in scenes("train", 500) for q in [*conversation(scene, 8, rng), *one_of_each(scene, rng)]]
-    assert not any(question.unseen for question in asked)
-    for colour, shape in HELD_OUT_PAIRS:
-        assert not any(f"{colour} {shape}" in question.text + question.answer for question in asked)
-    assert any(question.unseen for scene in scenes("test", 50) for question in one_of_each(scene, rng))
+def pairs(several):
+    return {
+        frozenset((a.name, b.name)) for scene in several for a in scene.things for b in scene.things if a.name != b.name
+    }
+
+
+def thing(name, category, size, x, y, radius, colour=None):
+    return Thing(name, category, colour, "noto", size, x, y, radius)
 
 
 SCENE = Scene(
     (
-        Thing("red", "ring", "large", 14, 14, 13),
-        Thing("blue", "cross", "small", 48, 80, 8),
-        Thing("orange", "circle", "small", 80, 48, 8),
+        thing("unicorn", "", "large", 20, 20, 18, "red"),
+        thing("elephant", "animal", "small", 64, 110, 14, "blue"),
+        thing("tomato", "vegetable", "small", 110, 64, 14),
     ),
     Print("42", (40, 40, 64, 62)),
 )
 
 
-def answers(scene, kind):
+def answers(scene, kind, seeds=400):
     """Every question of a kind, with its answers."""
     found = defaultdict(set)
-    for seed in range(400):
+    for seed in range(seeds):
         question = KINDS[kind](scene, Random(seed))
         if question:
             found[question.text].add(question.answer)
@@ -144,11 +357,11 @@ def answers(scene, kind):
 
 def test_caption_names_everything_from_left_to_right():
     assert describe(SCENE) == (
-        "Three objects and the number 42: a large red ring at the top left, a small blue cross at the bottom and a "
-        "small orange circle on the right."
+        "Three objects and the number 42: a large unicorn at the top left, a small elephant at the bottom and a small "
+        "tomato on the right."
     )
     one = replace(SCENE, things=SCENE.things[2:], print=Print("cat", SCENE.print.box))
-    assert describe(one) == "One object and the word cat: a small orange circle on the right."
+    assert describe(one) == "One object and the word cat: a small tomato on the right."
     assert caption(SCENE, Random(0)).answer == describe(SCENE)
 
 
@@ -156,54 +369,82 @@ def test_caption_names_everything_from_left_to_right():
     ("kind", "text", "answer"),
     [
         ("count", "How many objects are there?", "There are three objects."),
-        ("count", "How many crosses are there?", "There is one cross."),
-        ("count", "How many blue objects are there?", "There is one blue object."),
-        ("count", "How many squares are there?", "There are no squares."),
-        ("colour", "What color is the ring?", "The ring is red."),
-        ("colour", "What colour is the circle?", "The circle is orange."),
-        ("shape", "What shape is the orange object?", "The orange object is a circle."),
-        ("where", "Where is the red ring?", "The red ring is at the top left."),
-        ("where", "Where is the orange circle?", "The orange circle is on the right."),
-        (
-            "left/right",
-            "Is the blue cross left or right of the red ring?",
-            "The blue cross is right of the red ring.",
-        ),
-        (
-            "above/below",
-            "Is the orange circle above or below the blue cross?",
-            "The orange circle is above the blue cross.",
-        ),
-        ("is there", "Is there an orange circle?", "Yes, there is an orange circle."),
-        ("is there", "Is there a red circle?", "No, there is no red circle."),
-        ("larger", "Which is larger, the blue cross or the red ring?", "The red ring is larger."),
+        ("count", "How many elephants are there?", "There is one elephant."),
+        ("count", "How many vegetables are there?", "There is one vegetable."),
+        ("count", "How many vehicles are there?", "There are no vehicles."),
+        ("name", "What is on the right?", "A tomato."),
+        ("name", "Which object is at the bottom?", "An elephant."),
+        ("category", "Is there a vegetable?", "Yes, there is a vegetable: a tomato."),
+        ("category", "Is there a vehicle?", "No, there is no vehicle."),
+        ("colour", "What color is the object at the top left?", "The object at the top left is red."),
+        ("colour", "What colour is the object at the bottom?", "The object at the bottom is blue."),
+        ("where", "Where is the unicorn?", "The unicorn is at the top left."),
+        ("where", "Where is the tomato?", "The tomato is on the right."),
+        ("left/right", "Is the elephant left or right of the unicorn?", "The elephant is right of the unicorn."),
+        ("above/below", "Is the tomato above or below the elephant?", "The tomato is above the elephant."),
+        ("is there", "Is there an elephant?", "Yes, there is an elephant."),
+        ("is there", "Is there a unicorn?", "Yes, there is a unicorn."),
+        ("is there", "Is there an airplane?", "No, there is no airplane."),
+        ("larger", "Which is larger, the elephant or the unicorn?", "The unicorn is larger."),
         ("read", "Read the word or number.", "The number is 42."),
     ],
 )
 def test_answers_are_true(kind, text, answer):
-    assert answers(SCENE, kind)[text] == answer
+    assert answers(SCENE, kind, seeds=3000)[text] == answer
 
 
 def test_what_has_no_clear_answer_is_not_asked():
-    twins = Scene((SCENE.things[0], replace(SCENE.things[0], x=80, y=80)), None)
-    for kind in ("colour", "shape", "where", "left/right", "above/below", "larger"):
+    twins = Scene((SCENE.things[0], replace(SCENE.things[0], x=110, y=110)), None)
+    for kind in ("where", "left/right", "above/below", "larger"):
         assert not answers(twins, kind), kind
     assert set(answers(twins, "read").values()) == {"There is no text."}
-    assert answers(twins, "count")["How many rings are there?"] == "There are two rings."
+    assert answers(twins, "count")["How many unicorns are there?"] == "There are two unicorns."
+    here = Scene((SCENE.things[0], replace(SCENE.things[1], x=22)), None)  # in one column, and in the same place
+    assert not answers(here, "left/right")
+    same_place = Scene((SCENE.things[0], replace(SCENE.things[1], x=22, y=22)), None)
+    assert not answers(same_place, "name") and not answers(same_place, "colour")
+
+
+def test_what_people_would_dispute_is_not_asked():
+    """A hen is a bird: with a hen, "the bird" is not clear, and whether a tomato is a fruit is not asked."""
+    hen, bird = thing("hen", "animal", "large", 20, 20, 18), thing("bird", "animal", "small", 64, 110, 14)
+    scene = Scene((hen, bird, SCENE.things[2]), None)
+    for kind in KINDS:
+        for text in answers(scene, kind, seeds=2000):
+            assert "fruit" not in text and "bird" not in text, text
+    assert "Where is the hen?" in answers(scene, "where")
+    assert answers(replace(scene, things=(bird,)), "is there")["Is there a bird?"] == "Yes, there is a bird."
+    assert "Where is the bird?" in answers(replace(scene, things=(bird,)), "where")
+
+
+def test_plurals_and_articles():
+    several = {
+        "fox": "foxes", "mouse": "mice", "computer mouse": "computer mice", "bunch of grapes": "bunches of grapes",
+        "pair of cherries": "pairs of cherries", "tomato": "tomatoes", "maple leaf": "maple leaves",
+        "snowman": "snowmen", "strawberry": "strawberries", "monkey": "monkeys", "watch": "watches", "die": "dice",
+        "loaf of bread": "loaves of bread", "piece of clothing": "pieces of clothing", "bus": "buses",
+        "wolf": "wolves", "piano": "pianos",
+        "high-heeled shoe": "high-heeled shoes", "glass of wine": "glasses of wine", "fish": "fish", "taxi": "taxis",
+        "crocodile": "crocodiles", "cactus": "cacti", "hourglass": "hourglasses", "dish": "dishes", "ox": "oxen",
+    }  # fmt: skip
+    assert {noun: plural(noun) for noun in several} == several
+    assert {*several} <= {one.name for one in OBJECTS} | {*CATEGORIES}
+    for right in ("an hourglass", "a small hourglass", "a unicorn", "an American football", "an umbrella", "a t-shirt"):
+        assert article(right.split(" ", 1)[1]) == right
+    tree = Scene((thing("Christmas tree", "", "small", 20, 20, 14),), None)
+    assert answers(tree, "name")["What is at the top left?"] == "A Christmas tree."
 
 
 def test_a_blind_guess_wins_no_kind():
     """The most frequent answer to each question, known from training, is right less than 55 % of the time."""
     rng = Random(1)
     known = defaultdict(Counter)
-    for scene in scenes("train", 3000):
+    for scene in scenes("train", 2500, everything=True):
         for question in conversation(scene, 8, rng):
             known[question.text][question.answer] += 1
     right, asked = Counter(), Counter()
-    for scene in scenes("test", 600):
+    for scene in scenes("test", 450, everything=True):
         for question in one_of_each(scene, rng):
-            if question.unseen:
-                continue
             asked[question.kind] += 1
             right[question.kind] += known[question.text].most_common(1)[:1] != [] and (
                 known[question.text].most_common(1)[0][0] == question.answer
@@ -213,13 +454,15 @@ def test_a_blind_guess_wins_no_kind():
         assert right[kind] / asked[kind] < 0.55, kind
 
 
-def test_is_there_is_yes_half_of_the_time_for_unseen_pairs_too():
+@pytest.mark.parametrize("kind", ["is there", "category"])
+def test_yes_and_no_are_equally_frequent_in_every_group(kind):
     yes = defaultdict(list)
-    for index, scene in enumerate(scenes("test", 800)):
-        question = KINDS["is there"](scene, Random(index))
-        yes[question.unseen].append(question.answer.startswith("Yes"))
-    for marks in yes.values():
-        assert len(marks) > 100 and 0.4 < sum(marks) / len(marks) < 0.6
+    for index, scene in enumerate(scenes("test", 450, everything=True)):
+        if question := KINDS[kind](scene, Random(index)):
+            yes[scene.group].append(question.answer.startswith("Yes"))
+    assert yes.keys() == {*GROUPS}
+    for of_group in yes.values():
+        assert len(of_group) > 100 and 0.4 < sum(of_group) / len(of_group) < 0.6
 
 
 def test_files_fit_together(data):
@@ -238,6 +481,7 @@ def test_files_fit_together(data):
     captions = {row["id"]: row["conversations"][1]["value"] for row in read_rows(data / "captions.json")}
     for row in read_rows(data / "text.json"):
         assert "image" not in row and row["conversations"][0]["value"].startswith(captions[row["id"]] + "\n")
+        assert not any("color" in turn["value"] or "colour" in turn["value"] for turn in row["conversations"])
     assert max(len(row["conversations"]) for row in read_rows(data / "train.json")) == 16
 
 
@@ -245,7 +489,7 @@ def test_tokenizer_suits_the_processor(data, tokenizer, tmp_path):
     processor = LlavaSTFProcessor(
         image_processor=LlavaSTFImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}),
         tokenizer=tokenizer,
-        patch_size=8,
+        patch_size=16,
         fusion_window=2,
         vision_feature_select_strategy="default",
         chat_template=CHAT_TEMPLATE,
@@ -257,7 +501,7 @@ def test_tokenizer_suits_the_processor(data, tokenizer, tmp_path):
         messages_of(row, data), tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
     ids, marks = encoded["input_ids"][0], encoded["assistant_masks"][0]
-    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.image_token_id) == 36
+    assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.image_token_id) == 16
     spoken = processor.decode([token for token, mark in zip(ids, marks, strict=True) if mark])
     given = [turn["value"] for turn in row["conversations"] if turn["from"] == "gpt"]
     assert [text.strip() for text in spoken.split("</s>")[:-1]] == given
@@ -265,46 +509,40 @@ def test_tokenizer_suits_the_processor(data, tokenizer, tmp_path):
 
 
 def test_tokenizer_has_a_token_per_word_and_digit_and_bytes_for_the_rest(data, tokenizer):
-    assert tokenizer.tokenize("The red circle is 46.") == ["▁The", "▁red", "▁circle", "▁is", "▁4", "6", "."]
+    assert tokenizer.tokenize("There are two objects 46.") == ["▁There", "▁are", "▁two", "▁objects", "▁4", "6", "."]
     text = "Привет, zebra 漢\nx"
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
 def test_scenes_are_read_as_they_were_drawn(data):
-    drawn = draw_scene("train", Random("3/train/7"))
-    assert read_scenes(data, "train")["train-000007"] == drawn
+    seventh = draw_scene(SAMPLES, "train", Random("3/train/7"))
+    assert read_scenes(data, "train")["train-000007"] == seventh
     assert len(read_scenes(data, "test")) == TEST_SCENES
 
 
 @pytest.mark.parametrize(
-    ("phrase", "text", "holds"),
+    ("place", "texts"),
     [
-        (Phrase(colour="red"), "a red object", True),
-        (Phrase(colour="green"), "a green object", False),
-        (Phrase(size="small", shape="circle"), "a small circle", True),
-        (Phrase(size="large", shape="circle"), "a large circle", False),
-        (Phrase(shape="circle", place="on the right"), "a circle on the right", True),
-        (Phrase(colour="orange", place="at the bottom"), "an orange object at the bottom", False),
-        (Phrase(colour="red", shape="cross"), "a red cross", False),
-        (Phrase(number=3), "three objects", True),
-        (Phrase(number=1, colour="blue"), "one blue object", True),
-        (Phrase(number=2, shape="ring"), "two rings", False),
-        (Phrase(printed="42"), "the number 42", True),
-        (Phrase(printed="cat"), "the word cat", False),
+        ((20, 20), {"a unicorn", "a red object", "a large object", "an object at the top left"}),
+        ((64, 110), {"an elephant", "an animal", "a blue object", "a small object", "an object at the bottom"}),
+        ((110, 64), {"a tomato", "a vegetable", "a small object", "an object on the right"}),
+        ((50, 50), {"the number 42"}),
+        ((100, 100), {"nothing"}),
     ],
 )
-def test_phrases(phrase, text, holds):
-    assert phrase.text == text and phrase.holds(SCENE) is holds
+def test_phrases_say_what_a_patch_shows(place, texts):
+    assert {phrase.text for phrase in true_phrases(shown_at(SCENE, *place))} == texts
 
 
-def test_phrases_differ_and_none_is_held_out():
+def test_phrases_differ_and_name_everything():
     phrases = all_phrases()
     assert len({phrase.text for phrase in phrases}) == len(phrases)
-    assert not any(phrase.held_out for phrase in phrases)
-    assert {"size", "colour + shape", "number", "colour + number", "printed"} <= {phrase.kind for phrase in phrases}
+    assert {"a fox", "an animal", "a green object", "the word cat", "the number 7", NOTHING} <= {
+        phrase.text for phrase in phrases
+    }
     for scene in scenes("train", 50):
-        truths = [phrase.holds(scene) for phrase in phrases]
-        assert any(truths) and not all(truths)
+        for thing in scene.things:
+            assert true_phrases(thing) <= {*phrases}
 
 
 def test_clip_compares_pictures_with_texts(tokenizer):
@@ -312,8 +550,8 @@ def test_clip_compares_pictures_with_texts(tokenizer):
     # Padding changes nothing: a text means the same alone.
     pixels = torch.randn(3, 3, SIDE, SIDE)
     together = similarity(model, pixels, encode(tokenizer, phrases))
-    assert together.shape == (3, len(phrases)) and together.abs().max() <= 1
-    torch.testing.assert_close(together[:, :1], similarity(model, pixels, encode(tokenizer, phrases[:1])))
+    assert together.shape == (3, (SIDE // PATCH) ** 2, len(phrases)) and together.abs().max() <= 1 + 1e-6
+    torch.testing.assert_close(together[..., :1], similarity(model, pixels, encode(tokenizer, phrases[:1])))
 
 
 def test_contrast_is_clip_s_loss_where_each_picture_has_one_caption():
@@ -332,13 +570,38 @@ def test_contrast_with_several_true_captions_is_lower_the_better_they_are_told_a
     assert contrast(raised, truth) < contrast(right, truth)
 
 
-def test_measure_counts_pictures_whose_true_captions_all_suit_better(monkeypatch):
-    phrases = [Phrase(colour="red"), Phrase(colour="blue"), Phrase(number=1), Phrase(number=2)]
-    truth = torch.tensor([[True, False, True, False], [True, True, False, True], [False, True, True, False]])
-    cosines = torch.tensor([[0.9, 0.1, 0.3, 0.5], [0.5, 0.6, 0.1, 0.2], [0.8, 0.2, 0.9, 0.8]])
-    monkeypatch.setattr("examples.shapes.clip.similarity", lambda model, pixels, texts: cosines)
-    # Both colours of the second picture are there: none is false, and none can be worse.
-    assert measure(None, torch.zeros(3, 1), truth, {}, phrases) == {"colour": 0.6667, "number": 0.6667}
+def test_what_a_patch_shows_is_read_from_its_place(data):
+    phrases = all_phrases()
+    pixels, truth = read_pictures(data, "train", phrases)
+    assert pixels.shape == (SCENES, SIDE, SIDE, 3) and truth.shape == (SCENES, (SIDE // PATCH) ** 2, MOST)
+    for index, (name, scene) in enumerate(list(read_scenes(data, "train").items())[:10]):
+        assert torch.equal(pixels[index], torch.from_numpy(np.array(Image.open(data / "images" / f"{name}.png"))))
+        held = marks(truth[index], len(phrases))
+        for patch, of_patch in enumerate(held):
+            y, x = divmod(patch, SIDE // PATCH)
+            shown = shown_at(scene, (x + 0.5) * PATCH, (y + 0.5) * PATCH)
+            assert {phrases[number] for number in of_patch.nonzero().flatten()} == true_phrases(shown)
+
+
+def test_measure_counts_patches_by_group_and_leaves_out_what_shows_nothing(data, monkeypatch):
+    """A model that knows all is right; one that calls everything nothing, or swaps two kinds of things, is not."""
+    phrases = all_phrases()
+    known = torch.stack([marks(rows, len(phrases)) for rows in read_pictures(data, "test", phrases)[1]]).float()
+    processor = LlavaSTFImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
+
+    def told(cosines):
+        monkeypatch.setattr("examples.shapes.clip.similarity", lambda model, pixels, texts: cosines)
+        return measure(None, data, processor, {})
+
+    perfect = told(known)
+    assert perfect.keys() == {scene.group for scene in read_scenes(data, "test").values()}
+    assert {share for shares in perfect.values() for share in shares.values()} == {1.0}
+    silent = torch.zeros_like(known)
+    silent[..., phrases.index(Phrase("print", NOTHING))] = 1
+    assert {shares.get("print", 0.0) for shares in told(silent).values()} == {0.0}
+    flawed = known.clone()
+    flawed[:, ::2] = 0  # ties: the first phrase of a kind
+    assert all(0.3 < shares["name"] < 0.7 for shares in told(flawed).values())
 
 
 def test_waves_tell_near_patches_from_far_ones():
@@ -347,14 +610,18 @@ def test_waves_tell_near_patches_from_far_ones():
     assert (distance + torch.eye(64)).min() > 0.1
 
 
-def test_clip_training_learns_and_repeats(data, tokenizer_folder, tmp_path):
-    folder = train_clip(data, tokenizer_folder, tmp_path / "clip", steps=40, batch_size=4)
+def test_clip_training_learns_and_repeats(data, tokenizer_folder, tmp_path, monkeypatch):
+    names = {one.object.name for one in SAMPLES[HELD_OUT_FAMILY]}
+    used = [phrase for phrase in all_phrases() if phrase.kind != "name" or phrase.value in names]
+    monkeypatch.setattr("examples.shapes.clip.all_phrases", lambda: used)  # a fifth of the time of all names
+    folder = train_clip(data, tokenizer_folder, tmp_path / "clip", steps=24, batch_size=4)
     record = json.loads((folder / "training_log.json").read_text())
     first, last = record["log"]
-    assert last["step"] == record["settings"]["steps"] == 40 and last["loss"] < first["loss"]
+    assert last["step"] == record["settings"]["steps"] == 24 and last["loss"] < first["loss"]
     model = CLIPModel.from_pretrained(folder)
     assert LlavaSTFImageProcessor.from_pretrained(folder).crop_size["height"] == model.config.vision_config.image_size
-    assert record["told_apart"].keys() >= {"colour", "shape", "place"}
+    assert record["told"].keys() == {scene.group for scene in read_scenes(data, "test").values()}
+    assert all(shares.keys() >= {"name", "size", "place"} for shares in record["told"].values())
 
     short = [train_clip(data, tokenizer_folder, tmp_path / name, steps=2, batch_size=2) for name in ("a", "b")]
     assert (short[0] / "model.safetensors").read_bytes() == (short[1] / "model.safetensors").read_bytes()
@@ -377,17 +644,18 @@ def test_score_counts_right_answers(data):
     assert sum(part["questions"] for part in counts) == len(rows) == sum(part["right"] for part in counts)
     assert {part["accuracy"] for part in counts if part["questions"]} == {1.0}
 
-    wrong = next(row["id"] for row in truth if row["kind"] == "colour" and not row["unseen"])
-    flawed = score({**given, wrong: "The circle is grey."}, rows, truth)
-    before, after = (result["kinds"]["colour"]["seen"] for result in (perfect, flawed))
+    wrong = next(row["id"] for row in truth if row["kind"] == "name" and row["group"] == "seen")
+    flawed = score({**given, wrong: "A stone."}, rows, truth)
+    before, after = (result["kinds"]["name"]["seen"] for result in (perfect, flawed))
     assert after["right"] == before["right"] - 1 and after["questions"] == before["questions"]
     assert [mistake["id"] for mistake in flawed["mistakes"]] == [wrong]
-    assert flawed["kinds"]["colour"]["unseen"] == perfect["kinds"]["colour"]["unseen"]
+    for group in ("unseen pair", "unseen artist"):
+        assert flawed["kinds"]["name"][group] == perfect["kinds"]["name"][group]
 
 
 def test_a_caption_may_name_the_objects_in_another_order():
     rows = [{"id": "x", "conversations": [{}, {"value": "Two objects: a red ring and a blue cross."}]}]
-    truth = [{"id": "x", "kind": "caption", "unseen": False}]
+    truth = [{"id": "x", "kind": "caption", "group": "seen"}]
     right = {"Two objects: a blue cross and a red ring.": 1, "Two objects: a blue ring and a red cross.": 0}
     for answer, expected in right.items():
         assert score({"x": answer}, rows, truth)["kinds"]["caption"]["seen"]["right"] == expected
@@ -407,7 +675,7 @@ def test_evaluates_a_checkpoint(data, checkpoint, tmp_path, capsys):
     assert json.loads(output.read_text()) == result
     asked = Counter(row["kind"] for row in read_rows(data / "truth.jsonl"))
     for kind, parts in result["kinds"].items():
-        assert parts["seen"]["questions"] + parts["unseen"]["questions"] == asked[kind]
+        assert sum(parts[group]["questions"] for group in GROUPS) == asked[kind]
         assert kind in capsys.readouterr().out or kind != "caption"
     on_a_card = read_evaluation(output, {str(checkpoint)})
     assert sum(int(score.samples) for score in on_a_card.scores) == asked.total()

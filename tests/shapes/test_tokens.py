@@ -23,7 +23,7 @@ def row(right, name="row", seconds=None):
 
 
 # Two about each of 8 pictures.
-QUESTIONS = {f"test-{number:06}-{kind}": kind for number in range(8) for kind in ("count", "shape")}
+QUESTIONS = {f"test-{number:06}-{kind}": kind for number in range(8) for kind in ("count", "name")}
 
 
 def test_differences_are_paired_and_pictures_are_the_sample():
@@ -41,7 +41,7 @@ def test_differences_are_paired_and_pictures_are_the_sample():
 def test_the_table_has_kinds_intervals_and_times():
     rows = [row("1111" * 4, "all", [0.02]), row("1110" * 4, "few", [0.01])]
     lines = table({"rows": rows, "questions": QUESTIONS}).splitlines()
-    assert lines[0] == "| system | vision tokens | all | against all tokens | count | shape | first token, ms |"
+    assert lines[0] == "| system | vision tokens | all | against all tokens | count | name | first token, ms |"
     assert lines[2] == "| all | 4 | 100.0 |  | 100 | 100 | 20.0 |"
     assert lines[3].startswith("| few | 4 | 75.0 | -25.0 ± ") and lines[3].endswith(" | 100 | 50 | 10.0 |")
 
