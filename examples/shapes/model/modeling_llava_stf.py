@@ -183,6 +183,25 @@ class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
             quantization_config = _language_model_only(quantization_config)
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the model (see [`PreTrainedModel.save_pretrained`]), also one that was read from a quantised folder."""
+        if getattr(self, "is_quantized", False):
+            # transformers 5.24 cannot undo how it reads quantised weights (`NotImplementedError`), which have the
+            # model's own names anyway. Remove this when it saves them without the argument.
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the weights (see [`nn.Module.state_dict`]); those in 4 bit as if they had not run on a CPU."""
+        _unpack_4_bit(self)
+        return super().state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode (see [`nn.Module.train`]); weights in 4 bit train as if they had not run on a CPU."""
+        if mode:
+            _unpack_4_bit(self)
+        return super().train(mode)
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Adds a PEFT adapter to the model (see [`PreTrainedModel.load_adapter`]).
 
@@ -575,6 +594,21 @@ def _language_model_only(quantization_config: Any) -> Any:
             in_base = [module.removeprefix("model.") for module in NOT_QUANTISED[:-1]]
             setattr(quantization_config, name, NOT_QUANTISED + in_base)
     return quantization_config
+
+
+def _unpack_4_bit(model: nn.Module) -> None:
+    """Brings 4-bit weights and their scales back to the order in which they are stored.
+
+    bitsandbytes (0.50.2) packs them in another order when a model first answers on a CPU with AVX512-BF16. Weights in
+    that order have no gradient; and its `state_dict` restores the weights, but not their scales. Remove this when both
+    are mended there.
+    """
+    for module in model.modules():
+        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            if not state.original_nested:
+                state.absmax = state.absmax.T.reshape(-1).float()
+            module.state_dict()
 
 
 def _concatenate(passes: list[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:
