@@ -219,6 +219,7 @@ def test_bitsandbytes_does_not_restore_the_scales():
 
 def test_lora_trains_after_an_answer(wide, processor, picture):
     """On such a CPU the gradients ended at the first layer in 4 bit."""
+    pytest.importorskip("bitsandbytes")
     peft = pytest.importorskip("peft")
     config = BitsAndBytesConfig(load_in_4bit=True)
     model = LlavaSTFForConditionalGeneration.from_pretrained(wide, dtype=torch.bfloat16, quantization_config=config)
