@@ -604,7 +604,7 @@ def _unpack_4_bit(model: nn.Module) -> None:
     are mended there.
     """
     for module in model.modules():
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
+        state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
             if not state.original_nested:
                 state.absmax = state.absmax.T.reshape(-1).float()
