@@ -461,3 +461,15 @@ def test_a_budget_and_a_reducer_together(model, processor, picture):
     alone = processor(images=images[0], text=text[0], max_soft_tokens=smaller, return_tensors="pt")
     alone = reduce_image_tokens(model, alone, keep=0.5)
     assert torch.equal(new_tokens(model, reduced)[0], new_tokens(model, alone)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_budgets_in_another_order_are_refused(rows, model, processor, picture):
+    every, smaller = sorted(model.config.allowed_token_budgets, reverse=True)[:2]
+    text = ["USER: <image> <image> ASSISTANT:"] if rows == 1 else ["USER: <image> ASSISTANT:"] * 2
+    images = [picture("shapes.png"), picture("text.png")]
+    inputs = processor(images=images, text=text, max_soft_tokens=[smaller, every], return_tensors="pt", padding=True)
+    assert reduce_image_tokens(model, inputs, keep=1)["input_ids"].shape[0] == rows
+    inputs["image_tokens"] = [every, smaller]
+    with pytest.raises(ValueError, match="do not match.*in its order"):
+        reduce_image_tokens(model, inputs, keep=1)
