@@ -22,7 +22,7 @@ from modeling_llava_stf import (
     generate_many,
 )
 from modeling_llava_stf.__main__ import DEFAULT_MODEL, main
-from modeling_llava_stf._bulk import Row, Server
+from modeling_llava_stf._bulk import Captioner, Row, Server
 from modeling_llava_stf.configuration_llava_stf import allowed_token_budgets
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
@@ -500,6 +500,18 @@ def test_default_budget_acts_everywhere(small, saved_default, pictures):
     assert torch.equal(generate_many([cache], QUESTIONS[:1], **EIGHT), generate(small, inputs))
 
 
+def test_a_call_asks_for_all_tokens_over_a_default_budget(small, saved_default, pictures):
+    processor = LlavaSTFProcessor.from_pretrained(saved_default)
+    inputs = chat_inputs(processor, pictures[0], QUESTIONS[0], max_soft_tokens=16)
+    cache = PictureCache(small, processor, pictures[0], max_soft_tokens=16)
+    assert cache.prompt(QUESTIONS[0]) == inputs["input_ids"][0].tolist()
+    assert torch.equal(generate_many([cache], QUESTIONS[:1], **EIGHT), generate(small, inputs))
+    captioner = Captioner(processor, small, 8, {"max_soft_tokens": 16})
+    prepared = captioner.prepare(Row("one", QUESTIONS[0], DEFAULT_MODEL / "example.png"))
+    whole = chat_inputs(processor, DEFAULT_MODEL / "example.png", QUESTIONS[0], max_soft_tokens=16)
+    assert prepared.ids == whole["input_ids"][0].tolist() and captioner.answer([prepared])[0].error is None
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     def run(*arguments):
@@ -534,8 +546,9 @@ def test_caption_with_a_budget(command, small_processor, pictures, tmp_path):
     ]
     table = pyarrow_rows(tmp_path / "out" / "part-00000.parquet")
     assert [row["prompt_tokens"] for row in table] == lengths and not any(row["error"] for row in table)
-    status, _, error = command(*arguments, "--max-soft-tokens", 4)
-    assert status == 2 and "max_soft_tokens was 1, is 4" in error
+    for options, now in ((("--max-soft-tokens", 4), 4), ((), None)):
+        status, _, error = command(*arguments, *options)
+        assert status == 2 and f"max_soft_tokens was 1, is {now}" in error
 
 
 def pyarrow_rows(file):
@@ -546,8 +559,8 @@ def test_caption_asks_a_server_for_the_budget(monkeypatch, pictures, tmp_path):
     sent = []
     monkeypatch.setattr(Server, "_request", lambda self, path, content: sent.append(content) or {"choices": []})
     pictures[0].save(tmp_path / "one.png")
-    for budget in (4, None):
-        Server("http://127.0.0.1:1", "model", max_soft_tokens=budget).answer(Row("one", "What?", tmp_path / "one.png"))
+    for options in ({"max_soft_tokens": 4}, None):
+        Server("http://127.0.0.1:1", "model", image_options=options).answer(Row("one", "What?", tmp_path / "one.png"))
     assert sent[0]["mm_processor_kwargs"] == {"max_soft_tokens": 4} and "mm_processor_kwargs" not in sent[1]
 
 

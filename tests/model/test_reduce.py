@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
@@ -263,6 +263,17 @@ def test_transformers_takes_gaps_for_the_borders_of_packed_sequences():
     gap = torch.tensor([[0, 1, 4, 5]])
     assert find_packed_sequence_indices(gap).tolist() == [[0, 0, 1, 1]]
     assert bool(_is_packed_sequence(gap, batch_size=1))
+
+
+@torch.no_grad()
+def test_an_engine_s_attention_may_send_several_requests_as_one_row(model, monkeypatch):
+    def engine(module, query, key, value, mask, **kwargs):
+        assert mask is None
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("engine", engine)
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation", "engine")
+    model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]), position_ids=torch.tensor([[0, 1, 2, 9, 0]]), use_cache=False)
 
 
 @torch.no_grad()

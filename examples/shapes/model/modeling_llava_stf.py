@@ -31,6 +31,7 @@ from transformers import (
     LlavaPreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
@@ -473,6 +474,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
     def _check_gaps(self, position_ids: torch.Tensor, use_cache: bool | None) -> None:
         # transformers (5.16 to 5.24) takes each gap in the positions for the border of two packed sequences if there is
         # neither a mask nor a cache. Remove this when `find_packed_sequence_indices` looks for falling positions only.
+        # vLLM's attention makes no mask, and knows the borders of its requests, which it sends as one row.
+        if self.config.text_config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return
         cached = self.config.text_config.use_cache if use_cache is None else use_cache
         if not cached and not is_tracing(position_ids) and (position_ids.diff(dim=-1) > 1).any():
             raise ValueError(
