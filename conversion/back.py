@@ -126,6 +126,8 @@ def _in_original_layout(
         weights[name] = first_rows(weights[name], original["vocab_size"])
     weights = _with_whole_tower(to_original(weights), config, clip_folder)
     original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
+    if config.token_budgets is not None:
+        print(f"- token_budgets {config.token_budgets} are not written: the original's code has one number of tokens")
     _check_pictures(original, config, folder, clip_folder)
     return original, weights
 

@@ -123,7 +123,7 @@ def ask(
         raise ValueError("The question is empty.")
     question.encode()  # raises a ValueError if the argument is not valid UTF-8
     processor, network = _load(_default_model() if model is None else model, revision)
-    _check_length(max_new_tokens, network.config.text_config.max_position_embeddings)
+    _check_numbers(network.config, max_new_tokens, image_options)
     number = (image_options or {}).get("max_soft_tokens", processor.tokens_per_image)
     answer, seconds = _answer(processor, network, image, question, max_new_tokens, image_options)
     print(f"picture   {image}")
@@ -159,14 +159,14 @@ def caption(arguments: argparse.Namespace) -> int:
     """Prints how many pictures were asked about; their answers are in the parts."""
     if not arguments.server:
         arguments.model = arguments.model or _default_model()
+    image_options = _image_options(arguments)
 
     def load() -> tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]:
         processor, network = _load(arguments.model, arguments.revision)
-        _check_length(arguments.max_new_tokens, network.config.text_config.max_position_embeddings)
-        _check_budget(arguments.max_soft_tokens, network.config.allowed_token_budgets)
+        _check_numbers(network.config, arguments.max_new_tokens, image_options)
         return processor, network
 
-    print(_bulk.caption(arguments, load, _image_options(arguments)))
+    print(_bulk.caption(arguments, load, image_options))
     return 0
 
 
@@ -217,17 +217,16 @@ def _answer(
     return answer, time.perf_counter() - started
 
 
-def _check_length(max_new_tokens: int, context: int) -> None:
+def _check_numbers(config: LlavaSTFConfig, max_new_tokens: int, image_options: dict[str, Any] | None) -> None:
+    context, allowed = config.text_config.max_position_embeddings, config.allowed_token_budgets
     if not 0 < max_new_tokens < context:
         raise ValueError(
             f"--max-new-tokens is {max_new_tokens}, expected 1 to {context - 1}: the model's context holds {context} "
             "tokens, those of the picture and the question included."
         )
-
-
-def _check_budget(max_soft_tokens: int | None, allowed: list[int]) -> None:
-    if max_soft_tokens is not None and max_soft_tokens not in allowed:
-        raise ValueError(f"--max-soft-tokens is {max_soft_tokens}, expected one of {allowed}.")
+    budget = (image_options or {}).get("max_soft_tokens", allowed[0])
+    if budget not in allowed:
+        raise ValueError(f"--max-soft-tokens is {budget}, expected one of {allowed}.")
 
 
 def _tokens(config: LlavaSTFConfig, number: int) -> str:

@@ -11,7 +11,6 @@ ask_many([PictureCache(model, processor, one), PictureCache(model, processor, ot
 import copy
 import re
 from collections.abc import Sequence
-from itertools import repeat
 from typing import Any
 
 import torch
@@ -37,7 +36,8 @@ class PictureCache:
             it.
 
     Raises:
-        ValueError: if there is no picture, or one that cannot be read, or the number of tokens is not allowed.
+        ValueError: if there is no picture, or one that cannot be read, the number of tokens is not allowed, or the
+            system message has a placeholder of a picture.
     """
 
     def __init__(
@@ -50,10 +50,9 @@ class PictureCache:
     ):
         if images is None or (isinstance(images, (list, tuple)) and not images):
             raise ValueError("There is no picture to be asked about. For text alone use `model.generate`.")
-        inputs = processor(images=images, return_tensors="pt", max_soft_tokens=max_soft_tokens)
-        pixels = inputs["pixel_values"]  # (images, 3, height, width)
-        self._image_tokens = inputs.get("image_tokens")
+        pixels, self._image_tokens = picture_inputs(processor, images, max_soft_tokens=max_soft_tokens)
         self.model, self.processor = model, processor
+        _check_texts(processor, [] if system is None else [system])
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         self._next_content = [{"type": "image"}] * len(pixels)
         self._ids: list[int] = []
@@ -72,7 +71,7 @@ class PictureCache:
         Raises:
             ValueError: if an argument is not a string, or has a placeholder of a picture.
         """
-        _check_texts([question, answer])
+        _check_texts(self.processor, [question, answer])
         longer = copy.copy(self)
         longer._messages = [*self._conversation(question), {"role": "assistant", "content": answer}]
         longer._next_content = []
@@ -94,16 +93,14 @@ class PictureCache:
         """Token ids of the conversation with this question, as the chat template has them.
 
         Raises:
-            ValueError: if they do not begin with what was read, have a placeholder of one more picture, or do not fit
-                the context.
+            ValueError: if they do not begin with what was read, or do not fit the context.
         """
-        ids = prompt_ids(self.processor, [self._conversation(question)], image_tokens=self._image_tokens)[0]
+        ids = prompt_ids(self.processor, [self._conversation(question)], self._image_tokens)[0]
         if ids[: len(self._ids)] != self._ids:
             raise ValueError(
                 "With this question the chat template begins the conversation in another way than it was read. A "
                 "template that puts the question before the pictures, or changes earlier turns, cannot be used here."
             )
-        self._check_no_picture(ids[len(self._ids) :])
         return ids
 
     def _conversation(self, question: str) -> list[dict[str, Any]]:
@@ -113,28 +110,19 @@ class PictureCache:
     @torch.no_grad()
     def _read(self, messages: list[dict[str, Any]], **images: Any) -> None:
         """Adds the states of all tokens up to the last special one: no later text changes how these are tokenized."""
-        ids = prompt_ids(self.processor, [messages], add_generation_prompt=False, image_tokens=self._image_tokens)[0]
+        ids = prompt_ids(self.processor, [messages], self._image_tokens, add_generation_prompt=False)[0]
         special = {*self.processor.tokenizer.all_special_ids, self.processor.image_token_id}
         ids = ids[: 1 + max(index for index, token in enumerate(ids) if token in special)]
         if ids[: len(self._ids)] != self._ids:
             raise ValueError(
                 "With this turn the chat template begins the conversation in another way than it was read."
             )
-        if not images:
-            self._check_no_picture(ids[len(self._ids) :])
         new = torch.tensor([ids[len(self._ids) :]], device=self.model.device)
         cache = _filled(DynamicCache(config=self.model.config.text_config), self._states)
         self.model(
             input_ids=new, attention_mask=new.new_ones(1, len(ids)), logits_to_keep=1, **{CACHE: cache}, **images
         )
         self._ids, self._states = ids, [(layer.keys, layer.values) for layer in cache.layers]
-
-    def _check_no_picture(self, ids: list[int]) -> None:
-        if self.processor.image_token_id in ids:
-            raise ValueError(
-                f"The text has the placeholder {self.processor.image_token}, but a conversation has only the pictures "
-                "that it began with. Leave the placeholder out."
-            )
 
 
 def ask_many(pictures: Sequence[PictureCache], questions: Sequence[str], **kwargs: Any) -> list[str]:
@@ -163,10 +151,11 @@ def generate_many(
 
     Raises:
         ValueError: if pictures and questions differ in number, belong to several models, or to one that was moved; if
-            a conversation does not fit the context, or the batch the static cache.
+            a question has a placeholder of a picture; if a conversation does not fit the context, or the batch the
+            static cache.
     """
-    _check_texts(questions)
     model = _model_of(pictures, questions)
+    _check_texts(pictures[0].processor, questions)
     prompts = [picture.prompt(question) for picture, question in zip(pictures, questions, strict=True)]
     seen = max(len(picture._ids) for picture in pictures)
     width = seen + max(len(ids) - len(picture._ids) for picture, ids in zip(pictures, prompts, strict=True))
@@ -195,22 +184,29 @@ def generate_many(
     return output[:, width:]
 
 
+def picture_inputs(processor: LlavaSTFProcessor, images: Any, **options: Any) -> tuple[torch.Tensor, list[int]]:
+    """Pixels (images, 3, height, width) of pictures, and the number of tokens of each."""
+    inputs = processor(images=images, return_tensors="pt", **options)
+    pixels = inputs["pixel_values"]
+    return pixels, inputs.get("image_tokens") or processor._full_tokens(pixels)
+
+
 def prompt_ids(
     processor: LlavaSTFProcessor,
     conversations: list[list[dict[str, Any]]],
+    image_tokens: list[int],
     add_generation_prompt: bool = True,
-    image_tokens: list[int] | None = None,
 ) -> list[list[int]]:
     """Token ids of conversations, as `apply_chat_template` gives them, but with no need of the pictures themselves.
 
-    `image_tokens` has the number of tokens of each picture, in reading order; by default that of the processor.
+    `image_tokens` has the number of tokens of each picture, in reading order. A placeholder too many stays one token.
 
     Raises:
         ValueError: if one with pictures is longer than the model's context.
     """
     texts = processor.apply_chat_template(conversations, add_generation_prompt=add_generation_prompt, tokenize=False)
-    token, numbers = processor.image_token, iter(image_tokens or repeat(processor.tokens_per_image))
-    texts = [re.sub(re.escape(token), lambda _: token * next(numbers), text) for text in texts]
+    token, numbers = processor.image_token, iter(image_tokens)
+    texts = [re.sub(re.escape(token), lambda _: token * next(numbers, 1), text) for text in texts]
     ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes them
     processor._check_context(ids)
     return ids
@@ -241,10 +237,16 @@ def _setting(model: LlavaSTFForConditionalGeneration, kwargs: dict[str, Any], na
     return kwargs.get(name) or getattr(kwargs.get("generation_config") or model.generation_config, name)
 
 
-def _check_texts(texts: Sequence[str]) -> None:
+def _check_texts(processor: LlavaSTFProcessor, texts: Sequence[str]) -> None:
     for text in texts:
         if not isinstance(text, str):
             raise ValueError(f"A question is a string, got {type(text).__name__}. Pictures are given to PictureCache.")
+        for placeholder in (processor.image_token, processor.video_token):
+            if placeholder in text:
+                raise ValueError(
+                    f"The text has the placeholder {placeholder}, but a conversation has only the pictures that it "
+                    "began with. Leave the placeholder out."
+                )
 
 
 def _model_of(pictures: Sequence[PictureCache], questions: Sequence[str]) -> LlavaSTFForConditionalGeneration:

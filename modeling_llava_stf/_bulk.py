@@ -27,7 +27,7 @@ import PIL.ImageColor
 import torch
 from tqdm.auto import tqdm
 
-from ._ask_many import prompt_ids
+from ._ask_many import picture_inputs, prompt_ids
 from .modeling_llava_stf import LlavaSTFForConditionalGeneration
 from .processing_llava_stf import LlavaSTFProcessor, load_picture, to_rgb
 
@@ -135,8 +135,7 @@ def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, 
     server = Server(arguments.server, arguments.model, limit, image_options) if arguments.server else None
     model_name = server.model if server else str(arguments.model)
     settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": limit}
-    settings["image_options"] = image_options or None
-    output = Output(Path(arguments.output), rows, arguments.part_size, settings)
+    output = Output(Path(arguments.output), rows, arguments.part_size, settings | image_options)
     parts = range(shard, output.parts, shards)
     todo = [part for part in parts if not output.file(part).exists()]
     total, left = (sum(len(output.range(part)) for part in chosen) for chosen in (parts, todo))
@@ -204,8 +203,8 @@ class Prepared:
 
     row: Row
     ids: list[int]
-    pixels: torch.Tensor | None
-    image_tokens: list[int] | None = None
+    pixels: torch.Tensor | None  # (1, 3, height, width)
+    image_tokens: list[int]
     error: str | None = None
 
 
@@ -224,16 +223,14 @@ class Captioner:
 
     def prepare(self, row: Row) -> Prepared:
         """Decodes a picture, in a thread; whatever is wrong with it is the row's error."""
-        pixels = None  # without a picture, else (1, 3, height, width)
+        pixels, tokens = None, list[int]()
         try:
-            tokens = None
             if row.picture is not None:
-                inputs = self.processor(images=load_picture(row.picture), return_tensors="pt", **self.image_options)
-                pixels, tokens = inputs["pixel_values"], inputs.get("image_tokens")
+                pixels, tokens = picture_inputs(self.processor, load_picture(row.picture), **self.image_options)
             message = {"role": "user", "content": row.content({"type": "image"})}
-            ids = prompt_ids(self.processor, [[message]], image_tokens=tokens)[0]
+            ids = prompt_ids(self.processor, [[message]], tokens)[0]
         except Exception as error:  # damaged files make PIL raise errors of every kind
-            return Prepared(row, [], None, error=_reason(error))
+            return Prepared(row, [], None, [], error=_reason(error))
         return Prepared(row, ids, pixels, tokens)
 
     def answer(self, prepared: Sequence[Prepared]) -> list[Answer]:
@@ -250,20 +247,20 @@ class Captioner:
         padding = self.processor.tokenizer.pad_token_id or 0
         ids = torch.tensor([[padding] * (width - len(one.ids)) + one.ids for one in prepared])
         mask = torch.tensor([[0] * (width - len(one.ids)) + [1] * len(one.ids) for one in prepared])
+        tokens = [number for one in prepared for number in one.image_tokens]
         pixels = [one.pixels.to(device, self.network.dtype) for one in prepared if one.pixels is not None]
         output = self.network.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
-            image_tokens=[number for one in prepared for number in one.image_tokens or []] or None,
-            **({"pixel_values": torch.cat(pixels)} if pixels else {}),
+            **({"pixel_values": torch.cat(pixels), "image_tokens": tokens} if pixels else {}),
             do_sample=False,
             max_new_tokens=self.max_new_tokens,
         )
-        tokens = [self._to_the_end(row) for row in output[:, width:].tolist()]
-        texts = self.processor.batch_decode(tokens, skip_special_tokens=True)
+        answers = [self._to_the_end(row) for row in output[:, width:].tolist()]
+        texts = self.processor.batch_decode(answers, skip_special_tokens=True)
         return [
             {"answer": text.strip(), "prompt_tokens": len(one.ids), "answer_tokens": len(row)}
-            for one, row, text in zip(prepared, tokens, texts, strict=True)
+            for one, row, text in zip(prepared, answers, texts, strict=True)
         ]
 
     def _to_the_end(self, tokens: list[int]) -> list[int]:
@@ -607,9 +604,9 @@ class Output:
     def _check_run(self) -> None:
         found = json.loads(self.run.read_text(encoding="utf-8"))
         other = [
-            f"{name} was {found.get(name)!r}, is {new!r}"
-            for name, new in self.settings.items()
-            if found.get(name) != new
+            f"{name} was {found.get(name)!r}, is {self.settings.get(name)!r}"
+            for name in self.settings | found
+            if found.get(name) != self.settings.get(name)
         ]
         if other:
             raise ValueError(

@@ -12,18 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
-from packaging import version
 from torch.nn.functional import normalize
 from transformers import BatchFeature, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import is_flash_attention_requested
 
-from .modeling_llava_stf import LlavaSTFForConditionalGeneration
+from .modeling_llava_stf import TAKES_ENCODED_PICTURES, LlavaSTFForConditionalGeneration
 
-# transformers 5.18 is the first whose `generate` and `forward` take encoded pictures (5.17 does not). Remove the other
-# way, by embeddings, when it is the oldest supported version.
-TAKES_ENCODED_PICTURES = version.parse(transformers.__version__).release >= (5, 18)
 # The encoder takes these of the processor's outputs.
 ENCODER_INPUTS = (
     "pixel_values",
@@ -159,16 +154,17 @@ def _encoded(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) ->
 def _places(
     ids: torch.Tensor, mask: torch.Tensor, image_token: int, pictures: list[torch.Tensor]
 ) -> list[torch.Tensor]:
-    """Returns row and column of each picture's placeholders, (T, 2) each; neighbouring pictures have no gap."""
+    """Returns row and column of each picture's placeholders, (T, 2) each, which are next to each other."""
     in_text = (ids == image_token) & mask
     sizes = [len(tokens) for tokens in pictures]
     found = in_text.nonzero()  # in reading order
     places = list(found.split(sizes)) if sizes and sum(sizes) == len(found) else []
-    if sum(sizes) != len(found) or any((place[:, 0] != place[0, 0]).any() for place in places):
+    side_by_side = torch.tensor([0, 1], device=ids.device)
+    if sum(sizes) != len(found) or any((place.diff(dim=0) != side_by_side).any() for place in places):
         raise ValueError(
             f"Image tokens and image features do not match: the text has {len(found)} image tokens, its rows "
-            f"{in_text.sum(1).tolist()}; the {len(sizes)} pictures or frames give {sum(sizes)}. Pass what the "
-            "processor of this model returned, not truncated and not yet reduced."
+            f"{in_text.sum(1).tolist()}; the {len(sizes)} pictures or frames give {sum(sizes)}: {sizes}. Pass what the "
+            "processor of this model returned, in its order, not truncated and not yet reduced."
         )
     return places
 

@@ -15,7 +15,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import groupby, islice
+from itertools import accumulate, groupby, islice
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from transformers import (
     LlavaPreTrainedModel,
 )
 from transformers.activations import ACT2FN
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava.modeling_llava import LlavaModelOutputWithPast
 from transformers.processing_utils import Unpack
@@ -51,6 +52,9 @@ CPU_BYTES_PER_PASS = 10 * 2**20
 SELECTS_HIDDEN_STATES = version.parse(transformers.__version__).release >= (5, 23)
 # The name of the cache argument. The stock models accept the old name until 5.40, and warn about it since 5.24.
 CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) else "past_key_values"
+# transformers 5.18 is the first whose `generate` and `forward` take encoded pictures (5.17 does not). Remove the other
+# way, by embeddings, when it is the oldest supported version.
+TAKES_ENCODED_PICTURES = version.parse(transformers.__version__).release >= (5, 18)
 # This is finite, but so far below any other logit that the probability is zero.
 NO_ANSWER_LOGIT = -1e4
 # These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
@@ -183,6 +187,25 @@ class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
             quantization_config = _language_model_only(quantization_config)
         return super().from_pretrained(*args, quantization_config=quantization_config, **kwargs)
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Saves the model (see [`PreTrainedModel.save_pretrained`]), also one that was read from a quantised folder."""
+        if getattr(self, "is_quantized", False):
+            # transformers 5.24 cannot undo how it reads quantised weights (`NotImplementedError`), which have the
+            # model's own names anyway. Remove this when it saves them without the argument.
+            kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(*args, **kwargs)
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns the weights (see [`nn.Module.state_dict`]); those in 4 bit as if they had not run on a CPU."""
+        _unpack_4_bit(self)
+        return super().state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Any:
+        """Sets the mode (see [`nn.Module.train`]); weights in 4 bit train as if they had not run on a CPU."""
+        if mode:
+            _unpack_4_bit(self)
+        return super().train(mode)
+
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
         """Adds a PEFT adapter to the model (see [`PreTrainedModel.load_adapter`]).
 
@@ -263,7 +286,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             return None
         if isinstance(image_tokens, torch.Tensor):
             image_tokens = image_tokens.flatten().tolist()
-        if len(image_tokens) != images or not {*image_tokens} <= {*allowed}:
+        if isinstance(image_tokens, int) or len(image_tokens) != images or not {*image_tokens} <= {*allowed}:
             raise ValueError(
                 f"`image_tokens` is {image_tokens} for {images} images or frames, expected one number for each, and "
                 f"each one of {allowed}. The processor returns it with the pixels."
@@ -339,18 +362,45 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 "with `dtype=torch.bfloat16` or `torch.float32`.",
             )
         mask = self.find_placeholders(input_ids, inputs_embeds)
-        features, per_image = image_features.numel() // image_features.shape[-1], self.config.tokens_per_image
-        torch_compilable_check(
-            mask.sum() == features,
-            lambda: (
-                f"Image tokens and image features do not match: the text has {int(mask.sum())} image tokens, the "
-                f"images give {features} ({per_image} tokens each, unless `image_tokens` says otherwise). "
-                "Usual causes: the prompt has no `<image>` for an image (or one too many), truncation cut into an "
-                "image, `image_tokens` of the processor did not reach the model, or the inputs come from the processor "
-                "of another model (LLaVA-1.5 writes 576 tokens per image)."
-            ),
-        )
+        features = image_features.numel() // image_features.shape[-1]
+        torch_compilable_check(mask.sum() == features, lambda: self._mismatch(int(mask.sum()), features))
         return mask.unsqueeze(-1).to(inputs_embeds.device)
+
+    def _mismatch(self, in_text: int, of_images: int) -> str:
+        return (
+            f"Image tokens and image features do not match: the text has {in_text} image tokens, the images give "
+            f"{of_images} ({self.config.tokens_per_image} tokens each, unless `image_tokens` says otherwise). "
+            "Usual causes: the prompt has no `<image>` for an image (or one too many), truncation cut into an "
+            "image, `image_tokens` of the processor did not reach the model, or the inputs come from the processor "
+            "of another model (LLaVA-1.5 writes 576 tokens per image)."
+        )
+
+    def check_places(
+        self,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        pixel_values: torch.Tensor,
+        image_tokens: Sequence[int] | torch.Tensor | None,
+    ) -> None:
+        """Raises a `ValueError` unless the text has the tokens of the images, each image's without text in between.
+
+        The sums may be equal although the numbers are in another order than the images: each image would then see
+        tokens of its neighbour.
+        """
+        self._check_pixels(pixel_values)
+        images = len(pixel_values.flatten(0, -4))
+        numbers = self._checked_tokens(image_tokens, images) or [self.config.tokens_per_image] * images
+        mask = self.find_placeholders(input_ids, inputs_embeds).cpu()
+        before_text = mask & ~nn.functional.pad(mask, (0, 1))[:, 1:]  # the last place of each run of placeholders
+        ends = mask.flatten().cumsum(0)[before_text.flatten()].tolist()
+        if int(mask.sum()) != sum(numbers):
+            raise ValueError(self._mismatch(int(mask.sum()), sum(numbers)))
+        if image_tokens is not None and not {*ends} <= {*accumulate(numbers)}:
+            runs = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+            raise ValueError(
+                f"`image_tokens` is {numbers}, but the text has image tokens in runs of {runs}. Give the numbers in "
+                "the order of the images in the text, as the processor returns them."
+            )
 
     def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Returns a mask of the image tokens, (batch, sequence), from the ids or, without ids, the embeddings."""
@@ -387,9 +437,16 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 if inputs_embeds is None:
                     inputs_embeds, input_ids = self.get_input_embeddings()(input_ids), None
                 inputs_embeds = inputs_embeds + self._blank_image_features(inputs_embeds)[:0].sum()
-        if pixel_values is not None and image_tokens is not None:
-            inputs_embeds = self._embed(input_ids, inputs_embeds, pixel_values, image_tokens)
-            input_ids = pixel_values = None
+        # The stock forward passes no `image_tokens` to the encoder; it refuses pixels beside encoded images.
+        if pixel_values is not None and image_tokens is not None and not kwargs.get("mm_encoder_outputs"):
+            if not is_tracing(pixel_values):
+                self.check_places(input_ids, inputs_embeds, pixel_values, image_tokens)
+            encoded = self.get_image_features(pixel_values, image_tokens, return_dict=True)
+            pixel_values = None
+            if TAKES_ENCODED_PICTURES:
+                kwargs["mm_encoder_outputs"] = {"image": encoded}
+            else:
+                inputs_embeds, input_ids = self._embed(input_ids, inputs_embeds, encoded), None
         if cache is not None:
             kwargs[CACHE] = cache
         return super().forward(
@@ -405,20 +462,21 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         self,
         input_ids: torch.Tensor | None,
         inputs_embeds: torch.Tensor | None,
-        pixel_values: torch.Tensor,
-        image_tokens: Sequence[int] | torch.Tensor,
+        encoded: BaseModelOutputWithPooling,
     ) -> torch.Tensor:
-        """Returns the embeddings of text and images; the stock forward would not pass `image_tokens` on."""
+        """Returns the embeddings of text and encoded images."""
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        features = torch.cat(self.get_image_features(pixel_values, image_tokens, return_dict=True).pooler_output)
-        features = features.to(inputs_embeds.device, inputs_embeds.dtype)
+        features = torch.cat(encoded.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
         mask = self.get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=features)
         return inputs_embeds.masked_scatter(mask, features)
 
     def _check_gaps(self, position_ids: torch.Tensor, use_cache: bool | None) -> None:
         # transformers (5.16 to 5.24) takes each gap in the positions for the border of two packed sequences if there is
         # neither a mask nor a cache. Remove this when `find_packed_sequence_indices` looks for falling positions only.
+        # vLLM's attention makes no mask, and knows the borders of its requests, which it sends as one row.
+        if self.config.text_config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS:
+            return
         cached = self.config.text_config.use_cache if use_cache is None else use_cache
         if not cached and not is_tracing(position_ids) and (position_ids.diff(dim=-1) > 1).any():
             raise ValueError(
@@ -479,9 +537,18 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         return self.model.get_image_features(pixel_values, image_tokens, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Generates text (see [`GenerationMixin.generate`]); accepts `cache` before transformers 5.24, too."""
+        """Generates text (see [`GenerationMixin.generate`]); accepts `cache` before transformers 5.24, too.
+
+        Raises a `ValueError` if the text has not the tokens of the images (see [`LlavaSTFModel.check_places`]).
+        """
         if "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
+        # transformers 5.23 and 5.24 give each chunk of a chunked prefill as many tokens as it has places, and compare
+        # nothing. A cache may hold the images of earlier turns, whose places are in `input_ids`, too.
+        given = {"input_ids": kwargs.get("inputs", args[0] if args else None), **kwargs}
+        pixels, ids, embeds = (given.get(name) for name in ("pixel_values", "input_ids", "inputs_embeds"))
+        if pixels is not None and not (ids is None and embeds is None) and given.get(CACHE) is None:
+            self.model.check_places(ids, embeds, pixels, given.get("image_tokens"))
         return super().generate(*args, **kwargs)
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
@@ -575,6 +642,21 @@ def _language_model_only(quantization_config: Any) -> Any:
             in_base = [module.removeprefix("model.") for module in NOT_QUANTISED[:-1]]
             setattr(quantization_config, name, NOT_QUANTISED + in_base)
     return quantization_config
+
+
+def _unpack_4_bit(model: nn.Module) -> None:
+    """Brings 4-bit weights and their scales back to the order in which they are stored.
+
+    bitsandbytes (0.50.2) packs them in another order when a model first answers on a CPU with AVX512-BF16. Weights in
+    that order have no gradient; and its `state_dict` restores the weights, but not their scales. Remove this when both
+    are mended there.
+    """
+    for module in model.modules():
+        state: Any = getattr(getattr(module, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            if not state.original_nested:
+                state.absmax = state.absmax.T.reshape(-1).float()
+            module.state_dict()
 
 
 def _concatenate(passes: list[BaseModelOutputWithPooling]) -> BaseModelOutputWithPooling:

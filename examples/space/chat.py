@@ -3,6 +3,7 @@
 """Answers questions about pictures for a page: streamed, stoppable, and with a picture that is read only once."""
 
 import hashlib
+import math
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,15 +100,14 @@ class Chat:
             ValueError: if the picture cannot be read.
         """
         seen = self.processor.image_processor(_opened(picture), do_normalize=False, do_rescale=False)["pixel_values"][0]
-        grid, window = self.network.config.grid_size, self.network.config.fusion_window
+        patches, tokens = self.grids
         square = PIL.Image.fromarray(torch.as_tensor(seen).permute(1, 2, 0).byte().numpy())
-        return draw_grid(square, grid, window)
+        return draw_grid(square, patches, patches // tokens)
 
     @property
     def grids(self) -> tuple[int, int]:
-        """Sides of the grid of patches and of that of tokens: 24 and 12 for the released model."""
-        config = self.network.config
-        return config.grid_size, config.grid_size // config.fusion_window
+        """Sides of the grid of patches and of that of tokens: 24 and 12, if the processor asks for no fewer tokens."""
+        return self.network.config.grid_size, math.isqrt(self.processor.tokens_per_image)
 
     def _known_tokens(self, picture: str | Path, turns: tuple[Turn, ...]) -> int:
         """How many tokens of a conversation are kept: of all its turns, or of the first of them."""

@@ -776,6 +776,17 @@ def test_way_back_is_refused_without_the_tower_s_last_layer(tmp_path, checkpoint
     assert not (tmp_path / "back").exists()
 
 
+def test_way_back_says_that_budgets_are_lost(tmp_path, checkpoint, capsys):
+    elastic = tmp_path / "elastic"
+    shutil.copytree(checkpoint, elastic)
+    config = json.loads((elastic / "config.json").read_text(encoding="utf-8"))
+    for budgets in (None, [4, 1]):
+        (elastic / "config.json").write_text(json.dumps(config | {"token_budgets": budgets}), encoding="utf-8")
+        back = convert_back(elastic, tmp_path / f"back{budgets}", vision_tower=GOLDENS / "clip")
+        assert ("token_budgets [4, 1] are not written" in capsys.readouterr().out) == (budgets is not None)
+        assert "token_budgets" not in (back / "config.json").read_text(encoding="utf-8")
+
+
 # Killed
 
 

@@ -128,7 +128,7 @@ def test_chat_template_and_labels(mode, mode_processor):
         assert image_as_recorded(tokenizer, encoded.input_ids) == row[mode], row["rendered"]
         encoded = tokenizer.apply_chat_template(
             messages_of(row),
-            chat_template=mode_processor.chat_template["default"],
+            chat_template=mode_processor.chat_template,
             return_dict=True,
             return_assistant_tokens_mask=True,
         )

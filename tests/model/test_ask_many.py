@@ -142,9 +142,14 @@ def test_mistakes(model, load_model, processor, picture):
     for nothing in (None, [], ()):
         with pytest.raises(ValueError, match="There is no picture"):
             PictureCache(model, processor, nothing)
-    for text in ("Why <image>?", "<image>"):  # the model would see tokens of a picture that is not there
-        for ask in (pictures.after("Why?", "So.").ask, lambda text: pictures.after("Why?", text)):
-            with pytest.raises(ValueError, match="has the placeholder <image>"):
+    for text in ("Why <image>?", "<image>", "<video>"):  # the model would see tokens of a picture that is not there
+        for ask in (
+            pictures.ask,
+            pictures.after("Why?", "So.").ask,
+            lambda text: pictures.after("Why?", text),
+            lambda text: PictureCache(model, processor, image, system=text),
+        ):
+            with pytest.raises(ValueError, match="has the placeholder <"):
                 ask(text)
     with pytest.raises(ValueError, match="2 questions about 1 pictures"):
         generate_many([pictures], ["Why?", "What?"])

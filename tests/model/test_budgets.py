@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -21,7 +22,7 @@ from modeling_llava_stf import (
     generate_many,
 )
 from modeling_llava_stf.__main__ import DEFAULT_MODEL, main
-from modeling_llava_stf._bulk import Row, Server
+from modeling_llava_stf._bulk import Captioner, Row, Server
 from modeling_llava_stf.configuration_llava_stf import allowed_token_budgets
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
@@ -499,6 +500,18 @@ def test_default_budget_acts_everywhere(small, saved_default, pictures):
     assert torch.equal(generate_many([cache], QUESTIONS[:1], **EIGHT), generate(small, inputs))
 
 
+def test_a_call_asks_for_all_tokens_over_a_default_budget(small, saved_default, pictures):
+    processor = LlavaSTFProcessor.from_pretrained(saved_default)
+    inputs = chat_inputs(processor, pictures[0], QUESTIONS[0], max_soft_tokens=16)
+    cache = PictureCache(small, processor, pictures[0], max_soft_tokens=16)
+    assert cache.prompt(QUESTIONS[0]) == inputs["input_ids"][0].tolist()
+    assert torch.equal(generate_many([cache], QUESTIONS[:1], **EIGHT), generate(small, inputs))
+    captioner = Captioner(processor, small, 8, {"max_soft_tokens": 16})
+    prepared = captioner.prepare(Row("one", QUESTIONS[0], DEFAULT_MODEL / "example.png"))
+    whole = chat_inputs(processor, DEFAULT_MODEL / "example.png", QUESTIONS[0], max_soft_tokens=16)
+    assert prepared.ids == whole["input_ids"][0].tolist() and captioner.answer([prepared])[0].error is None
+
+
 @pytest.fixture
 def command(monkeypatch, capsys):
     def run(*arguments):
@@ -533,8 +546,9 @@ def test_caption_with_a_budget(command, small_processor, pictures, tmp_path):
     ]
     table = pyarrow_rows(tmp_path / "out" / "part-00000.parquet")
     assert [row["prompt_tokens"] for row in table] == lengths and not any(row["error"] for row in table)
-    status, _, error = command(*arguments, "--max-soft-tokens", 4)
-    assert status == 2 and "max_soft_tokens was 1, is 4" in error
+    for options, now in ((("--max-soft-tokens", 4), 4), ((), None)):
+        status, _, error = command(*arguments, *options)
+        assert status == 2 and f"max_soft_tokens was 1, is {now}" in error
 
 
 def pyarrow_rows(file):
@@ -545,6 +559,66 @@ def test_caption_asks_a_server_for_the_budget(monkeypatch, pictures, tmp_path):
     sent = []
     monkeypatch.setattr(Server, "_request", lambda self, path, content: sent.append(content) or {"choices": []})
     pictures[0].save(tmp_path / "one.png")
-    for budget in (4, None):
-        Server("http://127.0.0.1:1", "model", max_soft_tokens=budget).answer(Row("one", "What?", tmp_path / "one.png"))
+    for options in ({"max_soft_tokens": 4}, None):
+        Server("http://127.0.0.1:1", "model", image_options=options).answer(Row("one", "What?", tmp_path / "one.png"))
     assert sent[0]["mm_processor_kwargs"] == {"max_soft_tokens": 4} and "mm_processor_kwargs" not in sent[1]
+
+
+@pytest.mark.parametrize(
+    "number", [np.int64(4), np.array(4), torch.tensor(4), [np.int32(4)] * 2, np.array([4, 4]), torch.tensor([4, 4])]
+)
+def test_numbers_of_numpy_and_torch(number, inputs_of):
+    assert inputs_of(TWO, max_soft_tokens=number)["image_tokens"] == [4, 4]
+    assert {type(tokens) for tokens in inputs_of(TWO, max_soft_tokens=number)["image_tokens"]} == {int}
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.bool_(True), np.float64(4), torch.tensor(4.0), np.array([4, 2])])
+def test_other_numbers_of_numpy_and_torch_are_refused(number, inputs_of):
+    with pytest.raises(ValueError, match=r"expected one of \[16, 4, 1\]"):
+        inputs_of(TWO, max_soft_tokens=number)
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"num_beams": 2},
+        {"prefill_chunk_size": 5},
+        {"cache_implementation": "static"},
+        {"prompt_lookup_num_tokens": 2},
+    ],
+    ids=["greedy", "beams", "chunks", "static", "lookup"],
+)
+def test_no_search_answers_without_the_budgets(kwargs, small, inputs_of):
+    inputs = inputs_of(TWO, max_soft_tokens=[4, 1])
+    inputs.pop("image_tokens")
+    with pytest.raises(ValueError, match="the text has 5 image tokens, the images give 32"):
+        small.generate(**inputs, **EIGHT, **kwargs)
+    with pytest.raises(ValueError, match="the text has 5 image tokens, the images give 32"):
+        small.generate(inputs.pop("input_ids"), **inputs, **EIGHT, **kwargs)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("prompts", [[TWO], [ONE, ONE]], ids=["one prompt", "two prompts"])
+def test_budgets_in_another_order_are_refused(prompts, tensor, small, inputs_of):
+    inputs = inputs_of(*prompts, max_soft_tokens=[4, 1])
+    inputs["image_tokens"] = torch.tensor([1, 4]) if tensor else [1, 4]
+    for call in (small, small.generate):
+        with pytest.raises(ValueError, match=r"is \[1, 4\], but the text has image tokens in runs of \[4, 1\]"):
+            call(**inputs)
+
+
+def test_neighbours_have_no_text_in_between(small, inputs_of):
+    inputs = inputs_of("USER: <image><image>\nWhat differs? ASSISTANT:", max_soft_tokens=[4, 1])
+    by_embeddings = {**inputs, "inputs_embeds": small.get_input_embeddings()(inputs["input_ids"])}
+    del by_embeddings["input_ids"]
+    assert torch.equal(small(**inputs).logits, small(**by_embeddings).logits)
+    assert torch.equal(generate(small, inputs), small.generate(**by_embeddings, **EIGHT))
+
+
+@pytest.mark.skipif(Version(transformers.__version__) < Version("5.18"), reason="outputs have no images of their own")
+def test_outputs_have_the_encoded_images(small, inputs_of):
+    inputs = inputs_of(TWO, max_soft_tokens=[4, 1])
+    outputs = small.model(**inputs)
+    encoded = outputs.image_outputs.pooler_output if "image_outputs" in outputs else outputs.image_hidden_states
+    assert len(torch.cat([*encoded])) == 5

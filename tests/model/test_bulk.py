@@ -19,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from photos import save_photos
 from PIL import Image
 
 from examples.shapes.scenes import draw_picture, draw_scene
@@ -468,15 +469,7 @@ def test_photos_are_turned_and_transparency_is_painted_as_asked(server, pictures
     folder.mkdir()
     drawing = Image.open(pictures / "01.png").convert("RGB")
     drawing.paste((240, 240, 0), (0, 0, 30, 30))
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    drawing.save(folder / "lying.png", exif=exif)
-    drawing.save(folder / "as_it_lies.png")
-    drawing.rotate(-90).save(folder / "upright.png")
-    nothing = drawing.convert("RGBA")
-    nothing.putalpha(0)
-    nothing.save(folder / "nothing.png")
-    Image.new("RGB", drawing.size, "white").save(folder / "white.png")
+    save_photos(drawing, folder)
 
     def answers(*options):
         out = tmp_path / f"out{len(options)}"

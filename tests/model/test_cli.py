@@ -12,6 +12,7 @@ from random import Random
 import pytest
 import torch
 from conftest import GOLDENS
+from photos import save_photos
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -246,15 +247,7 @@ def test_ask_turns_a_photo_and_paints_transparency_as_asked(run_here, tmp_path):
     """The demo's drawing lies on its side, or is drawn on nothing."""
     truth = json.loads(DEMO.read_text(encoding="utf-8"))
     drawing, question = Image.open(DEMO.parent / truth["picture"]).convert("RGB"), "Describe the picture."
-    exif = Image.Exif()
-    exif[274] = 6
-    drawing.save(tmp_path / "lying.png", exif=exif)
-    drawing.save(tmp_path / "as_it_lies.png")
-    drawing.rotate(-90).save(tmp_path / "upright.png")
-    nothing = drawing.convert("RGBA")
-    nothing.putalpha(0)
-    nothing.save(tmp_path / "nothing.png")
-    Image.new("RGB", drawing.size, "white").save(tmp_path / "white.png")
+    save_photos(drawing, tmp_path)
 
     def answer(name, *options):
         status, output, _ = run_here(ask_main, "ask", tmp_path / name, question, *options)

@@ -17,7 +17,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
 from conversion.checkpoints.folders import save_checkpoint
-from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 from modeling_llava_stf.__main__ import _load
 from modeling_llava_stf.modeling_llava_stf import (
     FP_QUANT_DEFAULT,
@@ -165,3 +165,97 @@ def test_features_that_overflow_float16_are_refused(part, model, processor, pict
         with pytest.raises(ValueError, match="not finite in float16"):
             model.generate(**inputs, max_new_tokens=2)
         model.to(torch.bfloat16)(**inputs.to(torch.bfloat16))
+
+
+QUANTISED_IN_4_BIT = {
+    "one scale a block": {"bnb_4bit_use_double_quant": False},
+    "scales quantised, too": {"bnb_4bit_use_double_quant": True},
+}
+
+
+@pytest.fixture(scope="module")
+def wide(checkpoint, tmp_path_factory):
+    """A checkpoint with widths that bitsandbytes' CPU kernel takes: inputs in multiples of 64, outputs of 32."""
+    config = LlavaSTFConfig.from_pretrained(checkpoint)
+    config.text_config.update({"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4})
+    config.text_config.update({"num_key_value_heads": 4, "head_dim": 32})
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide")
+    save_checkpoint(folder, LlavaSTFForConditionalGeneration(config).to(torch.bfloat16), checkpoint)
+    return folder
+
+
+@torch.no_grad()
+def logits(model, processor, picture):
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt")
+    return model.eval()(**inputs.to(model.dtype)).logits
+
+
+@pytest.mark.parametrize("scales", QUANTISED_IN_4_BIT)
+def test_saving_after_the_first_answer(scales, wide, processor, picture, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", **QUANTISED_IN_4_BIT[scales])
+    model = LlavaSTFForConditionalGeneration.from_pretrained(wide, dtype=torch.bfloat16, quantization_config=config)
+    before = logits(model, processor, picture)
+    model.save_pretrained(tmp_path)
+    again = LlavaSTFForConditionalGeneration.from_pretrained(tmp_path, dtype="auto")
+    for found in (model, again):
+        torch.testing.assert_close(logits(found, processor, picture), before, rtol=0, atol=0.02)
+
+
+def test_bitsandbytes_does_not_restore_the_scales():
+    """bitsandbytes 0.50.2. When this fails, `_unpack_4_bit` need not transpose them."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    layer = bitsandbytes.nn.LinearNF4(128, 256, bias=False, compute_dtype=torch.bfloat16, compress_statistics=False)
+    layer = layer.to(torch.bfloat16).to("cpu").eval()
+    if not layer.support_avx512bf16_for_cpu:
+        pytest.skip("this CPU has no AVX512-BF16: nothing is packed")
+    given = torch.randn(1, 5, 128, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = layer(given)
+        layer.state_dict()
+        assert not torch.allclose(layer(given), before, atol=0.02)
+
+
+def test_lora_trains_after_an_answer(wide, processor, picture):
+    """On such a CPU the gradients ended at the first layer in 4 bit."""
+    pytest.importorskip("bitsandbytes")
+    peft = pytest.importorskip("peft")
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(wide, dtype=torch.bfloat16, quantization_config=config)
+    lora = peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|down_proj)", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, lora)
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt").to(torch.bfloat16)
+    gradients = []
+    for answers_first in (False, True):
+        if answers_first:
+            logits(adapted, processor, picture)
+        adapted.train().zero_grad()
+        adapted(**inputs, labels=inputs["input_ids"]).loss.backward()
+        gradients.append({name: w.grad for name, w in adapted.named_parameters() if w.requires_grad})
+    assert all(gradient is not None for gradient in gradients[1].values())
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_quantised_folder_is_saved_again(bits, wide, processor, picture, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    model = LlavaSTFForConditionalGeneration.from_pretrained(wide, dtype=torch.bfloat16, quantization_config=config)
+    before = logits(model, processor, picture)
+    for number in range(3):
+        model.save_pretrained(tmp_path / str(number))
+        model = LlavaSTFForConditionalGeneration.from_pretrained(tmp_path / str(number), dtype="auto")
+        assert quantised(model) == language_layers(model)
+        assert torch.equal(logits(model, processor, picture), before)
+
+
+def test_transformers_does_not_save_a_quantised_folder_again(wide, tmp_path):
+    """transformers 5.24. When this fails, `LlavaSTFPreTrainedModel.save_pretrained` can go."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(wide, dtype=torch.bfloat16, quantization_config=config)
+    model.save_pretrained(tmp_path / "once")
+    model = LlavaSTFForConditionalGeneration.from_pretrained(tmp_path / "once", dtype="auto")
+    with pytest.raises(NotImplementedError):
+        model.save_pretrained(tmp_path / "twice", save_original_format=True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from packaging.version import Version
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
 
@@ -266,6 +266,17 @@ def test_transformers_takes_gaps_for_the_borders_of_packed_sequences():
 
 
 @torch.no_grad()
+def test_an_engine_s_attention_may_send_several_requests_as_one_row(model, monkeypatch):
+    def engine(module, query, key, value, mask, **kwargs):
+        assert mask is None
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("engine", engine)
+    monkeypatch.setattr(model.config.text_config, "_attn_implementation", "engine")
+    model(input_ids=torch.tensor([[5, 6, 7, 8, 9]]), position_ids=torch.tensor([[0, 1, 2, 9, 0]]), use_cache=False)
+
+
+@torch.no_grad()
 def test_gaps_without_mask_and_cache_are_refused(model, inputs_of):
     inputs = inputs_of("USER: <image>\nWhat is this? ASSISTANT:")
     reduced = reduce_image_tokens(model, inputs, keep=0.25)
@@ -461,3 +472,15 @@ def test_a_budget_and_a_reducer_together(model, processor, picture):
     alone = processor(images=images[0], text=text[0], max_soft_tokens=smaller, return_tensors="pt")
     alone = reduce_image_tokens(model, alone, keep=0.5)
     assert torch.equal(new_tokens(model, reduced)[0], new_tokens(model, alone)[0])
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_budgets_in_another_order_are_refused(rows, model, processor, picture):
+    every, smaller = sorted(model.config.allowed_token_budgets, reverse=True)[:2]
+    text = ["USER: <image> <image> ASSISTANT:"] if rows == 1 else ["USER: <image> ASSISTANT:"] * 2
+    images = [picture("shapes.png"), picture("text.png")]
+    inputs = processor(images=images, text=text, max_soft_tokens=[smaller, every], return_tensors="pt", padding=True)
+    assert reduce_image_tokens(model, inputs, keep=1)["input_ids"].shape[0] == rows
+    inputs["image_tokens"] = [every, smaller]
+    with pytest.raises(ValueError, match="do not match.*in its order"):
+        reduce_image_tokens(model, inputs, keep=1)

@@ -175,6 +175,15 @@ def test_the_overlay_shows_what_the_model_sees(chat, parts, tmp_path, name):
     assert np.array_equal(np.asarray(chat.overlay(tmp_path / name)), np.asarray(expected))
 
 
+def test_the_grid_is_that_of_the_processor_s_default_number_of_tokens(parts):
+    processor = LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL, max_soft_tokens=4)
+    full, chat = Chat(*parts), Chat(processor, parts[1])
+    assert (full.grids, chat.grids) == ((8, 4), (8, 2))
+    lengths = [[*one.answer(PICTURE, [], FIRST)][-1].prompt_tokens for one in (full, chat)]
+    assert lengths[0] - lengths[1] == 16 - 4
+    assert not np.array_equal(np.asarray(full.overlay(PICTURE)), np.asarray(chat.overlay(PICTURE)))
+
+
 @pytest.mark.parametrize(("grid", "window"), [(24, 2), (24, 3), (8, 2), (7, 7), (5, 1)])
 def test_the_grid_has_a_cell_for_each_token(grid, window):
     shown = np.asarray(draw_grid(Image.new("RGB", (336, 336)), grid, window).convert("RGB")).astype(int)

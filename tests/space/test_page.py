@@ -242,7 +242,13 @@ def test_the_folder_of_a_space_runs_and_leaves_no_files(tmp_path):
     url = f"http://127.0.0.1:{environment['GRADIO_SERVER_PORT']}"
     log = (tmp_path / "log").open("w")
     server = subprocess.Popen(
-        [sys.executable, "app.py"], cwd=tmp_path / "my-space", env=environment, stdout=log, stderr=log
+        [sys.executable, "app.py"],
+        cwd=tmp_path / "my-space",
+        env=environment,
+        stdout=log,
+        stderr=log,
+        # A shell without job control starts what runs in the background with SIGINT ignored, and so would this be.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         wait_until(lambda: answers_at(url) or server.poll() is not None)

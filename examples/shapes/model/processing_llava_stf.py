@@ -464,7 +464,7 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     def _image_tokens(self, sizes: Sequence[tuple[int, int]], asked: Any = None) -> list[int]:
         """Returns the tokens of pictures of (height, width) pixels; `asked` is `max_soft_tokens` of a call."""
-        asked = self.image_processor.max_soft_tokens if asked is None else asked
+        asked = _python_numbers(self.image_processor.max_soft_tokens if asked is None else asked)
         if asked is None:
             return [self.num_image_tokens(*size) for size in sizes]
         numbers = [*asked] if isinstance(asked, (list, tuple)) else [asked] * len(sizes)
@@ -521,7 +521,11 @@ class LlavaSTFProcessor(LlavaProcessor):
             return
         if not all(isinstance(prompt, str) for prompt in text):
             raise ValueError(f"`text` must be a string or a list of strings, got {text!r:.100}.")
-        if images is not None and videos is not None and isinstance(kwargs.get("max_soft_tokens"), (list, tuple)):
+        if (
+            images is not None
+            and videos is not None
+            and isinstance(_python_numbers(kwargs.get("max_soft_tokens")), (list, tuple))
+        ):
             raise ValueError(
                 "`max_soft_tokens` is a list, and there are images and videos: give the list of the images in "
                 "`images_kwargs` and that of the videos in `videos_kwargs`."
@@ -565,7 +569,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             pixels.append(self.image_processor(frames, **image_kwargs)["pixel_values"])
         tokens = self._image_tokens(
             [frame.shape[-2:] for video in pixels for frame in video],
-            _for_each_frame(kwargs.get("max_soft_tokens"), [len(video) for video in pixels]),
+            _for_each_frame(_python_numbers(kwargs.get("max_soft_tokens")), [len(video) for video in pixels]),
         )
         next_tokens = iter(tokens)
         outputs = {
@@ -1005,6 +1009,13 @@ def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[
     except (OSError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"Cannot read the video {video!r}: {error}") from error
     return [PIL.Image.fromarray(frame) for frame in frames]
+
+
+def _python_numbers(numbers: Any) -> Any:
+    """Returns whole numbers of numpy and torch as Python's."""
+    if isinstance(numbers, (list, tuple)):
+        return [_python_numbers(number) for number in numbers]
+    return numbers.tolist() if isinstance(numbers, (np.generic, np.ndarray, torch.Tensor)) else numbers
 
 
 def _for_each_frame(max_soft_tokens: Any, frames: list[int]) -> Any:
