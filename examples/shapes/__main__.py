@@ -6,7 +6,7 @@ python -m examples.shapes pictograms OUT                       fetches pictures 
 python -m examples.shapes generate DATA --scenes N --seed S    draws scenes, writes questions and answers
 python -m examples.shapes untold DATA OUT                      adds marks that only stage 2 asks about
 python -m examples.shapes tokenizer DATA OUT                   trains the language model's tokenizer
-python -m examples.shapes clip DATA TOKENIZER OUT              trains a miniature CLIP
+python -m examples.shapes clip DATA OUT                        trains a miniature of CLIP's vision tower
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
 python -m examples.shapes ideal DATA LANGUAGE_MODEL OUT        warms it up on tokens that belong to no connector
 python -m examples.shapes renew MODEL OUT                      makes new fusion modules
@@ -67,12 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "--turns", type=int, default=8, metavar="N", help="maximum of questions about a scene (default: 8)"
     )
     data.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
-    data.add_argument(
-        "--pictograms",
-        default=SAMPLE,
-        metavar="FOLDER",
-        help="folder that `pictograms` wrote (default: a small sample)",
-    )
+    _add_pictograms(data)
     data.set_defaults(step=generate)
 
     tokenizer = commands.add_parser("tokenizer", help="train a tokenizer on the data's texts")
@@ -80,8 +75,15 @@ def _parser() -> argparse.ArgumentParser:
     tokenizer.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
     tokenizer.set_defaults(step=train_tokenizer)
 
-    _add_training(commands, "clip", "train a CLIP on pictures and phrases", train_clip)
-    _add_training(commands, "language-model", "train a Llama on the data's texts", train_language_model)
+    tower = commands.add_parser("clip", help="train CLIP's vision tower on pictures whose content is known")
+    tower.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    _add_pictograms(tower)
+    _add_training(tower, train_clip)
+
+    language_model = commands.add_parser("language-model", help="train a Llama on the data's texts")
+    language_model.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    language_model.add_argument("tokenizer", metavar="TOKENIZER", help="folder that `tokenizer` wrote")
+    _add_training(language_model, train_language_model)
 
     evaluation = commands.add_parser("evaluate", help="ask a checkpoint the questions of the test set")
     evaluation.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
@@ -181,14 +183,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_training(commands: argparse._SubParsersAction, name: str, summary: str, step: Callable) -> None:
-    parser = commands.add_parser(name, help=summary)
-    parser.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
-    parser.add_argument("tokenizer", metavar="TOKENIZER", help="folder that `tokenizer` wrote")
+def _add_training(parser: argparse.ArgumentParser, step: Callable) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
     parser.add_argument("--steps", type=int, required=True, metavar="N")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
     parser.set_defaults(step=step)
+
+
+def _add_pictograms(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--pictograms",
+        default=SAMPLE,
+        metavar="FOLDER",
+        help="folder that `pictograms` wrote (default: a small sample)",
+    )
 
 
 if __name__ == "__main__":

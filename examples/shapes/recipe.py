@@ -41,15 +41,17 @@ class Stage:
 # The language model learns to look up the content of vision tokens. A large model can do this; captions alone do not
 # teach it. At these high rates the fusion modules forget what the rows do not ask, so they are replaced afterwards.
 WARM_UP = (
-    Stage("warmup-captions", "stage1", "captions.json", ("--learning_rate", 2e-3)),
+    Stage("warmup-captions", "stage1", "captions.json", ("--learning_rate", 2e-3, "--num_train_epochs", 0.25)),
     Stage("warmup-questions", "stage2", "train.json", ("--learning_rate", 3e-3, "--projector_learning_rate", 3e-3)),
-    Stage("warmup-dialogues", "stage2", "dialogues.json", ("--projector_learning_rate", 2e-3)),
+    Stage(
+        "warmup-dialogues", "stage2", "dialogues.json", ("--projector_learning_rate", 2e-3, "--num_train_epochs", 0.5)
+    ),
 )
 # These are the paper's two stages, with new fusion modules.
 STAGES = (Stage("stage1", "stage1", "captions.json"), Stage("stage2", "stage2", "dialogues.json"))
-AGAIN = (Stage("stage2-again", "stage2", "dialogues.json", ("--num_train_epochs", 0.5)),)
+ELASTIC = (Stage("elastic", "elastic", "dialogues.json"),)  # for several token budgets
 LOGS = dict.fromkeys(("clip", "language-model"), "training_log.json")
-LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES + AGAIN}
+LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES + ELASTIC}
 RENEWED = "renewed"  # the warm language model with new fusion modules
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = (
@@ -65,10 +67,10 @@ CARD = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--
 def make(
     work: str | Path,
     out: str | Path,
-    scenes: int = 24000,
-    test_scenes: int = 500,
-    clip_steps: int = 3000,
-    language_model_steps: int = 900,
+    scenes: int = 48000,
+    test_scenes: int = 900,
+    clip_steps: int = 14000,
+    language_model_steps: int = 3500,
     seed: int = 0,
 ) -> Path:
     """Trains a small LLaVA-STF from nothing and writes it into `out`, which must not exist or be empty.
@@ -93,11 +95,12 @@ def make(
     timer.run({pictograms: ("examples.shapes", "pictograms", pictograms)})
     timer.run({data: ("examples.shapes", "generate", data, *counts, "--pictograms", pictograms)})
     timer.run({tokenizer: ("examples.shapes", "tokenizer", data, tokenizer)})
-    steps = {clip: clip_steps, language_model: language_model_steps}
+    tower = ("clip", data, clip, "--steps", clip_steps, "--pictograms", pictograms)
+    reader = ("language-model", data, tokenizer, language_model, "--steps", language_model_steps)
     timer.run(
         {
-            folder: ("examples.shapes", folder.name, data, tokenizer, folder, "--steps", number, "--seed", seed)
-            for folder, number in steps.items()
+            folder: ("examples.shapes", *command, "--seed", seed)
+            for folder, command in ((clip, tower), (language_model, reader))
         }
     )
     towers = ("--init-fusion", "--vision-tower", clip, "--keep-full-tower", "--taps", *TAPS, "--seed", seed)
@@ -105,7 +108,7 @@ def make(
     warm = train(WARM_UP, start, data, seed, timer)
     renewed = work / RENEWED
     timer.run({renewed: ("examples.shapes", "renew", warm, renewed, "--seed", seed)})
-    trained = train(STAGES + AGAIN, renewed, data, seed, timer)
+    trained = train(STAGES + ELASTIC, renewed, data, seed, timer)
     with complete_or_absent(out) as folder:
         pack(trained, folder)
         for step, name in LOGS.items():
@@ -181,4 +184,6 @@ class Timer:
 
 def _complete(folder: Path) -> bool:
     """Returns whether a folder is complete. A training writes its config last; other folders appear complete."""
-    return (folder / "config.json").exists() if folder.name.startswith(("warmup", "stage")) else folder.exists()
+    return (
+        (folder / "config.json").exists() if folder.name.startswith(("warmup", "stage", "elastic")) else folder.exists()
+    )

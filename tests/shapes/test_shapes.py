@@ -18,27 +18,27 @@ import pytest
 import torch
 from PIL import Image
 from tqdm import tqdm
-from transformers import CLIPModel, LlamaForCausalLM, LlamaTokenizer
+from transformers import CLIPVisionModelWithProjection, LlamaForCausalLM, LlamaTokenizer
 
 from conversion import ConversionError
 from examples.shapes.__main__ import main
 from examples.shapes.clip import (
-    MOST,
     PATCH,
+    WEIGHTS,
     build_clip,
-    contrast,
-    encode,
-    marks,
     measure,
+    name_patches,
+    naming_loss,
     read_pictures,
-    similarity,
+    scaled,
     train_clip,
     waves,
 )
+from examples.shapes.crowds import Crowds
 from examples.shapes.evaluate import evaluate, score
 from examples.shapes.generate import generate, read_scenes
 from examples.shapes.language_model import train_language_model
-from examples.shapes.phrases import NOTHING, Phrase, all_phrases, shown_at, true_phrases
+from examples.shapes.phrases import NOTHING, NUMBERED, UNKNOWN, VALUES, numbers_of, shown_at
 from examples.shapes.pictograms import (
     FAMILIES,
     HELD_OUT_FAMILY,
@@ -521,84 +521,128 @@ def test_scenes_are_read_as_they_were_drawn(data):
 
 
 @pytest.mark.parametrize(
-    ("place", "texts"),
+    ("place", "values"),
     [
-        ((20, 20), {"a unicorn", "a red object", "a large object", "an object at the top left"}),
-        ((64, 110), {"an elephant", "an animal", "a blue object", "a small object", "an object at the bottom"}),
-        ((110, 64), {"a tomato", "a vegetable", "a small object", "an object on the right"}),
-        ((50, 50), {"the number 42"}),
-        ((100, 100), {"nothing"}),
+        ((20, 20), {"name": "unicorn", "colour": "red", "size": "large", "place": "at the top left"}),
+        (
+            (64, 110),
+            {"name": "elephant", "category": "animal", "colour": "blue", "size": "small", "place": "at the bottom"},
+        ),
+        ((110, 64), {"name": "tomato", "category": "vegetable", "size": "small", "place": "on the right"}),
+        ((50, 50), {"name": "the number 4"}),
+        ((100, 100), {"name": NOTHING}),
     ],
 )
-def test_phrases_say_what_a_patch_shows(place, texts):
-    assert {phrase.text for phrase in true_phrases(shown_at(SCENE, *place))} == texts
+def test_what_a_patch_shows(place, values):
+    scene = replace(SCENE, print=replace(SCENE.print, text="4"))  # 42 is in no picture
+    shown = shown_at(scene, *place)
+    assert {kind: value for kind, value in shown.items() if value} == values
+    numbers = dict(zip(VALUES, numbers_of(shown), strict=True))
+    assert {kind: VALUES[kind][number] for kind, number in numbers.items() if number != UNKNOWN} == values
 
 
 def test_phrases_differ_and_name_everything():
-    phrases = all_phrases()
-    assert len({phrase.text for phrase in phrases}) == len(phrases)
-    assert {"a fox", "an animal", "a green object", "the word cat", "the number 7", NOTHING} <= {
-        phrase.text for phrase in phrases
-    }
+    assert all(len({*values}) == len(values) for values in VALUES.values())
+    assert VALUES.keys() == WEIGHTS.keys()
+    assert {"fox", "cat", "the word cat", "the number 7", NOTHING} <= {*VALUES["name"]}
     for scene in scenes("train", 50):
         for thing in scene.things:
-            assert true_phrases(thing) <= {*phrases}
+            numbers = numbers_of(shown_at(scene, thing.x, thing.y))
+            assert [number == UNKNOWN for number in numbers] == [
+                False,
+                not thing.category,
+                thing.colour is None,
+                False,
+                False,
+            ]
 
 
-def test_clip_compares_pictures_with_texts(tokenizer):
-    model, phrases = build_clip(tokenizer), all_phrases()
-    # Padding changes nothing: a text means the same alone.
-    pixels = torch.randn(3, 3, SIDE, SIDE)
-    together = similarity(model, pixels, encode(tokenizer, phrases))
-    assert together.shape == (3, (SIDE // PATCH) ** 2, len(phrases)) and together.abs().max() <= 1 + 1e-6
-    torch.testing.assert_close(together[..., :1], similarity(model, pixels, encode(tokenizer, phrases[:1])))
+def test_the_tower_scores_every_phrase_of_every_patch_and_pictures_alone_as_together():
+    torch.manual_seed(0)
+    model, pixels = build_clip(), torch.randn(3, 3, SIDE, SIDE)
+    with torch.inference_mode():
+        together = name_patches(model, pixels)
+        torch.testing.assert_close(together[1:2], name_patches(model, pixels[1:2]), rtol=1e-4, atol=1e-5)
+    assert together.shape == (3, (SIDE // PATCH) ** 2, sum(map(len, VALUES.values())))
 
 
-def test_contrast_is_clip_s_loss_where_each_picture_has_one_caption():
-    logits = torch.randn(4, 4)
-    labels = torch.arange(4)
-    expected = sum(torch.nn.functional.cross_entropy(rows, labels) for rows in (logits, logits.T))
-    torch.testing.assert_close(contrast(logits, torch.eye(4, dtype=torch.bool)), expected)
+def test_the_naming_loss_is_cross_entropy_by_kind_where_the_kind_is_known():
+    torch.manual_seed(0)
+    scores = torch.randn(4, sum(map(len, VALUES.values())))
+    truth = torch.full((4, len(VALUES)), UNKNOWN)
+    truth[:, 0] = torch.tensor([5, 0, UNKNOWN, 311])
+    truth[1, 4] = 8
+    names, places = scores[:, : len(VALUES["name"])], scores[:, -len(VALUES["place"]) :]
+    of_names = -names.log_softmax(-1)[[0, 1, 3], [5, 0, 311]].mean()
+    expected = of_names - WEIGHTS["place"] * places[1].log_softmax(-1)[8]
+    torch.testing.assert_close(naming_loss(scores, truth), expected)
 
 
-def test_contrast_with_several_true_captions_is_lower_the_better_they_are_told_apart():
-    truth = torch.tensor([[True, True, False], [False, True, True]])
-    right, wrong = torch.where(truth, 5.0, -5.0), torch.where(truth, -5.0, 5.0)
-    assert contrast(right, truth) < 0.01 < 5 < contrast(wrong, truth)
-    raised = right.clone()
-    raised[0, 0] += 3
-    assert contrast(raised, truth) < contrast(right, truth)
-
-
-def test_what_a_patch_shows_is_read_from_its_place(data):
-    phrases = all_phrases()
-    pixels, truth = read_pictures(data, "train", phrases)
-    assert pixels.shape == (SCENES, SIDE, SIDE, 3) and truth.shape == (SCENES, (SIDE // PATCH) ** 2, MOST)
+def test_the_truth_of_pictures_is_read_from_their_places(data):
+    pixels, truth = read_pictures(data, "train")
+    assert pixels.shape == (SCENES, SIDE, SIDE, 3) and truth.shape == (SCENES, (SIDE // PATCH) ** 2, len(VALUES))
     for index, (name, scene) in enumerate(list(read_scenes(data, "train").items())[:10]):
-        assert torch.equal(pixels[index], torch.from_numpy(np.array(Image.open(data / "images" / f"{name}.png"))))
-        held = marks(truth[index], len(phrases))
-        for patch, of_patch in enumerate(held):
+        picture = np.array(Image.open(data / "images" / f"{name}.png"))
+        assert torch.equal(pixels[index], torch.from_numpy(picture))
+        assert torch.equal(scaled(pixels[index : index + 1])[0, :, 5, 9], torch.from_numpy(picture[5, 9]) / 255)
+        for patch, numbers in enumerate(truth[index].tolist()):
             y, x = divmod(patch, SIDE // PATCH)
-            shown = shown_at(scene, (x + 0.5) * PATCH, (y + 0.5) * PATCH)
-            assert {phrases[number] for number in of_patch.nonzero().flatten()} == true_phrases(shown)
+            assert numbers == numbers_of(shown_at(scene, (x + 0.5) * PATCH, (y + 0.5) * PATCH))
 
 
-def test_measure_counts_patches_by_group_and_leaves_out_what_shows_nothing(data, monkeypatch):
-    """A model that knows all is right; one that calls everything nothing, or swaps two kinds of things, is not."""
-    phrases = all_phrases()
-    known = torch.stack([marks(rows, len(phrases)) for rows in read_pictures(data, "test", phrases)[1]]).float()
+def test_a_crowd_shows_what_it_says():
+    """Squares of pure colours: the patches of a pictogram have its colour at their centres, wherever it is."""
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
+    one = [Pictogram(OBJECTS[0], "noto", Image.new("RGBA", (RENDERED, RENDERED), (*rgb, 255))) for rgb in colours]
+    torch.manual_seed(0)
+    right = []
+    for _ in range(5):
+        pictures, shown = Crowds(one).draw(8, PATCH)
+        assert pictures.shape == (8, 3, SIDE, SIDE) and 0 <= pictures.min() and pictures.max() <= 1
+        centres = pictures[:, :, PATCH // 2 :: PATCH, PATCH // 2 :: PATCH].flatten(2)  # (P, 3, N)
+        assert shown.unique().tolist() == [0, 1, 2, 3]
+        strongest = centres.argmax(1)
+        clear = centres.max(1).values - centres.min(1).values > 0.3  # not the background at the edge of a square
+        right.append((strongest == shown)[clear & (shown < 3)].float().mean())
+        empty = (centres.max(1).values - centres.min(1).values)[shown == 3]
+        assert empty.quantile(0.9) < 0.3
+    assert min(right) > 0.98
+
+
+def test_a_crowd_is_never_repeated_but_by_its_seed():
+    crowds = Crowds(SAMPLES["noto"])
+    torch.manual_seed(1)
+    first, second = crowds.draw(2, PATCH)[0], crowds.draw(2, PATCH)[0]
+    torch.manual_seed(1)
+    assert torch.equal(first, crowds.draw(2, PATCH)[0]) and not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])
+
+
+def test_measure_counts_patches_by_group_and_leaves_out_what_shows_nothing(tmp_path, monkeypatch):
+    """A model that knows all is right; one that calls everything nothing, or knows every other patch, is not."""
+    data = generate(tmp_path / "data", scenes=1, test_scenes=30, seed=4)
+    _, truth = read_pictures(data, "test")
+    known = torch.cat(
+        [
+            torch.nn.functional.one_hot(truth[..., index].long().clamp(min=0), len(values))
+            for index, values in enumerate(VALUES.values())
+        ],
+        dim=-1,
+    ).float()
     processor = LlavaSTFImageProcessor(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
 
-    def told(cosines):
-        monkeypatch.setattr("examples.shapes.clip.similarity", lambda model, pixels, texts: cosines)
-        return measure(None, data, processor, {})
+    def told(scores):
+        monkeypatch.setattr("examples.shapes.clip.name_patches", lambda model, pixels: scores)
+        return measure(None, data, processor)
 
     perfect = told(known)
     assert perfect.keys() == {scene.group for scene in read_scenes(data, "test").values()}
     assert {share for shares in perfect.values() for share in shares.values()} == {1.0}
-    silent = torch.zeros_like(known)
-    silent[..., phrases.index(Phrase("print", NOTHING))] = 1
+    assert any("print" in shares for shares in perfect.values())
+    silent = known.clone()
+    silent[..., NUMBERED["name"][NOTHING]] = 2
     assert {shares.get("print", 0.0) for shares in told(silent).values()} == {0.0}
+    assert {shares["name"] for shares in told(silent).values()} == {0.0}
     flawed = known.clone()
     flawed[:, ::2] = 0  # ties: the first phrase of a kind
     assert all(0.3 < shares["name"] < 0.7 for shares in told(flawed).values())
@@ -610,21 +654,31 @@ def test_waves_tell_near_patches_from_far_ones():
     assert (distance + torch.eye(64)).min() > 0.1
 
 
-def test_clip_training_learns_and_repeats(data, tokenizer_folder, tmp_path, monkeypatch):
-    names = {one.object.name for one in SAMPLES[HELD_OUT_FAMILY]}
-    used = [phrase for phrase in all_phrases() if phrase.kind != "name" or phrase.value in names]
-    monkeypatch.setattr("examples.shapes.clip.all_phrases", lambda: used)  # a fifth of the time of all names
-    folder = train_clip(data, tokenizer_folder, tmp_path / "clip", steps=24, batch_size=4)
+def test_clip_training_learns_and_repeats(data, tmp_path):
+    folder = train_clip(data, tmp_path / "clip", steps=24, batch_size=4)
     record = json.loads((folder / "training_log.json").read_text())
     first, last = record["log"]
     assert last["step"] == record["settings"]["steps"] == 24 and last["loss"] < first["loss"]
-    model = CLIPModel.from_pretrained(folder)
-    assert LlavaSTFImageProcessor.from_pretrained(folder).crop_size["height"] == model.config.vision_config.image_size
+    model = CLIPVisionModelWithProjection.from_pretrained(folder)
+    assert LlavaSTFImageProcessor.from_pretrained(folder).crop_size["height"] == model.config.image_size
     assert record["told"].keys() == {scene.group for scene in read_scenes(data, "test").values()}
     assert all(shares.keys() >= {"name", "size", "place"} for shares in record["told"].values())
 
-    short = [train_clip(data, tokenizer_folder, tmp_path / name, steps=2, batch_size=2) for name in ("a", "b")]
+    short = [train_clip(data, tmp_path / name, steps=2, batch_size=2) for name in ("a", "b")]
     assert (short[0] / "model.safetensors").read_bytes() == (short[1] / "model.safetensors").read_bytes()
+
+
+def test_the_tower_never_sees_the_held_out_artist(data, tmp_path, monkeypatch):
+    seen = []
+    real = Crowds.__post_init__
+
+    def spy(self):
+        seen.extend(one.family for one in self.pictograms)
+        real(self)
+
+    monkeypatch.setattr(Crowds, "__post_init__", spy)
+    train_clip(data, tmp_path / "clip", steps=1, batch_size=4)
+    assert {*seen} == {*FAMILIES} - {HELD_OUT_FAMILY}
 
 
 def test_language_model_training_learns(data, tokenizer_folder, tmp_path):

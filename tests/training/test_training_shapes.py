@@ -14,7 +14,7 @@ from examples.shapes.evaluate import evaluate
 from examples.shapes.generate import generate
 from examples.shapes.pictograms import SAMPLE
 from examples.shapes.questions import KINDS
-from examples.shapes.recipe import AGAIN, RENEWED, STAGES, TAPS, WARM_UP
+from examples.shapes.recipe import ELASTIC, RENEWED, STAGES, TAPS, WARM_UP
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 from training.merge import merge
 
@@ -39,7 +39,7 @@ def test_one_command_makes_a_model(tmp_path, monkeypatch):
     seconds = json.loads((out / "log_seconds.json").read_text())
     assert seconds.keys() == {
         *("data", "tokenizer", "clip + language-model", "start", RENEWED),
-        *(stage.name for stage in WARM_UP + STAGES + AGAIN),
+        *(stage.name for stage in WARM_UP + STAGES + ELASTIC),
     }
     assert json.loads((out / "evaluation.json").read_text())["kinds"].keys() == KINDS.keys()
 
