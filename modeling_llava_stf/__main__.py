@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     serve_parser.add_argument(
         "options", nargs=argparse.REMAINDER, help="options of `transformers serve`; MODEL --help lists them"
     )
-    commands.add_parser("demo", help="ask the small model about a picture that it was not trained on")
+    commands.add_parser("demo", help="ask the small model about two pictures that it was not trained on")
     return parser
 
 
@@ -132,26 +132,26 @@ def ask(
     print(f"tokens    {_tokens(network.config, number)}")
     print(f"time      {seconds:.2f} s on {network.device.type}, {network.dtype}, model loaded")
     if model is None:
-        print("\nThis small model knows drawn shapes and nothing else. For photos name another: ask ... --model NAME")
+        print("\nThis small model knows drawn objects (emoji) only. For photos name another: ask ... --model NAME")
     return 0
 
 
 def demo() -> int:
-    """Asks the small model about a drawing of its test set, and compares with the known answers."""
-    folder, truth = _default_model(), json.loads(DEMO.read_text(encoding="utf-8"))
+    """Asks the small model about two pictures that it was not trained on, and compares with the known answers."""
+    folder, pictures = _default_model(), json.loads(DEMO.read_text(encoding="utf-8"))
     processor, network = _load(folder, None)
-    picture = str(SHAPES / truth["picture"])
-    print(f"picture   {picture}  (not among those that the model was trained on)")
     print(f"tokens    {_tokens(network.config, processor.tokens_per_image)}")
-    right = 0
-    for turn in truth["questions"]:
-        answer, seconds = _answer(processor, network, picture, turn["question"], max_new_tokens=64)
-        correct = answer == turn["answer"]
-        right += correct
-        print(f"\nquestion  {turn['question']}")
-        print(f"answer    {answer}")
-        print(f"          {'right' if correct else 'wrong: ' + turn['answer']}, {seconds:.2f} s")
-    print(f"\n{right} of {len(truth['questions'])} right. How the model was made: examples/shapes/README.md")
+    marks = []
+    for truth in pictures:
+        picture = str(SHAPES / truth["picture"])
+        print(f"\npicture   {picture}  ({truth['note']})")
+        for turn in truth["questions"]:
+            answer, seconds = _answer(processor, network, picture, turn["question"], max_new_tokens=64)
+            marks.append(answer == turn["answer"])
+            print(f"\nquestion  {turn['question']}")
+            print(f"answer    {answer}")
+            print(f"          {'right' if marks[-1] else 'wrong: ' + turn['answer']}, {seconds:.2f} s")
+    print(f"\n{sum(marks)} of {len(marks)} right. How the model was made: examples/shapes/README.md")
     return 0
 
 

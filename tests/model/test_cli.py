@@ -100,34 +100,39 @@ def test_ask_prints_the_answer(checkpoint, model, processor, goldens):
     assert "small" not in result.stdout
 
 
-def test_demo_gives_right_answers_about_a_picture_that_it_never_saw():
+PICTURES = json.loads(DEMO.read_text(encoding="utf-8"))
+
+
+def test_demo_gives_right_answers_about_pictures_that_it_never_saw():
     result = run("modeling_llava_stf", "demo")
     assert result.returncode == 0, result.stderr
-    truth = json.loads(DEMO.read_text(encoding="utf-8"))
-    assert f"picture   {DEMO.parent / truth['picture']}" in result.stdout
-    assert len(truth["questions"]) == 3
-    for turn in truth["questions"]:
-        assert f"question  {turn['question']}\nanswer    {turn['answer']}\n          right" in result.stdout
-    assert "3 of 3 right" in result.stdout
+    assert [len(truth["questions"]) for truth in PICTURES] == [3, 1]
+    for truth in PICTURES:
+        assert f"picture   {DEMO.parent / truth['picture']}" in result.stdout
+        for turn in truth["questions"]:
+            assert f"question  {turn['question']}\nanswer    {turn['answer']}\n          right" in result.stdout
+    assert "4 of 4 right" in result.stdout
 
 
-def test_the_demo_s_picture_and_truth_are_of_the_test_set():
-    truth = json.loads(DEMO.read_text(encoding="utf-8"))
+@pytest.mark.parametrize(("truth", "group"), list(zip(PICTURES, ("seen", "unseen artist"), strict=True)))
+def test_the_demo_s_pictures_and_truth_are_of_the_test_set(truth, group):
     rng = Random(truth["seed"])
-    scene = draw_scene("test", rng)
-    drawn, shown = draw_picture(scene, rng), Image.open(DEMO.parent / truth["picture"])
+    samples = read_pictograms(SAMPLE)
+    scene = draw_scene(samples, "test", rng)
+    assert scene.group == group
+    drawn, shown = draw_picture(scene, samples, rng), Image.open(DEMO.parent / truth["picture"])
     assert drawn.tobytes() == shown.tobytes()
     for turn in truth["questions"]:
-        made = (KINDS[turn["kind"]](scene, Random(seed)) for seed in range(200))
+        made = (KINDS[turn["kind"]](scene, Random(seed)) for seed in range(300))
         assert (turn["question"], turn["answer"]) in {(question.text, question.answer) for question in made if question}
 
 
 def test_ask_without_a_model_uses_the_small_one(run_here):
-    truth = json.loads(DEMO.read_text(encoding="utf-8"))
+    truth = PICTURES[0]
     turn = truth["questions"][0]
     status, output, _ = run_here(ask_main, "ask", DEMO.parent / truth["picture"], turn["question"])
     assert (status, shown(output)["answer"]) == (0, turn["answer"])
-    assert "knows drawn shapes and nothing else" in output
+    assert "knows drawn objects (emoji) only" in output
 
 
 def test_missing_picture_ends_with_one_line(checkpoint):
@@ -245,8 +250,7 @@ def test_conversion_without_space_leaves_nothing(tmp_path, monkeypatch):
 
 def test_ask_turns_a_photo_and_paints_transparency_as_asked(run_here, tmp_path):
     """The demo's drawing lies on its side, or is drawn on nothing."""
-    truth = json.loads(DEMO.read_text(encoding="utf-8"))
-    drawing, question = Image.open(DEMO.parent / truth["picture"]).convert("RGB"), "Describe the picture."
+    drawing, question = Image.open(DEMO.parent / PICTURES[0]["picture"]).convert("RGB"), "Describe the picture."
     save_photos(drawing, tmp_path)
 
     def answer(name, *options):
