@@ -34,14 +34,16 @@ from .ablation_report import in_curve, report
 from .connectors import REFERENCE, SYSTEMS, Asked, System
 from .connectors.divt import DiVT
 from .connectors.encode_first import encode_first, tower_features
-from .connectors.inside import dropping
+from .connectors.inside import Schedule, dropping
 from .evaluate import ask, is_right, prompts
 from .processes import start_module
 from .recipe import STAGES, TAPS, Timer
 from .text import messages_of, read_rows
+from .training import DEVICE
 
 POINTS = 8  # of a learning curve; the last is the end
 FITTED_PICTURES = 256  # training pictures on which DiVT's threshold is chosen
+SEARCHED = 200  # training questions that a search asks
 BATCH = 100  # questions that are answered together
 
 
@@ -207,10 +209,11 @@ def run_one(work: str, out: str, system: str, seed: int, captions: int, rows: in
     curve = Curve(examiner)
     seconds = {}
     with encoding_first(model, of):
-        for stage, limit in zip(STAGES, (captions, rows), strict=True):
-            watch = curve if stage is STAGES[-1] else None
-            seconds[stage.name] = train(model, processor, of, stage, data / stage.rows, limit, seed, watch)
-    asked = {way.name: examiner.ask(model.eval(), way) for way in of.asked}
+        first, second = STAGES
+        seconds[first.name] = train(model, processor, of, first, data / first.rows, captions, seed, None)
+        with of.inside(model):
+            seconds[second.name] = train(model, processor, of, second, data / second.rows, rows, seed, curve)
+            asked = {way.name: examiner.ask(model.eval(), way) for way in of.asked}
     result = {
         **{name: getattr(run, name) for name in ("system", "seed", "captions", "rows", "equal")},
         "start": _digest(folder / "start" / "model.safetensors"),
@@ -245,6 +248,7 @@ def train(
     settings |= {"num_train_epochs": 1, "dataloader_num_workers": 0, "group_by_modality_length": False}
     # The speed of the processor is not measured, because that would take longer than some stages.
     settings |= {"seed": seed, "report_to": "none", "peak_tflops": 1.0, **system.settings}
+    settings["use_cpu"] = DEVICE == "cpu"
     settings.pop("dtype")  # of loading
     with tempfile.TemporaryDirectory() as scratch:
         args = LlavaSTFTrainingArguments(output_dir=scratch, **settings)
@@ -290,8 +294,30 @@ class Examiner:
         self.rows = [row for row in read_rows(self.data / "test.json") if kinds[row["id"]] != "caption"]
 
     def ask(self, model: LlavaSTFForConditionalGeneration, way: Asked, some: bool = False) -> dict[str, Any]:
-        """Returns the mean number of tokens, seconds of a core, and a mark for each question, or for `some`."""
+        """Returns the mean number of tokens, seconds of a core, and a mark for each question, or for `some`.
+
+        After a search it also returns which share of the tokens is kept behind which share of the layers.
+        """
         rows = [row for row in self.rows if not some or in_curve(row["id"])]
+        schedule = self.searched(model, way) if callable(way.inside) else way.inside
+        started = time.process_time()
+        tokens, right = self.marks(model, way, schedule, rows)
+        found = {
+            "tokens": statistics.mean(tokens),
+            "seconds": round(time.process_time() - started, 1),
+            "right": right,
+        }
+        return found | {"kept": schedule.kept} if callable(way.inside) else found
+
+    def searched(self, model: LlavaSTFForConditionalGeneration, way: Asked) -> Schedule:
+        """Returns what the way's search makes of the first questions about training pictures."""
+        rows = read_rows(self.data / STAGES[-1].rows)[:SEARCHED]
+        return way.inside(model, lambda schedule: self.marks(model, way, schedule, rows)[1].count("1"))
+
+    def marks(
+        self, model: LlavaSTFForConditionalGeneration, way: Asked, schedule: Schedule | None, rows: list[dict]
+    ) -> tuple[list[int], str]:
+        """Returns the number of tokens of each prompt, and a mark for each row in its order."""
         tokens: list[int] = []
 
         def inputs_of(conversations: list[list[dict]]) -> BatchFeature:
@@ -299,15 +325,10 @@ class Examiner:
             tokens.extend((inputs["input_ids"] == model.config.image_token_id).sum(1).tolist())
             return inputs
 
-        started = time.process_time()
-        with torch.inference_mode(), dropping(model, way.inside) if way.inside else nullcontext():
+        with torch.inference_mode(), dropping(model, schedule) if schedule else nullcontext():
             answers = ask(model, self.processor, self.data, rows, BATCH, inputs_of)
         right = (is_right(answers[row["id"]], row["conversations"][1]["value"]) for row in rows)
-        return {
-            "tokens": statistics.mean(tokens),
-            "seconds": round(time.process_time() - started, 1),
-            "right": "".join("01"[mark] for mark in right),
-        }
+        return tokens, "".join("01"[mark] for mark in right)
 
     def inputs(self, model: LlavaSTFForConditionalGeneration, way: Asked, conversations: list) -> BatchFeature:
         """Returns what `generate` gets."""

@@ -1,5 +1,7 @@
 """The connectors of the comparison: sizes, gradients, and each definition against a computation by hand."""
 
+import math
+from functools import partial
 from itertools import product
 
 import pytest
@@ -13,13 +15,16 @@ from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from examples.shapes.connectors import SYSTEMS, divt, downsampling, quecc
 from examples.shapes.connectors.divt import DiVT, cover
 from examples.shapes.connectors.encode_first import encode_first, tower_features
+from examples.shapes.connectors.g_search import search
 from examples.shapes.connectors.grouping import Grouping
 from examples.shapes.connectors.inside import FAST_V, PYRAMID_DROP, Schedule, dropping
 from examples.shapes.connectors.m3 import M3Projector
 from examples.shapes.connectors.mqt import MatryoshkaQueries
+from examples.shapes.connectors.one_token import OneToken, one_token
 from examples.shapes.connectors.parts import HEADS
 from examples.shapes.connectors.pooling import PooledProjector
 from examples.shapes.connectors.quecc import QueCC, question_vectors
+from examples.shapes.connectors.skipping import KEPT, RoutedProjector, skipping
 from examples.shapes.connectors.token_packer import TokenPacker
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
@@ -73,6 +78,8 @@ def output_of(connector, features):
 def test_every_connector_gives_its_tokens_and_learns_with_every_parameter(system):
     config = config_of_system(system)
     connector = system.projector(config).train()
+    if isinstance(connector, RoutedProjector):
+        connector.routers = nn.Identity()  # these learn in the language model, see the test of their gradient
     tokens = output_of(connector, torch.randn(2, N, len(config.taps) * C))
     if not isinstance(connector, DiVT):
         assert tokens.shape == (2, (GRID // system.window) ** 2, D)
@@ -98,6 +105,7 @@ SIZES = {
     "QueCC": linear(D, C) + 3 * NORM + 2 * linear(C, C) + 5 * C + linear(3 * C, C) + linear(C, C) + ATTENTION + TWO,
     "MQT": 4 * C + 3 * NORM + ATTENTION + C * D,
     "DiVT": N * C + linear(C, C, False) + 4 * linear(C, C) + 3 * NORM + ATTENTION + TWO,
+    "VideoLLM-MoD (simulated)": TWO + linear(D, 1),  # one of the two layers is skipped
     "VisToG": 4 * C + NORM + ATTENTION + 3 * linear(C, C) + TWO,
 }
 
@@ -481,12 +489,149 @@ def test_tokens_that_are_dropped_inside_are_those_of_the_schedule(deep):
     torch.testing.assert_close(deep(**inputs).logits[:, -1], whole)  # no hook is left
 
 
-@pytest.mark.parametrize("schedule", [FAST_V, PYRAMID_DROP, TWICE])
-def test_answers_of_a_batch_are_those_of_single_prompts(deep, schedule):
+@pytest.fixture
+def routed(deep):
+    """The same model with routers; its layers and its pictures matter."""
+    for layer in deep.model.language_model.layers:
+        for linear in (layer.self_attn.v_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.mul_(10)
+    fused, deep.model.multi_modal_projector = deep.model.multi_modal_projector, RoutedProjector(deep.config)
+    deep.model.multi_modal_projector.forward = lambda features: 5 * fused(features)
+    for router in deep.model.multi_modal_projector.routers.values():
+        nn.init.normal_(router.weight)
+    return deep.requires_grad_(False)
+
+
+ACTING = {
+    "FastV": partial(dropping, schedule=FAST_V),
+    "PyramidDrop": partial(dropping, schedule=PYRAMID_DROP),
+    "twice": partial(dropping, schedule=TWICE),
+    "VideoLLM-MoD": skipping,
+    "VoCo-LLaMA": one_token,
+}
+
+
+@pytest.mark.parametrize("acting", ACTING.values(), ids=ACTING)
+def test_answers_of_a_batch_are_those_of_single_prompts(routed, acting):
     inputs = inputs_of(placeholders=4)
-    with dropping(deep, schedule):
-        both = deep.generate(**inputs, do_sample=False, max_new_tokens=5)[:, -5:]
-        last = deep.generate(
-            **single(deep) | {"pixel_values": inputs["pixel_values"][1:]}, do_sample=False, max_new_tokens=5
+    with acting(routed):
+        both = routed.generate(**inputs, do_sample=False, max_new_tokens=5)[:, -5:]
+        last = routed.generate(
+            **single(routed) | {"pixel_values": inputs["pixel_values"][1:]}, do_sample=False, max_new_tokens=5
         )
     assert both[1].tolist() == last[0, -5:].tolist()
+
+
+@pytest.mark.parametrize("acting", [skipping, one_token])
+def test_what_is_trained_inside_acts_in_training_as_in_answering(routed, acting):
+    inputs, steps = inputs_of(placeholders=4), {"output_logits": True, "return_dict_in_generate": True}
+    with acting(routed):
+        answered = routed.generate(**inputs, do_sample=False, max_new_tokens=6, **steps)
+        mask = nn.functional.pad(inputs["attention_mask"], (0, 6), value=1)
+        whole = inputs | {"input_ids": answered.sequences, "attention_mask": mask}
+        trained = routed(**whole, use_cache=False).logits[:, -7:-1]
+    torch.testing.assert_close(trained, torch.stack(answered.logits, 1))
+    assert not torch.allclose(trained, routed(**whole, use_cache=False).logits[:, -7:-1], atol=1e-3)
+
+
+def layer_by_layer(model, inputs, of_layer):
+    """Runs one prompt; `of_layer` gets number, input, and a function that runs the layer on some of the places."""
+    ids = inputs["input_ids"]
+    picture = (ids[0] == IMAGE).nonzero().flatten().tolist()
+    hidden = model.get_input_embeddings()(ids).clone()
+    hidden[0, picture] = model.get_image_features(inputs["pixel_values"]).pooler_output[0]
+    language = model.model.language_model
+    angles = language.rotary_emb(hidden, position_ids=torch.arange(ids.shape[1])[None])
+    for number, layer in enumerate(language.layers):
+
+        def run(places, hidden=hidden, layer=layer):
+            mask = torch.ones(1, 1, len(places), len(places), dtype=torch.bool).tril()
+            there = [angle[:, places] for angle in angles]
+            return layer(hidden[:, places], attention_mask=mask, position_embeddings=there)
+
+        hidden = of_layer(number, hidden.clone(), run, picture)
+    return model.lm_head(language.norm(hidden))[0, -1]
+
+
+def test_a_token_that_skips_a_layer_is_not_there_and_leaves_it_as_it_came(routed):
+    inputs, routers = single(routed), routed.model.multi_modal_projector.routers
+
+    def by_hand(skipped_layers=(0, 2), weighted=True):
+        def of_layer(number, hidden, run, picture):
+            everywhere = range(hidden.shape[1])
+            if number not in skipped_layers:
+                return run([*everywhere])
+            router = routers[str(number)] if str(number) in routers else routers["0"]
+            scores = {place: float(router(hidden[0, place])) for place in picture}
+            chosen = sorted(picture, key=scores.get)[-round(KEPT * len(picture)) :]
+            places = [place for place in everywhere if place not in picture or place in chosen]
+            added = run(places) - hidden[:, places]
+            for place, change in zip(places, added[0], strict=True):
+                factor = 2 / (1 + math.exp(-scores[place])) if weighted and place in picture else 1
+                hidden[0, place] += factor * change
+            return hidden
+
+        return layer_by_layer(routed, inputs, of_layer)
+
+    with skipping(routed):
+        ours = routed(**inputs).logits[0, -1]
+    assert agrees(ours, by_hand())
+    for wrong in (by_hand(skipped_layers=(1, 3)), by_hand(weighted=False), routed(**inputs).logits[0, -1]):
+        assert not torch.allclose(ours, wrong, atol=1e-3)
+
+
+def test_routers_learn_by_what_the_chosen_tokens_add(routed):
+    routed.requires_grad_(True).train()
+    with skipping(routed):
+        routed(**single(routed)).logits[0, -1].sum().backward()
+    assert all(weight.grad.any() for weight in routed.model.multi_modal_projector.routers.parameters())
+
+
+def test_text_behind_the_picture_sees_the_one_token_that_sees_it(deep):
+    inputs = single(deep)
+
+    def by_hand(of_the_token=True, shift=0):
+        def of_layer(number, hidden, run, picture):
+            first, end = picture[0], picture[-1] + 1 + shift  # the place of the token
+            until = run([*range(end + 1)])
+            behind = run([*range(first), *([end] if of_the_token else []), *range(end + 1, hidden.shape[1])])
+            return torch.cat([until, behind[:, first + of_the_token :]], 1)
+
+        return layer_by_layer(deep, inputs, of_layer)
+
+    with one_token(deep):
+        ours = deep(**inputs).logits[0, -1]
+    assert agrees(ours, by_hand())
+    for wrong in (by_hand(of_the_token=False), by_hand(shift=1), deep(**inputs).logits[0, -1]):
+        assert not torch.allclose(ours, wrong, atol=1e-3)
+
+
+def test_each_picture_has_its_own_token(deep):
+    acting = OneToken(deep)
+    acting.begin(deep, (), {"input_ids": torch.tensor([[1, IMAGE, IMAGE, 5, 6, IMAGE, 7, 8]])})
+    seen = (~acting.unseen(in_prompt=True)[0]).long().tril()
+    assert seen[:, [1, 2, 5]].tolist() == [
+        [0, 0, 0],
+        [1, 0, 0],
+        [1, 1, 0],
+        [1, 1, 0],  # the first picture's token
+        [0, 0, 0],
+        [0, 0, 1],
+        [0, 0, 1],  # the second's
+        [0, 0, 0],
+    ]
+    assert acting.unseen(in_prompt=False)[0, 0].nonzero().flatten().tolist() == [1, 2, 5]
+
+
+def test_g_search_finds_the_smallest_number_of_each_layer_from_the_first(deep):
+    needed, asked = {1 / 4: 3, 2 / 4: 3, 3 / 4: 1}, []
+
+    def right(schedule):
+        asked.append(schedule.kept)
+        return sum(round(4 * share) >= needed[cut] for cut, share in schedule.kept.items()) + 3 - len(schedule.kept)
+
+    found = search(deep, right)
+    assert found == Schedule({1 / 4: 3 / 4, 2 / 4: 3 / 4, 3 / 4: 1 / 4}, ranked_before=True)
+    assert asked[0] == {} and len(asked) < 8  # and not each number
+    needed[2 / 4] = 4  # with the tokens that the first layer keeps there is no way back
+    assert search(deep, right).kept[2 / 4] == 3 / 4

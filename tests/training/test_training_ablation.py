@@ -1,6 +1,8 @@
 """The harness of the ablation, on a tiny model: it resumes, and all systems see the same rows in the same order."""
 
+import dataclasses
 import json
+from contextlib import contextmanager, nullcontext
 from random import Random
 
 import pytest
@@ -96,6 +98,7 @@ def test_a_comparison_continues_where_it_stopped(work, out, started):
     assert found["asked"]["DiVT"]["tokens"] < 64
     assert [point["share"] for point in found["curve"]] == [0.5]  # of two steps
     assert min(found["seconds"].values()) > 0
+    assert [*found_of_search(out)] == ["0.5"]  # a cut, between two layers
     assert len((out / "results.md").read_text().splitlines()) == 2 + len(system_of("LLaVA-1.5").asked) + 1
 
     (out / "runs" / Run("DiVT", 0, **AMOUNTS).file).unlink()
@@ -158,7 +161,7 @@ def train_a_moment(work, out, batches, name, seed):
     model, processor = build(system, out / "start", seed, data)
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
     batches.clear()
-    with encoding_first(model, system):
+    with encoding_first(model, system), system.inside(model):
         stage = recipe.STAGES[1]
         ablation.train(model, processor, system, stage, data / stage.rows, 64, seed, None)
     changed = {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
@@ -168,11 +171,14 @@ def train_a_moment(work, out, batches, name, seed):
 def test_all_systems_see_the_same_rows_in_the_same_order(work, out, batches):
     expected, _ = train_a_moment(work, out, batches, "LLaVA-1.5", 0)
     assert len(expected) == 2 and all(expected[0])
-    for name in ("QueCC", "DiVT", "VisToG", "elastic MBTF + STF"):  # other passes, noise, and a budget for each row
+    # These have other passes, noise, a budget for each row, and masks with routers.
+    others = ("QueCC", "DiVT", "VisToG", "elastic MBTF + STF", "VideoLLM-MoD (simulated)", "VoCo-LLaMA (simulated)")
+    for name in others:
         seen, changed = train_a_moment(work, out, batches, name, 0)
         assert seen == expected, name
         assert any("multi_modal_projector" in key for key in changed)
         assert any("language_model" in key for key in changed)
+        assert any("routers" in key for key in changed) == ("MoD" in name)
         assert not any("vision_tower" in key for key in changed)
     assert train_a_moment(work, out, batches, "LLaVA-1.5", 1)[0] != expected
 
@@ -251,3 +257,50 @@ def test_the_loss_on_ideal_tokens_is_that_of_the_answers(work):
     torch.testing.assert_close(ours, torch.stack(losses).mean())
     answers = [label for label in rows[1][2] if label != -100]
     assert answers.count(2) == len(read_rows(work / "data" / "train.json")[1]["conversations"]) // 2  # one `</s>` each
+
+
+# What acts inside the language model
+
+
+def found_of_search(out):
+    return result_of(out, "LLaVA-1.5")["asked"]["LLaVA-1.5, G-Search (simulated)"]["kept"]
+
+
+def test_a_search_asks_training_questions_and_the_test_has_what_it_found(work, out, monkeypatch):
+    system, asked, dropped = system_of("LLaVA-1.5"), [], []
+    model, processor = build(system, out / "start", 0)
+
+    def answer(network, processor, folder, rows, size, inputs_of):
+        asked.append([row["id"] for row in rows])
+        inputs_of([messages_of(rows[0], folder)[:1]])
+        few = min(dropped[-1].values(), default=1) < 0.5  # then nothing is right
+        return {row["id"]: "" if few else row["conversations"][1]["value"] for row in rows}
+
+    def dropping(model, schedule):
+        dropped.append(schedule.kept)
+        return nullcontext()
+
+    monkeypatch.setattr(ablation, "ask", answer)
+    monkeypatch.setattr(ablation, "dropping", dropping)
+    examiner = Examiner(system, processor, work / "data")
+    (way,) = (way for way in system.asked if "G-Search" in way.name)
+    assert examiner.ask(model, way)["kept"] == dropped[-1] == {0.5: 0.5}
+    assert asked[-1] == [row["id"] for row in examiner.rows]
+    assert not any("test" in name for names in asked[:-1] for name in names) and len(asked) > 4
+
+
+def test_what_acts_inside_does_so_from_stage_2_to_the_last_answer(work, out, monkeypatch):
+    acts = []
+
+    @contextmanager
+    def inside(model):
+        acts.append("begin")
+        yield
+        acts.append("end")
+
+    system = dataclasses.replace(system_of("VoCo-LLaMA (simulated)"), inside=inside)
+    monkeypatch.setattr(ablation, "system_of", lambda name: system)
+    monkeypatch.setattr(ablation, "train", lambda model, processor, system, stage, *rest: acts.append(stage.name))
+    monkeypatch.setattr(Examiner, "ask", lambda self, model, way: acts.append(way.name))
+    ablation.run_one(work, out, system.name, 0, 32, 64, "other")
+    assert acts == ["stage1", "begin", "stage2", system.name, "end"]

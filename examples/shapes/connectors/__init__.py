@@ -7,24 +7,27 @@ what differs from the original.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from modeling_llava_stf import LlavaSTFConfig
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 from modeling_llava_stf.modeling_llava_stf import LlavaSTFMultiModalProjector, SpatialTokenFusion
 
 from ..recipe import TAPS
-from . import divt, downsampling, quecc
+from . import divt, downsampling, g_search, quecc
 from .encode_first import Encode
 from .grouping import Grouping
 from .inside import FAST_V, PYRAMID_DROP, Schedule
 from .m3 import M3Projector
 from .mbtf import MixedProjector
 from .mqt import MatryoshkaQueries
+from .one_token import one_token
 from .pooling import PooledProjector
+from .skipping import RoutedProjector, skipping
 from .token_packer import TokenPacker
 
 
@@ -37,7 +40,9 @@ class Asked:
     keep: int | str | None = None  # of `reduce_image_tokens`, as `score`
     score: str = ""
     encode: Encode | None = None  # a way from pixels to tokens that the model does not know
-    inside: Schedule | None = None  # tokens that are dropped in the language model; a simulation
+    # Tokens that are dropped in the language model; a simulation. A search makes it of the trained model, and of what
+    # counts right answers to training questions.
+    inside: Schedule | Callable[[LlavaSTFForConditionalGeneration, Callable[[Schedule], int]], Schedule] | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,8 @@ class System:
     others: tuple[Asked, ...] = ()  # other ways of asking the same model
     budget: int | None = None  # of the system itself
     encode: Encode | None = None
+    # What acts inside the language model in stage 2 and in every answer; a simulation. Stage 1 is LLaVA's.
+    inside: Callable[[LlavaSTFForConditionalGeneration], AbstractContextManager[None]] = nullcontext
 
     @property
     def asked(self) -> tuple[Asked, ...]:
@@ -77,6 +84,7 @@ ONE, HALVED = TAPS[:1], Asked(f"{REFERENCE}, picture halved", encode=downsamplin
 INSIDE = (
     Asked(f"{REFERENCE}, FastV (simulated)", inside=FAST_V),
     Asked(f"{REFERENCE}, PyramidDrop (simulated)", inside=PYRAMID_DROP),
+    Asked(f"{REFERENCE}, G-Search (simulated)", inside=g_search.search),
 )
 SYSTEMS = (
     System(REFERENCE, ONE, 1, LlavaMultiModalProjector, others=(*_reduced(REFERENCE, 16, 4), HALVED, *INSIDE)),
@@ -108,4 +116,6 @@ SYSTEMS = (
     System("MQT", ONE, 2, MatryoshkaQueries, _elastic("sample", 16, 4, 1), _budgets("MQT", 4, 1)),
     System("DiVT", ONE, 1, divt.DiVT, encode=divt.encode),
     System("VisToG", ONE, 2, Grouping),
+    System("VideoLLM-MoD (simulated)", ONE, 1, RoutedProjector, inside=skipping),
+    System("VoCo-LLaMA (simulated)", ONE, 1, LlavaMultiModalProjector, inside=one_token),
 )

@@ -6,11 +6,11 @@ This shows what the accuracy becomes, and saves no time. FastV (arXiv 2403.06764
 before the cut, PyramidDrop (arXiv 2410.17247) by that of the layer behind it. Both take the row of the prompt's last
 token, as the mean over the heads. Positions stay; PyramidDrop moves them together after each cut. FastV's places are
 constants of one prompt, and its code is for one row; here they are those of `<image>`, in any batch. A cut behind so
-many of 32 layers is at the same depth of a small model.
+many of 32 layers is at the same depth of a small model. `Inside` is the base of other such methods, too.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,24 +34,53 @@ FAST_V = Schedule({3 / 32: 0.5}, ranked_before=True)
 PYRAMID_DROP = Schedule({8 / 32: 0.5, 16 / 32: 0.25, 24 / 32: 0.125}, ranked_before=False)
 
 
-@contextmanager
-def dropping(model: LlavaSTFForConditionalGeneration, schedule: Schedule) -> Iterator[None]:
+class Inside:
+    """Acts before and behind each layer of the language model, and knows where the prompts have their pictures."""
+
+    def __init__(self, model: LlavaSTFForConditionalGeneration):
+        self.model = model
+        self.pictures = torch.zeros(0, 0, dtype=torch.bool)  # (B, prompt)
+
+    @contextmanager
+    def acting(self) -> Iterator[None]:
+        """Acts in every forward pass, and so in every `generate`; the model needs the attention "sdpa"."""
+        hooks = [self.model.register_forward_pre_hook(self.begin, with_kwargs=True)]
+        for number, layer in enumerate(self.model.model.language_model.layers):
+            hooks.append(layer.register_forward_pre_hook(partial(self.in_layer, number), with_kwargs=True))
+            hooks.append(layer.register_forward_hook(partial(self.behind_layer, number)))
+        with ExitStack() as stack:
+            for hook in hooks:
+                stack.callback(hook.remove)
+            yield
+
+    def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Notes the places of the pictures, in the pass over the prompt; later passes have one token."""
+        if kwargs["input_ids"].shape[1] > 1:
+            self.pictures = kwargs["input_ids"] == self.model.config.image_token_id
+
+    def in_prompt(self, hidden: torch.Tensor) -> bool:
+        """Returns whether this is the pass over the prompt, or one of the training."""
+        return hidden.shape[1] == self.pictures.shape[1]
+
+    def in_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
+        """Returns what the layer gets; `args` has its input, (B, S, D)."""
+        return args, kwargs
+
+    def behind_layer(self, number: int, layer: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+        """Returns what the layer's output becomes, (B, S, D)."""
+        return output
+
+
+def dropping(model: LlavaSTFForConditionalGeneration, schedule: Schedule) -> AbstractContextManager[None]:
     """Lets the model drop vision tokens by a schedule in every `generate`; it needs the attention "sdpa"."""
-    drops = Drops(model, schedule)
-    hooks = [model.register_forward_pre_hook(drops.begin, with_kwargs=True)]
-    for number, layer in enumerate(model.model.language_model.layers):
-        hooks.append(layer.register_forward_pre_hook(partial(drops.in_layer, number), with_kwargs=True))
-    with ExitStack() as stack:
-        for hook in hooks:
-            stack.callback(hook.remove)
-        yield
+    return Drops(model, schedule).acting()
 
 
-class Drops:
+class Drops(Inside):
     """Holds which keys are dropped for the prompts that are answered now."""
 
     def __init__(self, model: LlavaSTFForConditionalGeneration, schedule: Schedule):
-        self.image_token = model.config.image_token_id
+        super().__init__(model)
         depth = model.config.text_config.num_hidden_layers
         # The first layer sees all tokens: there must be one that ranks them.
         cuts = {max(1, round(depth * share)): kept for share, kept in schedule.kept.items()}
@@ -59,31 +88,31 @@ class Drops:
         self.by_cut: dict[int, torch.Tensor] = {}  # (B, prompt): the keys that are dropped from this layer on
 
     def begin(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """Notes the places of the pictures, in the pass over the prompt; later passes have one token."""
-        ids = kwargs.get("input_ids")
-        if ids is not None and (ids == self.image_token).any():
-            self.pictures, self.by_cut = ids == self.image_token, {}
+        super().begin(model, args, kwargs)
+        if kwargs["input_ids"].shape[1] > 1:
+            self.by_cut = {}
 
     def in_layer(self, number: int, layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict]:
         hidden = args[0]
-        if number in self.ranking and hidden.shape[1] == self.pictures.shape[1]:
+        if number in self.ranking and self.in_prompt(hidden):
             cut, kept = self.ranking[number]
             self.by_cut[cut] = self.dropped(last_row(layer, hidden, kwargs), kept)
         gone = [dropped for cut, dropped in self.by_cut.items() if cut <= number]
         if not gone:
             return args, kwargs
-        return args, kwargs | {"attention_mask": without(kwargs, hidden, torch.stack(gone).any(0))}
+        return args, kwargs | {"attention_mask": without(kwargs, hidden, torch.stack(gone).any(0)[:, None])}
 
     def dropped(self, scores: torch.Tensor, kept: float) -> torch.Tensor:
         """Marks the picture tokens of least score, (B, prompt); tokens that are dropped already have none."""
         for earlier in self.by_cut.values():
             scores = scores.masked_fill(earlier, -1.0)
-        ranks = (
-            scores.masked_fill(~self.pictures, torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        )
-        text = (~self.pictures).sum(1, keepdim=True)  # these rank first
-        keep = (self.pictures.sum(1, keepdim=True) * kept).round().clamp(min=1)
-        return self.pictures & (ranks - text >= keep)
+        return all_but_highest(self.pictures, scores, kept)
+
+
+def all_but_highest(pictures: torch.Tensor, scores: torch.Tensor, kept: float) -> torch.Tensor:
+    """Marks each prompt's picture tokens but for the share `kept` that has the highest scores; all are (B, prompt)."""
+    ranks = scores.masked_fill(~pictures, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return pictures & (ranks >= (pictures.sum(1, keepdim=True) * kept).round().clamp(min=1))
 
 
 def last_row(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
@@ -98,13 +127,13 @@ def last_row(layer: nn.Module, hidden: torch.Tensor, kwargs: dict[str, Any]) -> 
     return scores.softmax(-1).mean((1, 2))
 
 
-def without(kwargs: dict[str, Any], hidden: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """Returns the mask of a layer, (B, 1, Q, K), without the dropped keys; `dropped` has the prompt's, (B, prompt)."""
+def without(kwargs: dict[str, Any], hidden: torch.Tensor, unseen: torch.Tensor) -> torch.Tensor:
+    """Returns the mask of a layer, (B, 1, Q, K), without keys of the prompt: (B, Q, prompt), or (B, 1, prompt)."""
     mask = kwargs["attention_mask"]
     if mask is None:  # no prompt is padded
         queries, keys = hidden.shape[1], int(kwargs["position_ids"].max()) + 1
         mask = torch.ones(len(hidden), 1, queries, keys, dtype=torch.bool, device=hidden.device).tril(keys - queries)
     if mask.dtype != torch.bool:
         raise ValueError(f"The attention's mask is of {mask.dtype}, expected bool: load the model with 'sdpa'.")
-    answer = dropped.new_zeros(len(dropped), mask.shape[-1] - dropped.shape[1])
-    return mask & ~torch.cat([dropped, answer], dim=1)[:, None, None]
+    answer = mask.shape[-1] - unseen.shape[-1]
+    return mask & ~nn.functional.pad(unseen, (0, answer))[:, None]
