@@ -35,6 +35,7 @@ from .connectors import REFERENCE, SYSTEMS, Asked, System
 from .connectors.divt import DiVT
 from .connectors.encode_first import encode_first, tower_features
 from .connectors.inside import Schedule, dropping
+from .connectors.vq_token import filmed
 from .evaluate import ask, is_right, prompts
 from .processes import start_module
 from .recipe import STAGES, TAPS, Timer
@@ -332,6 +333,8 @@ class Examiner:
 
     def inputs(self, model: LlavaSTFForConditionalGeneration, way: Asked, conversations: list) -> BatchFeature:
         """Returns what `generate` gets."""
+        if way.film:
+            conversations = [filmed(conversation) for conversation in conversations]
         prepare = partial(prompts, model, self.processor, conversations)
         if way.budget is not None:
             return prepare(max_soft_tokens=way.budget)

@@ -8,11 +8,12 @@ import pytest
 import torch
 import transformers
 from packaging import version
+from PIL import Image
 from torch import nn
 from transformers import BatchFeature, CLIPVisionConfig, LlamaConfig
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 
-from examples.shapes.connectors import SYSTEMS, divt, downsampling, quecc
+from examples.shapes.connectors import SYSTEMS, divt, downsampling, quecc, vq_token
 from examples.shapes.connectors.divt import DiVT, cover
 from examples.shapes.connectors.encode_first import encode_first, tower_features
 from examples.shapes.connectors.g_search import search
@@ -26,6 +27,7 @@ from examples.shapes.connectors.pooling import PooledProjector
 from examples.shapes.connectors.quecc import QueCC, question_vectors
 from examples.shapes.connectors.skipping import KEPT, RoutedProjector, skipping
 from examples.shapes.connectors.token_packer import TokenPacker
+from examples.shapes.scenes import MARGIN
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 C, D, GRID, LAYERS = 16, 24, 4, 4
@@ -635,3 +637,47 @@ def test_g_search_finds_the_smallest_number_of_each_layer_from_the_first(deep):
     assert asked[0] == {} and len(asked) < 8  # and not each number
     needed[2 / 4] = 4  # with the tokens that the first layer keeps there is no way back
     assert search(deep, right).kept[2 / 4] == 3 / 4
+
+
+# Films
+
+
+def test_clusters_are_those_of_k_means_in_the_order_of_their_first_tokens():
+    kinds = nn.functional.normalize(torch.randn(3, D), dim=-1)
+    own = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 2, 1])
+    tokens = kinds[own] * torch.rand(10, 1) + 0.01 * torch.randn(10, D)  # of any length
+    means = torch.stack([tokens[own == kind].mean(0) for kind in (2, 0, 1)])
+    torch.testing.assert_close(vq_token.clusters(tokens, 3), means)
+    torch.testing.assert_close(vq_token.clusters(tokens, 10), tokens)
+    same = kinds[own]
+    torch.testing.assert_close(vq_token.clusters(same, 8), kinds[[2, 0, 1]])  # there are no more
+
+
+def test_clusters_move_to_where_their_tokens_are():
+    angles = torch.tensor(
+        [0.0, 0.0, 0.0, 1.05, 1.15, 1.2, 2.2]
+    )  # the centres begin at 0.0 and 2.2, 1.1 is between them
+    tokens = torch.stack([angles.cos(), angles.sin()], 1)
+    torch.testing.assert_close(vq_token.clusters(tokens, 2), torch.stack([tokens[:3].mean(0), tokens[3:].mean(0)]))
+
+
+@encodes_first
+def test_a_film_s_clusters_are_of_all_its_frames(model):
+    pixels = torch.randn(2 * len(vq_token.MOVES), 3, 8 * GRID, 8 * GRID)
+    frames = model.get_image_features(pixels).pooler_output
+    first, second = vq_token.encode(model, {"pixel_values": pixels}, 5)
+    half = len(vq_token.MOVES)
+    torch.testing.assert_close(first, vq_token.clusters(torch.cat(frames[:half]), 5))
+    torch.testing.assert_close(second, vq_token.clusters(torch.cat(frames[half:]), 5))
+
+
+def test_a_film_is_the_picture_moved_by_less_than_objects_are_from_another_place(tmp_path):
+    assert max(abs(step) for move in vq_token.MOVES for step in move) < MARGIN
+    picture = Image.effect_noise((32, 32), 50).convert("RGB")
+    picture.save(tmp_path / "a.png")
+    content = [{"type": "image", "image": str(tmp_path / "a.png")}, {"type": "text", "text": "What is it?"}]
+    (message,) = vq_token.filmed([{"role": "user", "content": content}])
+    film, text = message["content"]
+    assert text == content[1] and film["type"] == "video"
+    for frame, (right, down) in zip(film["video"], vq_token.MOVES, strict=True):
+        assert frame.getpixel((16 + right, 16 + down)) == picture.getpixel((16, 16))

@@ -14,7 +14,7 @@ import examples.shapes.__main__
 from examples.shapes import ablation, recipe
 from examples.shapes.ablation import Examiner, Run, ablate, build, encoding_first, system_of
 from examples.shapes.clip import PATCH
-from examples.shapes.connectors import SYSTEMS
+from examples.shapes.connectors import SYSTEMS, vq_token
 from examples.shapes.generate import generate
 from examples.shapes.ideal import IdealTokens, answer_loss, facts_of, read_answers
 from examples.shapes.recipe import LAYERS
@@ -207,6 +207,9 @@ def test_every_way_of_asking_has_its_number_of_tokens(work, out, name):
         inputs = examiner.inputs(model.eval(), way, conversations)
         numbers = (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist()
         expected = way.budget or (way.keep if isinstance(way.keep, int) else None)
+        if way.film:
+            frames = len(vq_token.MOVES)
+            expected = way.budget * frames if way.budget else way.encode.keywords["number"]
         if expected is not None:
             assert numbers == [expected] * 2, way.name
         with torch.inference_mode():

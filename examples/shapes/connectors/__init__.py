@@ -9,6 +9,7 @@ what differs from the original.
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -18,7 +19,7 @@ from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 from modeling_llava_stf.modeling_llava_stf import LlavaSTFMultiModalProjector, SpatialTokenFusion
 
 from ..recipe import TAPS
-from . import divt, downsampling, g_search, quecc
+from . import divt, downsampling, g_search, quecc, vq_token
 from .encode_first import Encode
 from .grouping import Grouping
 from .inside import FAST_V, PYRAMID_DROP, Schedule
@@ -40,6 +41,7 @@ class Asked:
     keep: int | str | None = None  # of `reduce_image_tokens`, as `score`
     score: str = ""
     encode: Encode | None = None  # a way from pixels to tokens that the model does not know
+    film: bool = False  # by a shaking camera, in place of the picture; the budget is that of a frame
     # Tokens that are dropped in the language model; a simulation. A search makes it of the trained model, and of what
     # counts right answers to training questions.
     inside: Schedule | Callable[[LlavaSTFForConditionalGeneration, Callable[[Schedule], int]], Schedule] | None = None
@@ -75,6 +77,17 @@ def _reduced(name: str, *counts: int) -> tuple[Asked, ...]:
     return *by_count, Asked(f"{name}, adaptive", None, "adaptive", "salience")
 
 
+def _films(name: str, *budgets: int) -> tuple[Asked, ...]:
+    """Returns elastic tokens for each frame against as many clusters of the whole film."""
+    numbers = [budget * len(vq_token.MOVES) for budget in budgets]
+    by_frame = (Asked(f"{name}, film at {budget} a frame", budget, film=True) for budget in budgets)
+    clustered = (
+        Asked(f"{name}, film in {number} clusters", encode=partial(vq_token.encode, number=number), film=True)
+        for number in numbers
+    )
+    return *by_frame, *clustered
+
+
 def _elastic(mode: str, *budgets: int) -> dict[str, Any]:
     return {"token_budgets": list(budgets), "token_budget_mode": mode}
 
@@ -98,7 +111,7 @@ SYSTEMS = (
         2,
         LlavaSTFMultiModalProjector,
         _elastic("sample", 16, 4, 1),
-        _budgets("elastic MBTF + STF", 4, 1),
+        (*_budgets("elastic MBTF + STF", 4, 1), *_films("elastic MBTF + STF", 4, 1)),
     ),
     System("MBTF + STF for 4", TAPS, 2, LlavaSTFMultiModalProjector, _elastic("sample", 4), budget=4),
     System("MBTF + STF for 1", TAPS, 2, LlavaSTFMultiModalProjector, _elastic("sample", 1), budget=1),
