@@ -654,9 +654,8 @@ def test_clusters_are_those_of_k_means_in_the_order_of_their_first_tokens():
 
 
 def test_clusters_move_to_where_their_tokens_are():
-    angles = torch.tensor(
-        [0.0, 0.0, 0.0, 1.05, 1.15, 1.2, 2.2]
-    )  # the centres begin at 0.0 and 2.2, 1.1 is between them
+    # The centres begin at 0.0 and 2.2; 1.05 is nearer to the first, and later to the second.
+    angles = torch.tensor([0.0, 0.0, 0.0, 1.05, 1.15, 1.2, 2.2])
     tokens = torch.stack([angles.cos(), angles.sin()], 1)
     torch.testing.assert_close(vq_token.clusters(tokens, 2), torch.stack([tokens[:3].mean(0), tokens[3:].mean(0)]))
 

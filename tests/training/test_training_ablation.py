@@ -307,3 +307,14 @@ def test_what_acts_inside_does_so_from_stage_2_to_the_last_answer(work, out, mon
     monkeypatch.setattr(Examiner, "ask", lambda self, model, way: acts.append(way.name))
     ablation.run_one(work, out, system.name, 0, 32, 64, "other")
     assert acts == ["stage1", "begin", "stage2", system.name, "end"]
+
+
+def test_the_token_behind_the_picture_is_the_same_in_every_prompt(work, out):
+    data, system = work / "data", system_of("VoCo-LLaMA (simulated)")
+    model, processor = build(system, out / "start", 0)
+    rows = [*read_rows(data / "test.json")[:20], *read_rows(data / "dialogues.json")[:20]]
+    conversations = [messages_of(row, data)[:1] for row in rows]
+    ids = Examiner(system, processor, data).inputs(model, system.asked[0], conversations)["input_ids"]
+    ends = (ids == model.config.image_token_id).long().cumsum(1).argmax(1)  # the first place with the highest number
+    assert len({*ids[range(len(rows)), ends + 1].tolist()}) == 1
+    assert len({*ids[range(len(rows)), ends + 3].tolist()}) > 1  # the question is not
