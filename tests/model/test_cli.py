@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from conversion import convert
 from conversion.__main__ import main as conversion_main
+from examples.shapes.pictograms import SAMPLE, read_pictograms
 from examples.shapes.questions import KINDS
 from examples.shapes.scenes import draw_picture, draw_scene
 from modeling_llava_stf import LlavaSTFProcessor
