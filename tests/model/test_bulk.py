@@ -19,10 +19,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from drawings import drawn
 from photos import save_photos
 from PIL import Image
 
-from examples.shapes.scenes import draw_picture, draw_scene
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf import _bulk as bulk
 from modeling_llava_stf.__main__ import DEFAULT_MODEL
@@ -42,7 +42,7 @@ def pictures(tmp_path_factory):
     rng = Random(5)
     for number in range(PICTURES):
         name = f"sub/{number:02}.jpg" if number % 3 == 0 else f"{number:02}.png"
-        draw_picture(draw_scene("test", rng), rng).save(folder / name)
+        drawn(rng)[1].save(folder / name)
     whole = next(folder.glob("*.png")).read_bytes()
     (folder / BROKEN[0]).write_bytes(whole[: len(whole) // 2])
     (folder / BROKEN[1]).write_text("no picture")
@@ -516,7 +516,7 @@ def test_a_server_is_asked_without_a_picture(server, pictures, tmp_path, caption
     file.write_text(json.dumps(scienceqa(pictures)), encoding="utf-8")
     assert caption(file, tmp_path / "out", "--images", pictures, "--server", server.url)[0] == 0
     texts = [answer["text"] for answer in lines_of(tmp_path / "out")]
-    assert texts[1] == "Without a picture: How many objects are there?" and texts[0].startswith("(96, 96)")
+    assert texts[1] == "Without a picture: How many objects are there?" and texts[0].startswith("(128, 128)")
     assert {asked for _, _, asked, _ in server.seen} == {f"{QUESTION}\nAnswer in one word.", QUESTION}
 
 

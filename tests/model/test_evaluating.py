@@ -10,9 +10,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from drawings import drawn
 from transformers import BitsAndBytesConfig
 
-from examples.shapes.scenes import draw_picture, draw_scene
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.__main__ import DEFAULT_MODEL
 
@@ -45,8 +45,7 @@ def adapter(monkeypatch):
 
 
 def picture(number):
-    rng = Random(number)
-    return draw_picture(draw_scene("test", rng), rng)
+    return drawn(Random(number))[1]
 
 
 def chat(*parts):

@@ -7,12 +7,13 @@ from random import Random
 from typing import Any
 
 import torch
+from drawings import drawn
 from PIL import Image
 
 from examples.shapes.questions import conversation, describe
-from examples.shapes.scenes import draw_picture, draw_scene
+from examples.shapes.scenes import SIDE
 
-SIZES = [(96, 96), (300, 200), (40, 96), (64, 64), (1000, 333), (17, 51)]
+SIZES = [(SIDE, SIDE), (300, 200), (40, 96), (64, 64), (1000, 333), (17, 51)]
 
 
 def encoded(picture: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
@@ -29,12 +30,11 @@ def message(text: str, *pictures: bytes | Image.Image) -> list[dict]:
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
 
 
-def drawing(seed: int, size: tuple[int, int] = (96, 96)) -> tuple[Image.Image, str]:
+def drawing(seed: int, size: tuple[int, int] = (SIDE, SIDE)) -> tuple[Image.Image, str]:
     """Returns a picture of the small model's test set, resized, and a question about it."""
     rng = Random(seed)
-    scene = draw_scene("test", rng)
-    picture = draw_picture(scene, rng).resize(size)
-    return picture, conversation(scene, 1, rng)[0].text
+    scene, picture = drawn(rng)
+    return picture.resize(size), conversation(scene, 1, rng)[0].text
 
 
 def prompts() -> list[list[dict]]:
@@ -47,7 +47,7 @@ def prompts() -> list[list[dict]]:
         (first, question), (second, _) = drawing(100 + index), drawing(200 + index, SIZES[index])
         found.append(message(question, first, second))
     for index in range(6):
-        scene = draw_scene("test", Random(300 + index))
+        scene, _ = drawn(Random(300 + index))
         found.append(message(f"{describe(scene)}\n{conversation(scene, 1, Random(index))[0].text}"))
     return found
 
