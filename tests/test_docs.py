@@ -89,10 +89,14 @@ def test_the_readme_s_results_are_those_of_the_files():
         == f"{converted['ratio']:.2f} times the time of `cp`, {gib:.2f} GiB of memory"
     )
     kinds = json.loads((ROOT / "examples" / "shapes" / "model" / "evaluation.json").read_text("utf-8"))["kinds"]
-    share = {kind: 100 * counts["seen"]["accuracy"] for kind, counts in kinds.items()}
-    assert rows["Small model, 500 drawings"].strip() == (
-        f"colour {share['colour']:.0f} %, where {share['where']:.0f} %, count {share['count']:.0f} %, "
-        f"captions {share['caption']:.0f} %"
+    seen, stranger = (
+        {kind: f"{100 * groups[group]['accuracy']:.0f} %" for kind, groups in kinds.items()}
+        for group in ("seen", "unseen artist")
+    )
+    assert rows["Small model, 900 scenes"].strip() == (
+        f"names an object: {seen['name']}, where: {seen['where']}, count: {seen['count']}, "
+        f"captions: {seen['caption']}; "
+        f"names one by an artist that it never saw: {stranger['name']}"
     )
 
 

@@ -9,7 +9,6 @@ python -m examples.shapes tokenizer DATA OUT                   trains the langua
 python -m examples.shapes clip DATA OUT                        trains a miniature of CLIP's vision tower
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
 python -m examples.shapes ideal DATA LANGUAGE_MODEL OUT        warms it up on tokens that belong to no connector
-python -m examples.shapes renew MODEL OUT                      makes new fusion modules
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
 python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
 python -m examples.shapes task DATA OUT                        writes the test questions as a task of lmms-eval
@@ -30,7 +29,6 @@ from .ideal import warm_up
 from .language_model import train_language_model
 from .pictograms import SAMPLE, fetch
 from .recipe import make
-from .renew import renew
 from .shrink import shrink
 from .task import write_task
 from .text import train_tokenizer
@@ -111,12 +109,6 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--questions", type=int, metavar="N", help="only the first N questions (default: all)")
     task.set_defaults(step=write_task)
 
-    renewal = commands.add_parser("renew", help="put new fusion modules into a checkpoint")
-    renewal.add_argument("checkpoint", metavar="MODEL", help="folder of a checkpoint")
-    renewal.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    renewal.add_argument("--seed", type=int, default=0, help="seed of the new weights (default: 0)")
-    renewal.set_defaults(step=renew)
-
     ideal = commands.add_parser("ideal", help="teach a language model to look things up in ideal tokens")
     ideal.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     ideal.add_argument("language_model", metavar="LANGUAGE_MODEL", help="folder that `language-model` wrote")
@@ -136,14 +128,14 @@ def _parser() -> argparse.ArgumentParser:
         "work", metavar="WORK", help="folder for data and intermediate models; a stopped run continues there"
     )
     recipe.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    for name in ("scenes", "test-scenes", "clip-steps", "language-model-steps", "seed"):
+    for name in ("scenes", "test-scenes", "clip-steps", "language-model-steps", "ideal-steps", "seed"):
         recipe.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
     recipe.set_defaults(step=make)
 
     ablation = commands.add_parser("ablation", help="train and test with other connectors")
     ablation.add_argument("work", metavar="WORK", help="WORK folder of `make`")
     ablation.add_argument("out", metavar="OUT", help="folder for the results; a stopped run continues there")
-    for name in ("seeds", "captions", "rows", "steps", "workers"):
+    for name in ("seeds", "captions", "rows", "workers"):
         ablation.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
     ablation.add_argument("--equal", choices=("rows", "time"), default="rows", help="default: rows")
     ablation.add_argument("--systems", nargs="+", metavar="NAME", help="train only these (default: all)")

@@ -38,7 +38,7 @@ from .connectors.inside import Schedule, dropping
 from .connectors.vq_token import filmed
 from .evaluate import ask, is_right, prompts
 from .processes import start_module
-from .recipe import STAGES, TAPS, Timer
+from .recipe import STAGES
 from .text import messages_of, read_rows
 from .training import DEVICE
 
@@ -69,7 +69,6 @@ def ablate(
     seeds: int = 5,
     captions: int = 9600,
     rows: int = 9600,
-    steps: int = 1500,
     equal: str = "rows",
     systems: list[str] | None = None,
     workers: int | None = None,
@@ -79,11 +78,10 @@ def ablate(
     It skips what has a result, so that the same command continues a stopped one, and a higher `seeds` adds to it.
 
     Args:
-        work: the folder of `make`, with data, tower and language model.
-        out: folder for the results, and for the language model that all systems start from.
+        work: the folder of `make`, with the data, and the tower and language model that all systems start from.
+        out: folder for the results.
         seeds: number of seeds, which set connector and order.
         captions, rows: number of rows in stage 1 and stage 2.
-        steps: steps of the language model on ideal tokens.
         equal: "rows", or "time": a system then has so many rows that it trains as long as LLaVA-1.5 does with `rows`.
             This needs the results of "rows".
         systems: names of the systems; by default all.
@@ -95,14 +93,15 @@ def ablate(
     work, out = Path(work).resolve(), Path(out).resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     chosen = [system_of(name) for name in systems or [system.name for system in SYSTEMS]]
-    warm_start(work, out, steps)
+    if not (work / "start").exists():
+        raise ValueError(f"There is no {work / 'start'}: run `python -m examples.shapes make {work} OUT` first.")
     todo = [
         Run(system.name, seed, *_amounts(out, system.name, captions, rows, equal), equal)
         for seed in range(seeds)
         for system in chosen
         if equal == "rows" or system.name != REFERENCE
     ]
-    todo = [run for run in todo if not _is_done(out, run)]
+    todo = [run for run in todo if not _is_done(work, out, run)]
 
     def launch(run: Run) -> int:
         words = ("examples.shapes", "ablation-run", work, out, run.system, run.seed, run.captions, run.rows, run.equal)
@@ -125,18 +124,6 @@ def system_of(name: str) -> System:
     raise ValueError(f"There is no system {name!r}, expected some of: {', '.join(one.name for one in SYSTEMS)}.")
 
 
-def warm_start(work: Path, out: Path, steps: int) -> None:
-    """Makes `out`/start, the checkpoint of all systems: the tower, and the language model warmed up on ideal tokens."""
-    timer = Timer(out / "seconds.json")
-    ideal = ("ideal", work / "data", work / "language-model", out / "ideal", "--steps", steps)
-    timer.run({out / "ideal": ("examples.shapes", *ideal)})
-    found = json.loads((out / "ideal" / "training_log.json").read_text(encoding="utf-8"))["settings"]["steps"]
-    if found != steps:
-        raise ValueError(f"{out / 'ideal'} has {found} steps, expected {steps}: name another folder, or pass {found}.")
-    towers = ("--init-fusion", "--vision-tower", work / "clip", "--keep-full-tower", "--taps", *TAPS)
-    timer.run({out / "start": ("conversion", out / "ideal", out / "start", *towers)})
-
-
 def _amounts(out: Path, system: str, captions: int, rows: int, equal: str) -> tuple[int, int]:
     """Returns the rows of both stages; for equal time, more where the results for equal rows were faster."""
     if equal == "rows":
@@ -155,13 +142,13 @@ def _training_seconds(out: Path, system: str) -> float:
     return statistics.median(sum(run["seconds"].values()) for run in runs)
 
 
-def _is_done(out: Path, run: Run) -> bool:
+def _is_done(work: Path, out: Path, run: Run) -> bool:
     """Returns whether a run has a result; raises a `ValueError` if that has other settings or another start."""
     file = out / "runs" / run.file
     if not file.exists():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))
-    expected: dict[str, object] = {"start": _digest(out / "start" / "model.safetensors")}
+    expected: dict[str, object] = {"start": _digest(work / "start" / "model.safetensors")}
     if run.equal == "rows":  # for equal time, later results may change the median
         expected |= {"captions": run.captions, "rows": run.rows}
     for name, value in expected.items():
@@ -204,26 +191,26 @@ def _fitted_features(model: LlavaSTFForConditionalGeneration, processor: LlavaST
 def run_one(work: str, out: str, system: str, seed: int, captions: int, rows: int, equal: str) -> None:
     """Trains and tests one system with one seed; [`ablate`] starts it."""
     run, of = Run(system, seed, captions, rows, equal), system_of(system)
-    data, folder = Path(work) / "data", Path(out)
-    model, processor = build(of, folder / "start", seed, data)
+    data, start = Path(work) / "data", Path(work) / "start"
+    model, processor = build(of, start, seed, data)
     examiner = Examiner(of, processor, data)
     curve = Curve(examiner)
     seconds = {}
     with encoding_first(model, of):
-        first, second = STAGES
+        first, second = STAGES[:2]
         seconds[first.name] = train(model, processor, of, first, data / first.rows, captions, seed, None)
         with of.inside(model):
             seconds[second.name] = train(model, processor, of, second, data / second.rows, rows, seed, curve)
             asked = {way.name: examiner.ask(model.eval(), way) for way in of.asked}
     result = {
         **{name: getattr(run, name) for name in ("system", "seed", "captions", "rows", "equal")},
-        "start": _digest(folder / "start" / "model.safetensors"),
+        "start": _digest(start / "model.safetensors"),
         "parameters": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
         "seconds": seconds,
         "curve": curve.points,
         "asked": asked,
     }
-    with complete_or_absent(folder / "runs" / run.file, file=True) as unfinished:
+    with complete_or_absent(Path(out) / "runs" / run.file, file=True) as unfinished:
         unfinished.write_text(json.dumps(result) + "\n", encoding="utf-8")
 
 
@@ -312,7 +299,7 @@ class Examiner:
 
     def searched(self, model: LlavaSTFForConditionalGeneration, way: Asked) -> Schedule:
         """Returns what the way's search makes of the first questions about training pictures."""
-        rows = read_rows(self.data / STAGES[-1].rows)[:SEARCHED]
+        rows = read_rows(self.data / STAGES[1].rows)[:SEARCHED]
         return way.inside(model, lambda schedule: self.marks(model, way, schedule, rows)[1].count("1"))
 
     def marks(

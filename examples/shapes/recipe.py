@@ -38,21 +38,14 @@ class Stage:
         return RECIPES / f"{self.recipe}.yaml"
 
 
-# The language model learns to look up the content of vision tokens. A large model can do this; captions alone do not
-# teach it. At these high rates the fusion modules forget what the rows do not ask, so they are replaced afterwards.
-WARM_UP = (
-    Stage("warmup-captions", "stage1", "captions.json", ("--learning_rate", 2e-3, "--num_train_epochs", 0.25)),
-    Stage("warmup-questions", "stage2", "train.json", ("--learning_rate", 3e-3, "--projector_learning_rate", 3e-3)),
-    Stage(
-        "warmup-dialogues", "stage2", "dialogues.json", ("--projector_learning_rate", 2e-3, "--num_train_epochs", 0.5)
-    ),
+# These are the paper's two stages, and the one that teaches several token budgets.
+STAGES = (
+    Stage("stage1", "stage1", "captions.json"),
+    Stage("stage2", "stage2", "dialogues.json"),
+    Stage("elastic", "elastic", "dialogues.json"),
 )
-# These are the paper's two stages, with new fusion modules.
-STAGES = (Stage("stage1", "stage1", "captions.json"), Stage("stage2", "stage2", "dialogues.json"))
-ELASTIC = (Stage("elastic", "elastic", "dialogues.json"),)  # for several token budgets
-LOGS = dict.fromkeys(("clip", "language-model"), "training_log.json")
-LOGS |= {stage.name: "trainer_state.json" for stage in WARM_UP + STAGES + ELASTIC}
-RENEWED = "renewed"  # the warm language model with new fusion modules
+LOGS = dict.fromkeys(("clip", "language-model", "ideal"), "training_log.json")
+LOGS |= {stage.name: "trainer_state.json" for stage in STAGES}
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = (
     "A small model that was trained from nothing: it knows about 300 objects as artists draw them for emoji, and "
@@ -71,6 +64,7 @@ def make(
     test_scenes: int = 900,
     clip_steps: int = 14000,
     language_model_steps: int = 3500,
+    ideal_steps: int = 1500,
     seed: int = 0,
 ) -> Path:
     """Trains a small LLaVA-STF from nothing and writes it into `out`, which must not exist or be empty.
@@ -83,12 +77,13 @@ def make(
         out: the Hub folder with float16 weights, code, processor, logs and evaluation.
         scenes, test_scenes: number of training and test scenes.
         clip_steps, language_model_steps: steps of the two pre-trainings, which run in parallel.
+        ideal_steps: steps of the language model on ideal tokens.
         seed: seed of data, weights and order.
     """
     out, work = require_empty(out), Path(work).resolve()
     work.mkdir(parents=True, exist_ok=True)
-    pictograms, data, tokenizer, clip, language_model, start = (
-        work / name for name in ("pictograms", "data", "tokenizer", "clip", "language-model", "start")
+    pictograms, data, tokenizer, clip, language_model = (
+        work / name for name in ("pictograms", "data", "tokenizer", "clip", "language-model")
     )
     timer = Timer(work / "seconds.json")
     counts = ("--scenes", scenes, "--test-scenes", test_scenes, "--seed", seed)
@@ -103,12 +98,7 @@ def make(
             for folder, command in ((clip, tower), (language_model, reader))
         }
     )
-    towers = ("--init-fusion", "--vision-tower", clip, "--keep-full-tower", "--taps", *TAPS, "--seed", seed)
-    timer.run({start: ("conversion", language_model, start, *towers)})
-    warm = train(WARM_UP, start, data, seed, timer)
-    renewed = work / RENEWED
-    timer.run({renewed: ("examples.shapes", "renew", warm, renewed, "--seed", seed)})
-    trained = train(STAGES + ELASTIC, renewed, data, seed, timer)
+    trained = train(STAGES, begin(work, timer, ideal_steps, seed), data, seed, timer)
     with complete_or_absent(out) as folder:
         pack(trained, folder)
         for step, name in LOGS.items():
@@ -118,6 +108,20 @@ def make(
     evaluate(out, data, out / "evaluation.json", name=REPO_ID)
     render_card(out)
     return out
+
+
+def begin(work: Path, timer: "Timer", ideal_steps: int, seed: int) -> Path:
+    """Returns the checkpoint that the stages begin with: tower, language model and new fusion modules.
+
+    A small language model cannot look things up in vision tokens, as a large one can. It first learns that from ideal
+    tokens, which belong to no connector.
+    """
+    ideal, start = work / "ideal", work / "start"
+    lesson = ("ideal", work / "data", work / "language-model", ideal, "--steps", ideal_steps, "--seed", seed)
+    timer.run({ideal: ("examples.shapes", *lesson)})
+    towers = ("--init-fusion", "--vision-tower", work / "clip", "--keep-full-tower", "--taps", *TAPS, "--seed", seed)
+    timer.run({start: ("conversion", ideal, start, *towers)})
+    return start
 
 
 def render_card(model: str | Path) -> None:
@@ -184,6 +188,4 @@ class Timer:
 
 def _complete(folder: Path) -> bool:
     """Returns whether a folder is complete. A training writes its config last; other folders appear complete."""
-    return (
-        (folder / "config.json").exists() if folder.name.startswith(("warmup", "stage", "elastic")) else folder.exists()
-    )
+    return (folder / "config.json").exists() if folder.name in {stage.name for stage in STAGES} else folder.exists()

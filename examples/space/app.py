@@ -24,7 +24,7 @@ QUESTIONS = ["Describe the picture.", "What is written in the picture?", "Where 
 CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds
 # Fonts of the system: the default theme asks a font server.
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-SMALL = "The model is the small one of this repository: it knows drawn shapes and nothing else."
+SMALL = "The model is the small one of this repository: it knows drawn objects (emoji) and nothing else."
 WHAT_IT_SEES = "**What the model sees:** {0} x {0} patches (thin lines) become {1} x {1} tokens (thick)"
 CSS = """
 .gradio-container { max-width: 1120px !important; margin: 0 auto; }

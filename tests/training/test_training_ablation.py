@@ -19,7 +19,7 @@ from examples.shapes.generate import generate
 from examples.shapes.ideal import IdealTokens, answer_loss, facts_of, read_answers
 from examples.shapes.recipe import LAYERS
 from examples.shapes.scenes import SIDE, Print, Scene, Thing
-from examples.shapes.text import messages_of, read_rows, train_tokenizer
+from examples.shapes.text import messages_of, read_rows, read_tokenizer, train_tokenizer
 from modeling_llava_stf import LlavaSTFImageProcessor
 from training import LlavaSTFTrainer
 
@@ -71,17 +71,16 @@ def started(monkeypatch):
 
 @pytest.fixture(scope="module")
 def out(work, tmp_path_factory):
-    """A folder in which the start of all systems is made."""
+    """A folder for results; the start of all systems is made."""
     with pytest.MonkeyPatch.context() as patch:
-        out = tmp_path_factory.mktemp("out")
         started.__wrapped__(patch)
-        ablation.warm_start(work, out, 2)
-    return out
+        recipe.begin(work, recipe.Timer(work / "seconds.json"), ideal_steps=2, seed=0)
+    return tmp_path_factory.mktemp("out")
 
 
 def compare(work, out, **changes):
     # All runs are in this process, so that one at a time may run.
-    return ablate(work, out, steps=2, workers=1, **({"systems": ["LLaVA-1.5", "DiVT"], **AMOUNTS} | changes))
+    return ablate(work, out, workers=1, **({"systems": ["LLaVA-1.5", "DiVT"], **AMOUNTS} | changes))
 
 
 def result_of(out, system, **changes):
@@ -110,13 +109,13 @@ def test_a_comparison_continues_where_it_stopped(work, out, started):
     assert len(started) == 3
     with pytest.raises(ValueError, match="has rows 64, expected 96: name another folder, or remove it"):
         compare(work, out, seeds=1, rows=96)
-    with pytest.raises(ValueError, match="ideal has 2 steps, expected 3: name another folder, or pass 2"):
-        ablate(work, out, seeds=1, steps=3)
-    start = (out / "start" / "model.safetensors").read_bytes()
-    (out / "start" / "model.safetensors").write_bytes(b"another")
+    start = (work / "start" / "model.safetensors").read_bytes()
+    (work / "start" / "model.safetensors").write_bytes(b"another")
     with pytest.raises(ValueError, match="has start .* expected"):
         compare(work, out, seeds=1)
-    (out / "start" / "model.safetensors").write_bytes(start)
+    (work / "start" / "model.safetensors").write_bytes(start)
+    with pytest.raises(ValueError, match="There is no .*start: run .*make"):
+        compare(work / "data", out, seeds=1)
 
 
 def test_for_equal_time_a_faster_system_has_more_rows(tmp_path):
@@ -158,7 +157,7 @@ def batches(monkeypatch):
 def train_a_moment(work, out, batches, name, seed):
     """Trains 64 rows of stage 2; returns the answers in their order, and which weights changed."""
     system, data = system_of(name), work / "data"
-    model, processor = build(system, out / "start", seed, data)
+    model, processor = build(system, work / "start", seed, data)
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
     batches.clear()
     with encoding_first(model, system), system.inside(model):
@@ -184,10 +183,10 @@ def test_all_systems_see_the_same_rows_in_the_same_order(work, out, batches):
 
 
 def test_what_is_shared_is_equal_and_the_connector_depends_on_the_seed(work, out):
-    ours, theirs, other = (build(system_of(*one), out / "start", seed)[0] for *one, seed in WAYS)
+    ours, theirs, other = (build(system_of(*one), work / "start", seed)[0] for *one, seed in WAYS)
     shared = [key for key in ours.state_dict() if "multi_modal_projector" not in key]
     assert all(torch.equal(ours.state_dict()[key], theirs.state_dict()[key]) for key in shared)
-    again = build(system_of("TokenPacker"), out / "start", 0)[0]
+    again = build(system_of("TokenPacker"), work / "start", 0)[0]
     torch.testing.assert_close(again.state_dict(), ours.state_dict(), rtol=0, atol=0)
     assert not torch.equal(
         ours.model.multi_modal_projector.out[0].weight, other.model.multi_modal_projector.out[0].weight
@@ -200,7 +199,7 @@ WAYS = (("TokenPacker", 0), ("STF", 0), ("TokenPacker", 1))
 @pytest.mark.parametrize("name", ["LLaVA-1.5", "DiVT", "QueCC", "MQT", "elastic MBTF + STF"])
 def test_every_way_of_asking_has_its_number_of_tokens(work, out, name):
     system, data = system_of(name), work / "data"
-    model, processor = build(system, out / "start", 0, data)
+    model, processor = build(system, work / "start", 0, data)
     examiner = Examiner(system, processor, data)
     conversations = [messages_of(row, data)[:1] for row in examiner.rows[:2]]
     for way in system.asked:
@@ -242,6 +241,18 @@ def test_ideal_tokens_are_sums_of_facts_in_random_order():
     assert len({tuple(tokens("a", 5, Random(seed))[:, 0].tolist()) for seed in range(9)}) > 3
 
 
+def test_the_vectors_of_facts_begin_as_their_words(work):
+    words = read_tokenizer(work / "language-model")
+    embeddings = LlamaForCausalLM.from_pretrained(work / "language-model").get_input_embeddings().weight
+    tokens = IdealTokens({"a": Scene((FOX, STAR), None)}, 16)
+    empty = tokens.vectors.weight[0].clone()
+    tokens.begin_as_words(words, embeddings)
+    for fact, text in (("name fox", "fox"), ("place at the top right", "at the top right")):
+        ids = words(text, add_special_tokens=False).input_ids
+        torch.testing.assert_close(tokens.vectors.weight[tokens.number[fact]], embeddings[ids].mean(0))
+    assert torch.equal(tokens.vectors.weight[0], empty)
+
+
 def test_the_loss_on_ideal_tokens_is_that_of_the_answers(work):
     model = LlamaForCausalLM.from_pretrained(work / "language-model")
     captions, questions = read_answers(work / "data", work / "language-model")
@@ -271,7 +282,7 @@ def found_of_search(out):
 
 def test_a_search_asks_training_questions_and_the_test_has_what_it_found(work, out, monkeypatch):
     system, asked, dropped = system_of("LLaVA-1.5"), [], []
-    model, processor = build(system, out / "start", 0)
+    model, processor = build(system, work / "start", 0)
 
     def answer(network, processor, folder, rows, size, inputs_of):
         asked.append([row["id"] for row in rows])
@@ -311,7 +322,7 @@ def test_what_acts_inside_does_so_from_stage_2_to_the_last_answer(work, out, mon
 
 def test_the_token_behind_the_picture_is_the_same_in_every_prompt(work, out):
     data, system = work / "data", system_of("VoCo-LLaMA (simulated)")
-    model, processor = build(system, out / "start", 0)
+    model, processor = build(system, work / "start", 0)
     rows = [*read_rows(data / "test.json")[:20], *read_rows(data / "dialogues.json")[:20]]
     conversations = [messages_of(row, data)[:1] for row in rows]
     ids = Examiner(system, processor, data).inputs(model, system.asked[0], conversations)["input_ids"]
