@@ -12,7 +12,7 @@ from torch import nn
 from .pictograms import Pictogram
 from .scenes import SIDE
 
-CELLS = (32, 54)  # least and greatest side of the square around a pictogram, in pixels
+CELLS = (28, 124)  # least and greatest side of the square around a pictogram, in pixels; most are small
 EMPTY = 0.1  # share of the squares without a pictogram
 BLOTCHES = 6  # a background has so many blotches a side
 
@@ -33,7 +33,7 @@ class Crowds:
 
         The second is (number, N): numbers of pictograms, and `len(pictograms)` where there is none.
         """
-        cell = int(torch.randint(CELLS[0], CELLS[1] + 1, ()))
+        cell = round(CELLS[0] * (CELLS[1] / CELLS[0]) ** torch.rand(()).square().item())
         rows = math.ceil(SIDE / cell) + 1  # squares a side
         shown = torch.randint(len(self.pictograms), (number, rows, rows))
         squares = _varied(self.pictures[shown.flatten()], cell)

@@ -16,6 +16,8 @@ from .pictograms import HELD_OUT_FAMILY, Pictogram
 SIDE = 128  # side of a picture, in pixels
 
 RADII = {"small": (14.0, 17.0), "large": (21.0, 25.0)}  # half the side of the square around an object, in pixels
+CLOSE_UP = (28.0, 62.0)  # the same of a large object that is alone in the middle
+CLOSE_UPS = 0.4  # share of the scenes of one object
 WORDS = ("box", "cat", "dog", "hat", "key", "map", "sun", "tea")
 NUMBERS = tuple(str(number) for number in range(1, 10))
 
@@ -135,6 +137,8 @@ def draw_scene(pictograms: dict[str, list[Pictogram]], split: str, rng: Random) 
 
 def _random_scene(objects: list[list[Pictogram]], count: int, rng: Random) -> Scene | None:
     """Returns a scene, or None if its objects do not fit; each of `objects` has the pictograms of one name."""
+    if count == 1 and rng.random() < CLOSE_UPS:
+        return Scene((_close_up(rng.choice(rng.choice(objects)), rng),), None)
     boxes: list[tuple[float, float, float, float]] = []
     printed = _random_print(rng) if rng.random() < 0.35 else None
     if printed is not None:
@@ -168,6 +172,14 @@ def _random_thing(pictogram: Pictogram, boxes: list, rng: Random) -> Thing | Non
         if not any(_overlap(thing.box, box) for box in boxes):
             return thing
     return None
+
+
+def _close_up(pictogram: Pictogram, rng: Random) -> Thing:
+    """Returns an object that may fill the picture, as in a screenshot of a single emoji."""
+    what, radius = pictogram.object, rng.uniform(*CLOSE_UP)
+    room = min(SIDE / 2 - radius, CELL / 2 - MARGIN)  # its centre stays in the middle place
+    x, y = (SIDE / 2 + rng.uniform(-room, room) for _ in range(2))
+    return Thing(what.name, what.category, pictogram.colour, pictogram.family, "large", x, y, radius)
 
 
 def _random_centre(radius: float, rng: Random) -> float:

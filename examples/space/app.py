@@ -19,7 +19,7 @@ from modeling_llava_stf.__main__ import _default_model, _load
 
 PICTURES = Path(__file__).parent / "pictures"
 EXAMPLES = [[str(path)] for path in sorted(PICTURES.glob("*.png"))]
-QUESTIONS = ["Describe the picture.", "What is written in the picture?", "Where is the red ring?"]
+QUESTIONS = ["Describe the picture.", "What is written in the picture?", "Where is the frog?"]
 # Temporary files (uploads and overlays) are looked at this often, and deleted at this age; all of them at the end.
 CLEAN_EVERY, CLEAN_AFTER = 600, 3600  # seconds
 # Fonts of the system: the default theme asks a font server.

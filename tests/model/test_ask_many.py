@@ -19,8 +19,8 @@ from modeling_llava_stf import (
 from modeling_llava_stf.__main__ import DEFAULT_MODEL
 
 GREEDY = {"do_sample": False, "max_new_tokens": 16}
-COLOUR, PLACE, ANSWER = "Which color does the circle have?", "Where is the red ring?", "The circle is orange."
-QUESTIONS = (COLOUR, " Why?\n", "a" * 40 + " ist das Größe 2 😀?", "")
+COUNT, PLACE, ANSWER = "How many guitars are there?", "Where is the fox?", "There are two guitars."
+QUESTIONS = (COUNT, " Why?\n", "a" * 40 + " ist das Größe 2 😀?", "")
 SYSTEM = "Be brief."
 
 
@@ -61,14 +61,14 @@ def answers(tokens, model, processor):
 @pytest.mark.parametrize("static", [False, True])
 def test_rows_of_any_kind_in_a_batch_give_the_ids_of_whole_passes(parts, static):
     model, processor, (one, other) = parts
-    turns = ((COLOUR, ANSWER), (PLACE, "  Twice  "))
+    turns = ((COUNT, ANSWER), (PLACE, "  Twice  "))
     first = PictureCache(model, processor, one)
     both = PictureCache(model, processor, [one, other], system=SYSTEM)
     later = first.after(*turns[0]).after(*turns[1])
     rows = [(first, ([one], question)) for question in QUESTIONS] + [
-        (both, ([one, other], COLOUR, (), SYSTEM)),
+        (both, ([one, other], COUNT, (), SYSTEM)),
         (later, ([one], PLACE, turns)),
-        (PictureCache(model, processor, other), ([other], COLOUR)),
+        (PictureCache(model, processor, other), ([other], COUNT)),
     ]
     pictures, questions = [row[0] for row in rows], [row[1][1] for row in rows]
     expected = [whole(model, processor, *row[1]) for row in rows]
@@ -87,8 +87,8 @@ def test_rows_of_any_kind_in_a_batch_give_the_ids_of_whole_passes(parts, static)
 def test_another_picture_gives_another_answer(parts):
     """The comparison above can fail."""
     model, processor, (one, other) = parts
-    tokens = generate_many([PictureCache(model, processor, other)], [COLOUR], **GREEDY)
-    assert tokens.tolist() != [whole(model, processor, [one], COLOUR)[1]]
+    tokens = generate_many([PictureCache(model, processor, other)], [COUNT], **GREEDY)
+    assert tokens.tolist() != [whole(model, processor, [one], COUNT)[1]]
 
 
 @pytest.mark.parametrize("folder", ["original", "tokenizer_legacy_false"])
@@ -110,12 +110,12 @@ def test_answers_in_words_beams_and_stream():
     processor = LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL)
     picture, other = DEFAULT_MODEL.parent / "demo.png", DEFAULT_MODEL / "example.png"
     pictures = PictureCache(model, processor, str(picture))
-    assert pictures.ask(COLOUR, **GREEDY) == ANSWER
-    assert pictures.ask([PLACE, COLOUR], **GREEDY) == ["The red ring is at the bottom.", ANSWER]
+    assert pictures.ask(COUNT, **GREEDY) == ANSWER
+    assert pictures.ask([PLACE, COUNT], **GREEDY) == ["The fox is at the top left.", ANSWER]
     assert pictures.ask([]) == []
-    assert 0 < pictures.num_tokens < len(pictures.prompt(COLOUR)) < pictures.after(COLOUR, ANSWER).num_tokens
-    assert pictures.after(COLOUR, ANSWER).ask(PLACE, **GREEDY) == "The red ring is at the bottom."
-    assert ask_many([PictureCache(model, processor, str(other)), pictures], [COLOUR, COLOUR], **GREEDY)[1] == ANSWER
+    assert 0 < pictures.num_tokens < len(pictures.prompt(COUNT)) < pictures.after(COUNT, ANSWER).num_tokens
+    assert pictures.after(COUNT, ANSWER).ask(PLACE, **GREEDY) == "The fox is at the top left."
+    assert ask_many([PictureCache(model, processor, str(other)), pictures], [COUNT, COUNT], **GREEDY)[1] == ANSWER
 
     beams = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
     inputs = processor.apply_chat_template(
@@ -129,7 +129,7 @@ def test_answers_in_words_beams_and_stream():
     assert torch.equal(generate_many([pictures], [PLACE], **beams), expected)
 
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    thread = Thread(target=pictures.ask, args=(COLOUR,), kwargs={**GREEDY, "streamer": streamer})
+    thread = Thread(target=pictures.ask, args=(COUNT,), kwargs={**GREEDY, "streamer": streamer})
     thread.start()
     chunks = [chunk for chunk in streamer if chunk]
     thread.join()

@@ -62,7 +62,7 @@ from examples.shapes.questions import (
     plural,
 )
 from examples.shapes.recipe import Timer
-from examples.shapes.scenes import GROUPS, SIDE, Print, Scene, Thing, draw_picture, draw_scene
+from examples.shapes.scenes import GROUPS, RADII, SIDE, Print, Scene, Thing, draw_picture, draw_scene
 from examples.shapes.task import write_task
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
 from examples.shapes.training import train
@@ -607,6 +607,15 @@ def test_a_crowd_shows_what_it_says():
         empty = (centres.max(1).values - centres.min(1).values)[shown == 3]
         assert empty.quantile(0.9) < 0.3
     assert min(right) > 0.98
+
+
+def test_some_objects_are_alone_and_fill_the_picture():
+    alone = [thing for scene in scenes("train", 400) if len(scene.things) == 1 for thing in scene.things]
+    close = [thing for thing in alone if thing.radius > max(radius for _, radius in RADII.values())]
+    assert 0.2 < len(close) / len(alone) < 0.6 and max(thing.radius for thing in close) > 50
+    for thing in close:
+        assert (thing.size, thing.place) == ("large", "in the middle")
+        assert min(thing.box) >= 0 and max(thing.box) <= SIDE
 
 
 def test_a_crowd_is_never_repeated_but_by_its_seed():

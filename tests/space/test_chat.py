@@ -17,7 +17,7 @@ from modeling_llava_stf.__main__ import DEFAULT_MODEL
 ROOT = Path(__file__).parents[2]
 SPACE = ROOT / "examples" / "space"
 PICTURE, OTHER = SPACE / "pictures" / "four.png", SPACE / "pictures" / "word.png"
-FIRST, SECOND = "Describe the picture.", "Where is the red ring?"
+FIRST, SECOND = "Describe the picture.", "Where is the frog?"
 
 
 @pytest.fixture(scope="module")
