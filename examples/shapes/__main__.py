@@ -9,6 +9,7 @@ python -m examples.shapes tokenizer DATA OUT                   trains the langua
 python -m examples.shapes clip DATA OUT                        trains a miniature of CLIP's vision tower
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
 python -m examples.shapes ideal DATA LANGUAGE_MODEL OUT        warms it up on tokens that belong to no connector
+python -m examples.shapes warm-up DATA START OUT               teaches it and new fusion modules a common language
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
 python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
 python -m examples.shapes task DATA OUT                        writes the test questions as a task of lmms-eval
@@ -25,7 +26,7 @@ from .ablation import ablate, run_one
 from .clip import train_clip
 from .evaluate import evaluate
 from .generate import generate
-from .ideal import warm_up
+from .ideal import learn
 from .language_model import train_language_model
 from .pictograms import SAMPLE, fetch
 from .recipe import make
@@ -34,6 +35,7 @@ from .task import write_task
 from .text import train_tokenizer
 from .tokens import SCORES, compare
 from .untold import add_untold
+from .warm_up import warm_up
 
 
 def main() -> int:
@@ -115,7 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     ideal.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
     ideal.add_argument("--steps", type=int, required=True, metavar="N")
     ideal.add_argument("--seed", type=int, default=0, help="seed of the tokens and batches (default: 0)")
-    ideal.set_defaults(step=warm_up)
+    ideal.set_defaults(step=learn)
+
+    warming = commands.add_parser("warm-up", help="train fusion modules and language model before the stages")
+    warming.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
+    warming.add_argument("start", metavar="START", help="checkpoint with new fusion modules")
+    _add_training(warming, warm_up)
 
     untold = commands.add_parser("untold", help="draw marks that the tower is not told, and ask about them")
     untold.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
@@ -128,7 +135,8 @@ def _parser() -> argparse.ArgumentParser:
         "work", metavar="WORK", help="folder for data and intermediate models; a stopped run continues there"
     )
     recipe.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    for name in ("scenes", "test-scenes", "clip-steps", "language-model-steps", "ideal-steps", "seed"):
+    steps = ("clip-steps", "language-model-steps", "ideal-steps", "warm-up-steps")
+    for name in ("scenes", "test-scenes", *steps, "seed"):
         recipe.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
     recipe.set_defaults(step=make)
 

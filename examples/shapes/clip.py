@@ -7,7 +7,7 @@ shows, so the tower learns to name it (as in RegionCLIP, arXiv 2112.09106, patch
 of an encoded text, each phrase has a learned vector, and the true phrase is compared with all others of its kind.
 """
 
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +73,7 @@ def train_clip(
         truth[unused] = UNKNOWN
         return naming_loss(name_patches(model, normalised(pixels, image_processor)).flatten(0, 1), truth.to(DEVICE))
 
-    log = train(model, loss, steps, muon_rate, adam_rate, "CLIP")
+    log = train(model, loss, steps, {".layers.": muon_rate}, adam_rate, "CLIP")
     with complete_or_absent(out) as folder:
         model.save_pretrained(folder)
         image_processor.save_pretrained(folder)
@@ -95,12 +95,12 @@ def normalised(pixels: torch.Tensor, image_processor: LlavaSTFImageProcessor) ->
     return ((pixels - mean) / deviation).to(DEVICE)
 
 
-def read_pictures(data: Path, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+def read_pictures(data: Path, split: str, number: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the pictures of a split, (P, SIDE, SIDE, 3) in uint8, and the numbers of what their patches show.
 
-    The second is (P, N, kinds).
+    The second is (P, N, kinds). With `number`, only the first ones are read.
     """
-    scenes = read_scenes(data, split)
+    scenes = dict(islice(read_scenes(data, split).items(), number))
     pixels = torch.empty(len(scenes), SIDE, SIDE, 3, dtype=torch.uint8)
     truth = torch.empty(len(scenes), (SIDE // PATCH) ** 2, len(VALUES), dtype=torch.int16)
     for index, (name, scene) in enumerate(tqdm(scenes.items(), desc=f"{split} pictures")):

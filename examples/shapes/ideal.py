@@ -26,9 +26,10 @@ from .training import DEVICE, save_log, train
 MOST_TOKENS = 64  # as many as LLaVA's of a picture
 EMPTY: list[str] = ["nothing"]
 ROWS = ("captions.json", "train.json")  # stage 2 has other questions, those of dialogues.json
+Answers = tuple[str, list[int], list[int]]  # a row: its picture, ids with one `<image>`, and labels
 
 
-def warm_up(
+def learn(
     data: str | Path,
     language_model: str | Path,
     out: str | Path,
@@ -62,7 +63,7 @@ def warm_up(
         drawn = [rng.choice(rng.choice(rows)) for _ in range(batch_size)]
         return answer_loss(model, drawn, [tokens(name, number, rng) for name, *_ in drawn])
 
-    log = train(both, loss, steps, muon_rate, adam_rate, "ideal tokens")
+    log = train(both, loss, steps, {".layers.": muon_rate}, adam_rate, "ideal tokens")
     with complete_or_absent(out) as folder:
         model.save_pretrained(folder)
         LlamaTokenizer.from_pretrained(language_model).save_pretrained(folder)
@@ -108,26 +109,25 @@ def facts_of(scene: Scene) -> Iterator[list[str]]:
         yield [f"print {scene.print.text}"]
 
 
-def read_answers(data: Path, tokenizer: Path) -> list[list[tuple[str, list[int], list[int]]]]:
-    """Returns, for each file of ROWS, picture, ids with one `<image>`, and labels of the answers for each row."""
+def read_answers(data: Path, tokenizer: Path) -> list[list[Answers]]:
+    """Returns the rows of each file of ROWS."""
     words = read_tokenizer(tokenizer)
-    return [[_encoded(row, words) for row in read_rows(data / name)] for name in ROWS]
+    return [[encoded(row, words, CHAT_TEMPLATE) for row in read_rows(data / name)] for name in ROWS]
 
 
-def _encoded(row: dict, words: PreTrainedTokenizerFast) -> tuple[str, list[int], list[int]]:
-    encoded = words.apply_chat_template(
+def encoded(row: dict, words: PreTrainedTokenizerFast, template: str) -> Answers:
+    """Returns picture, ids with one `<image>`, and labels of the answers."""
+    chat = words.apply_chat_template(
         messages_of(row, Path()),
-        chat_template=CHAT_TEMPLATE,
+        chat_template=template,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    ids, answers = encoded["input_ids"], encoded["assistant_masks"]
+    ids, answers = chat["input_ids"], chat["assistant_masks"]
     return row["id"], ids, [token if answer else -100 for token, answer in zip(ids, answers, strict=True)]
 
 
-def answer_loss(
-    model: LlamaForCausalLM, rows: list[tuple[str, list[int], list[int]]], pictures: list[torch.Tensor]
-) -> torch.Tensor:
+def answer_loss(model: LlamaForCausalLM, rows: list[Answers], pictures: list[torch.Tensor]) -> torch.Tensor:
     """Returns the loss of the answers; the tokens of a picture, (number, D), take the place of `<image>`."""
     image_token, embed = model.config.vocab_size, model.get_input_embeddings()
     embedded, labels = [], []

@@ -46,7 +46,7 @@ def train_language_model(
         labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
         return model(**batch.to(DEVICE), labels=labels.to(DEVICE)).loss
 
-    log = train(model, loss, steps, muon_rate, adam_rate, "language model")
+    log = train(model, loss, steps, {".layers.": muon_rate}, adam_rate, "language model")
     with complete_or_absent(out) as folder:
         model.save_pretrained(folder)
         LlamaTokenizer.from_pretrained(tokenizer).save_pretrained(folder)

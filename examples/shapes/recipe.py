@@ -44,7 +44,7 @@ STAGES = (
     Stage("stage2", "stage2", "dialogues.json"),
     Stage("elastic", "elastic", "dialogues.json"),
 )
-LOGS = dict.fromkeys(("clip", "language-model", "ideal"), "training_log.json")
+LOGS = dict.fromkeys(("clip", "language-model", "ideal", "warm-up"), "training_log.json")
 LOGS |= {stage.name: "trainer_state.json" for stage in STAGES}
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = (
@@ -65,6 +65,7 @@ def make(
     clip_steps: int = 14000,
     language_model_steps: int = 3500,
     ideal_steps: int = 1500,
+    warm_up_steps: int = 2600,
     seed: int = 0,
 ) -> Path:
     """Trains a small LLaVA-STF from nothing and writes it into `out`, which must not exist or be empty.
@@ -78,6 +79,7 @@ def make(
         scenes, test_scenes: number of training and test scenes.
         clip_steps, language_model_steps: steps of the two pre-trainings, which run in parallel.
         ideal_steps: steps of the language model on ideal tokens.
+        warm_up_steps: steps of fusion modules and language model before the paper's stages.
         seed: seed of data, weights and order.
     """
     out, work = require_empty(out), Path(work).resolve()
@@ -98,7 +100,9 @@ def make(
             for folder, command in ((clip, tower), (language_model, reader))
         }
     )
-    trained = train(STAGES, begin(work, timer, ideal_steps, seed), data, seed, timer)
+    start, warm = begin(work, timer, ideal_steps, seed), work / "warm-up"
+    timer.run({warm: ("examples.shapes", "warm-up", data, start, warm, "--steps", warm_up_steps, "--seed", seed)})
+    trained = train(STAGES, warm, data, seed, timer)
     with complete_or_absent(out) as folder:
         pack(trained, folder)
         for step, name in LOGS.items():

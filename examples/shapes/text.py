@@ -10,10 +10,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from conversion.checkpoints.folders import TEMPLATES, complete_or_absent, require_empty
+from conversion.checkpoints.folders import ROOT, TEMPLATES, complete_or_absent, require_empty
 from conversion.tokenizer import load_tokenizer
 
 CHAT_TEMPLATE = (TEMPLATES / "vicuna_v1.jinja").read_text(encoding="utf-8")
+PLAIN_TEMPLATE = (ROOT / "modeling_llava_stf" / "plain.jinja").read_text(encoding="utf-8")  # of stage 1
 ROLES = {"human": "user", "gpt": "assistant"}
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

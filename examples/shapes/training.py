@@ -18,24 +18,33 @@ LOG_EVERY = 20  # steps between two entries of the log
 
 
 def train(
-    model: nn.Module, loss: Callable[[], torch.Tensor], steps: int, muon_rate: float, adam_rate: float, name: str
+    model: nn.Module,
+    loss: Callable[[], torch.Tensor],
+    steps: int,
+    muon_rates: dict[str, float],
+    adam_rate: float,
+    name: str,
 ) -> list[dict]:
     """Minimises what `loss` returns for the batch that it draws, with a warmup and half a cosine to zero.
 
-    Muon (https://kellerjordan.github.io/posts/muon) optimises the matrices of the layers: in short trainings the tower
-    learns several times as fast as with AdamW. AdamW optimises all else (embeddings, heads, vectors). The weights are
-    float32, products of matrices are computed in bfloat16.
+    Muon (https://kellerjordan.github.io/posts/muon) optimises matrices, at the rate of the first part of `muon_rates`
+    that is in their names: in short trainings everything learns several times as fast as with AdamW. AdamW optimises
+    all else that is trained (embeddings, heads, vectors). The weights are float32, products of matrices are computed in
+    bfloat16.
 
     Returns:
         The log with step, seconds since the start, and mean loss since the last entry.
     """
-    matrices, others = [], []
+    matrices: dict[str, list[nn.Parameter]] = {part: [] for part in muon_rates}
+    others = []
     for key, weight in model.named_parameters():
-        (matrices if weight.ndim == 2 and ".layers." in key else others).append(weight)
-    optimizers = [
-        torch.optim.Muon(matrices, lr=muon_rate, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        part = next((part for part in muon_rates if part in key and weight.ndim == 2), None)
+        if weight.requires_grad:
+            (others if part is None else matrices[part]).append(weight)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(weights, lr=muon_rates[part], weight_decay=0.05) for part, weights in matrices.items()
     ]
+    optimizers.append(torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True))
     schedules = [
         torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps)) for optimizer in optimizers
     ]

@@ -794,7 +794,7 @@ def test_a_training_shows_progress_under_its_own_name(monkeypatch):
     learner = torch.nn.ModuleDict({"net": layer, "head": torch.nn.Linear(2, 1)})
     batch = torch.ones(1, 2)
     step = lambda: learner["head"](layer["layers"][0](batch)).square().mean()  # noqa: E731
-    train(learner, step, steps=1, muon_rate=1e-3, adam_rate=1e-3, name="language model")
+    train(learner, step, steps=1, muon_rates={".layers.": 1e-3}, adam_rate=1e-3, name="language model")
     assert shown == ["language model"]
 
 

@@ -24,7 +24,14 @@ MODEL = ROOT / "examples" / "shapes" / "model"
 
 def test_one_command_makes_a_model(tmp_path, monkeypatch):
     """All steps, each for a moment: what it makes is a complete Hub folder that loads without this package."""
-    counts = {"scenes": 40, "test-scenes": 2, "clip-steps": 2, "language-model-steps": 2, "ideal-steps": 2}
+    counts = {
+        "scenes": 40,
+        "test-scenes": 2,
+        "clip-steps": 2,
+        "language-model-steps": 2,
+        "ideal-steps": 2,
+        "warm-up-steps": 2,
+    }
     options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
     out = tmp_path / "model"
     shutil.copytree(SAMPLE, tmp_path / "work" / "pictograms")  # in place of what it would download
@@ -37,7 +44,15 @@ def test_one_command_makes_a_model(tmp_path, monkeypatch):
         file.name for file in out.iterdir()
     }
     seconds = json.loads((out / "log_seconds.json").read_text())
-    steps = ("data", "tokenizer", "clip + language-model", "ideal", "start", *(stage.name for stage in STAGES))
+    steps = (
+        "data",
+        "tokenizer",
+        "clip + language-model",
+        "ideal",
+        "start",
+        "warm-up",
+        *(stage.name for stage in STAGES),
+    )
     assert [*seconds] == [*steps]
     assert json.loads((out / "evaluation.json").read_text())["kinds"].keys() == KINDS.keys()
 
