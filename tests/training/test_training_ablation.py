@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import conversion.__main__
@@ -16,11 +17,13 @@ from examples.shapes.ablation import Examiner, Run, ablate, build, encoding_firs
 from examples.shapes.clip import PATCH
 from examples.shapes.connectors import SYSTEMS, vq_token
 from examples.shapes.generate import generate
-from examples.shapes.ideal import IdealTokens, answer_loss, facts_of, read_answers
+from examples.shapes.ideal import IdealTokens, answer_loss, encoded, facts_of, read_answers
 from examples.shapes.recipe import LAYERS
 from examples.shapes.scenes import SIDE, Print, Scene, Thing
-from examples.shapes.text import messages_of, read_rows, read_tokenizer, train_tokenizer
-from modeling_llava_stf import LlavaSTFImageProcessor
+from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
+from examples.shapes.warm_up import answer_loss as answer_loss_of
+from examples.shapes.warm_up import read_features, shorten, warm_up
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
 from training import LlavaSTFTrainer
 
 AMOUNTS = {"captions": 32, "rows": 64}
@@ -213,6 +216,50 @@ def test_every_way_of_asking_has_its_number_of_tokens(work, out, name):
             assert numbers == [expected] * 2, way.name
         with torch.inference_mode():
             assert model.generate(**inputs, do_sample=False, max_new_tokens=2).shape[0] == 2
+
+
+# The warm-up of the small model
+
+
+def test_the_warm_up_trains_all_but_the_tower(work, out, tmp_path):
+    folder = warm_up(work / "data", work / "start", tmp_path / "warm", steps=3, pictures=8, batch_size=4)
+    before, after = (load_file(one / "model.safetensors") for one in (work / "start", folder))
+    assert before.keys() == after.keys()
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert same and all(".vision_tower." in name for name in same)
+    assert {name for name in before if ".vision_tower." in name} == same
+    record = json.loads((folder / "training_log.json").read_text())
+    assert record["settings"]["pictures"] == 8 and record["log"][-1]["step"] == 3
+
+
+def test_the_warm_up_s_loss_is_that_of_the_pictures(work, out):
+    """What it computes from the tower's kept output is what the model computes from pixels."""
+    model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32)
+    processor = LlavaSTFProcessor.from_pretrained(work / "start")
+    features = read_features(model, processor, work / "data", 2)
+    shorten(model, features)
+    rows = read_rows(work / "data" / "train.json")[:2]
+    answers = [encoded(row, processor.tokenizer, CHAT_TEMPLATE) for row in rows]
+    ours = answer_loss_of(model, answers, model.model.multi_modal_projector(features.float()))
+    batch = processor.apply_chat_template(
+        [messages_of(row, work / "data") for row in rows],
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "right"},
+        return_assistant_tokens_mask=True,
+    )
+    marks = torch.as_tensor(batch.pop("assistant_masks")).bool()
+    theirs = model(**batch, labels=batch["input_ids"].masked_fill(~marks, -100)).loss
+    torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)  # the features are kept in float16
+
+
+def test_new_tokens_become_as_long_as_words(work, out):
+    model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32)
+    features = torch.randn(4, 64, 64)
+    shorten(model, features)
+    tokens = model.model.multi_modal_projector(features)
+    torch.testing.assert_close(tokens.std(), model.get_input_embeddings().weight.std())
 
 
 # The ideal tokens from which the language model learns to look things up
