@@ -156,7 +156,10 @@ def demo() -> int:
 
 
 def caption(arguments: argparse.Namespace) -> int:
-    """Prints how many pictures were asked about; their answers are in the parts."""
+    """Prints how many pictures were asked about; their answers are in the parts.
+
+    If a server refused some, the last line says how many; that is an error if it answered none.
+    """
     if not arguments.server:
         arguments.model = arguments.model or _default_model()
     image_options = _image_options(arguments)
@@ -166,7 +169,16 @@ def caption(arguments: argparse.Namespace) -> int:
         _check_numbers(network.config, arguments.max_new_tokens, image_options)
         return processor, network
 
-    print(_bulk.caption(arguments, load, image_options))
+    done = _bulk.caption(arguments, load, image_options)
+    print(done.summary)
+    refusal = (
+        f"The server refused {done.refused} requests and answered {done.answered}. The first reason: {done.reason}. "
+        f"All are in the parts; to ask again, name another folder than {arguments.output}."
+    )
+    if done.refused and not done.answered:
+        return _refused(refusal)
+    if done.refused:
+        print(refusal)
     return 0
 
 

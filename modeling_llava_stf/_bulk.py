@@ -76,6 +76,7 @@ class Answer:
     prompt_tokens: int | None = None
     answer_tokens: int | None = None
     question_id: Any = None
+    refused: bool = False  # by the server, which was asked
 
     def llava(self, model: str) -> dict[str, Any]:
         """A line of LLaVA's answer files."""
@@ -88,6 +89,22 @@ class Answer:
             "model_id": model,
             "metadata": {} if self.error is None else {"error": self.error},
         }
+
+
+@dataclass
+class Outcome:
+    """What became of the rows that a run asked about."""
+
+    summary: str = ""
+    answered: int = 0
+    refused: int = 0
+    reason: str = ""  # of the first refusal
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        refusals = [answer.error or "" for answer in answers if answer.refused]
+        self.answered += sum(answer.error is None for answer in answers)
+        self.refused += len(refusals)
+        self.reason = self.reason or "".join(refusals[:1])
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:
@@ -115,8 +132,8 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
 Load = Callable[[], tuple[LlavaSTFProcessor, LlavaSTFForConditionalGeneration]]
 
 
-def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, Any] | None = None) -> str:
-    """Writes the parts of a shard that are not there yet; returns what was done, in a sentence.
+def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, Any] | None = None) -> Outcome:
+    """Writes the parts of a shard that are not there yet; returns what was done.
 
     Args:
         arguments: what the parser of [`add_parser`] gives.
@@ -141,7 +158,7 @@ def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, 
     total, left = (sum(len(output.range(part)) for part in chosen) for chosen in (parts, todo))
     answerer = server or (_captioner(load, limit, image_options) if todo else None)
     output.claim()
-    errors, threads = 0, arguments.concurrency if server else arguments.workers
+    outcome, threads = Outcome(), arguments.concurrency if server else arguments.workers
     with ThreadPoolExecutor(threads) as pool, tqdm(total=total, initial=total - left, unit=" pictures") as bar:
         try:
             answers = _answers(pool, answerer, arguments, rows, [output.range(part) for part in todo])
@@ -151,13 +168,14 @@ def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, 
                     answered.append(answer)
                     bar.update()
                 output.write(part, answered)
-                errors += sum(answer.error is not None for answer in answered)
+                outcome.add(answered)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-    return (
-        f"{left} of {total} pictures asked about, {errors} of them with an error; {total - left} were there. "
-        f"{len(parts)} of {output.parts} parts are in {arguments.output}"
+    outcome.summary = (
+        f"{left} of {total} pictures asked about, {left - outcome.answered} of them with an error; {total - left} were "
+        f"there. {len(parts)} of {output.parts} parts are in {arguments.output}"
     )
+    return outcome
 
 
 def _captioner(load: Load, max_new_tokens: int, image_options: dict[str, Any]) -> "Captioner":
@@ -345,11 +363,11 @@ class Server:
         try:
             reply = self._request("/chat/completions", request | self.limits)
         except RefusedError as error:
-            return _answer(row, error=str(error))
+            return _answer(row, error=str(error), refused=True)
         try:
             text, usage = reply["choices"][0]["message"]["content"], reply.get("usage") or {}
         except (KeyError, IndexError, TypeError):
-            return _answer(row, error=f"The server's reply has no answer: {json.dumps(reply):.200}")
+            return _answer(row, error=f"The server's reply has no answer: {json.dumps(reply):.200}", refused=True)
         counts = {"prompt_tokens": usage.get("prompt_tokens"), "answer_tokens": usage.get("completion_tokens")}
         return _answer(row, answer=(text or "").strip(), **counts)
 

@@ -369,7 +369,10 @@ class Handler(BaseHTTPRequestHandler):
             number = stand_in.asked[answer] = stand_in.asked.get(answer, 0) + 1
             stand_in.seen.append((url.partition(";")[0], request["model"], text["text"], request["temperature"]))
         status = stand_in.trouble.get("always") or (stand_in.trouble.get("first") if number == 1 else None)
-        if status == "hang up":
+        status = status or stand_in.trouble.get("refused", {}).get(answer)
+        if status == "no answer":
+            self.reply(200, {"choices": []})
+        elif status == "hang up":
             self.close_connection = True
         elif status:
             self.reply(status, {"error": "as told"})
@@ -434,12 +437,34 @@ def test_a_server_is_asked_until_it_answers(server, photos, tmp_path, caption, t
     assert set(server.asked.values()) == {1 if trouble is None else 2}
 
 
-def test_a_request_that_a_server_refuses_is_an_error_of_its_row(server, photos, tmp_path, caption):
+def test_a_server_that_refuses_every_request_is_an_error(server, photos, tmp_path, caption):
+    """The parts are written all the same; the picture that cannot be read was never sent."""
     for status in (400, 413, 500):
         server.trouble = {"always": status}
-        assert caption(photos, tmp_path / str(status), "--server", server.url)[0] == 0
+        code, output, errors = caption(photos, tmp_path / str(status), "--server", server.url)
+        assert code == 2 and "12 of 12 pictures asked about, 12 of them with an error" in output
+        last = errors.splitlines()[-1]
+        assert last.startswith("error: The server refused 11 requests and answered 0. ") and str(status) in last
         errors = {row["path"]: row["error"] for row in rows(tmp_path / str(status))}
         assert all(str(status) in error for path, error in errors.items() if path != "broken.png")
+
+
+def test_a_request_that_a_server_refuses_is_an_error_of_its_row(server, photos, tmp_path, caption):
+    """Some requests of a run: those about one picture."""
+    server.trouble = {"refused": {"(31, 4) (9, 8, 7)": 413, "(32, 4) (5, 5, 5)": "no answer"}}
+    code, output, _ = caption(photos, tmp_path / "out", "--server", server.url, "--concurrency", 1)
+    summary, last = output.splitlines()
+    assert code == 0 and "12 of 12 pictures asked about, 3 of them with an error" in summary
+    assert last.startswith("The server refused 2 requests and answered 9. The first reason: The server refuses: 413")
+    errors = {row["path"]: row["error"] for row in rows(tmp_path / "out") if row["error"]}
+    assert errors.keys() == {"broken.png", "glass.png", "grey.jpg"} and "reply has no answer" in errors["grey.jpg"]
+
+
+def test_pictures_that_cannot_be_read_are_no_refusals(server, tmp_path, caption):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no")
+    code, output, _ = caption(tmp_path / "photos", tmp_path / "out", "--server", server.url)
+    assert code == 0 and len(output.splitlines()) == 1 and "1 of them with an error" in output
 
 
 @pytest.mark.parametrize("status", [401, 404, 503, "hang up"])
