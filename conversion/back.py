@@ -32,7 +32,7 @@ from .config import (
 from .keys import TOWER_PREFIX, ConversionError, to_original
 from .locate import fetch
 from .plan import check_complete, empty_model
-from .settings import LANGUAGE, PREPROCESSOR, check_settings
+from .settings import LANGUAGE, OUR_OPTIONS, PREPROCESSOR, check_settings
 from .source import LAYERS, read_tower, tower_depth
 from .vocabulary import EMBEDDINGS, HEAD, first_rows, refuse_growth, rows_without_placeholder
 from .write import print_shards
@@ -249,9 +249,12 @@ def _check_pictures(original: dict[str, Any], config: LlavaSTFConfig, folder: Pa
     ours = LlavaSTFImageProcessor.from_pretrained(folder)
     if bool(ours.do_pad) != (original.get("image_aspect_ratio") == "pad"):
         original["image_aspect_ratio"] = "pad" if ours.do_pad else "square"
+    lost = [f"{name} {value}" for name in sorted(OUR_OPTIONS) if (value := getattr(ours, name))]
+    if lost:
+        print(f"- not carried over, for the original's code has no such options: {', '.join(lost)}")
     if clip_folder is not None:
-        clip, _ = build_image_processor(original, clip_folder, config.vision_config.image_size)
-        for name in sorted(PREPROCESSOR.carried):
+        clip, _ = build_image_processor(original, clip_folder, config)
+        for name in sorted(PREPROCESSOR.carried - OUR_OPTIONS):
             if getattr(ours, name) != getattr(clip, name):
                 raise ConversionError(
                     f"The pictures' `{name}` is {getattr(ours, name)} in {folder}, but {getattr(clip, name)} in "

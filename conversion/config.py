@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
+from PIL.ImageColor import getrgb
 from transformers import CLIPVisionConfig, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFImageProcessor, LlavaSTFProcessor
@@ -220,14 +221,14 @@ def built(make: Callable[..., Made], place: Path | str, **fields: Any) -> Made:
 
 
 def build_image_processor(
-    original: dict[str, Any], clip_folder: Path, side: int
+    original: dict[str, Any], clip_folder: Path, config: LlavaSTFConfig
 ) -> tuple[LlavaSTFImageProcessor, list[str]]:
     """CLIP's preprocessing, with the padding that the run was trained with, and notes.
 
     Args:
         original: the run's settings; `image_aspect_ratio` is `pad`, or `square` (resize and crop), also if missing.
-        clip_folder: has preprocessor_config.json.
-        side: of the pictures that the tower takes, in pixels.
+        clip_folder: has preprocessor_config.json, which our own image processor may have saved.
+        config: of the model, whose tower takes pictures of one size.
     """
     file = preprocessor_file(clip_folder)
     settings = section(read_json(file), "image_processor", file)
@@ -238,11 +239,12 @@ def build_image_processor(
         require_positive(file, sides, sides, whole=True)
     for name in ("image_mean", "image_std"):
         _check_channels(file, name, settings.get(name))
+    _check_our_options(file, settings, config)
     # What a CLIP processor takes where the file says nothing.
     settings = {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}} | settings
     carried = {name: settings[name] for name in sorted(PREPROCESSOR.carried) if settings.get(name) is not None}
     processor = built(LlavaSTFImageProcessor, file, do_pad=original.get("image_aspect_ratio") == "pad", **carried)
-    _check_side(file, processor, side)
+    _check_side(file, processor, config.vision_config.image_size)
     return processor, notes
 
 
@@ -275,6 +277,19 @@ def _check_channels(file: Path, name: str, values: Any) -> None:
     if name == "image_mean":  # which may be zero
         channels = {key: value or 1 for key, value in channels.items()}
     require_positive(file, channels, channels)
+
+
+def _check_our_options(file: Path, settings: dict[str, Any], config: LlavaSTFConfig) -> None:
+    """Raises a [`ConversionError`] for a colour that PIL does not know, or a budget that the model does not have."""
+    colour, budget = settings.get("alpha_background"), settings.get("max_soft_tokens")
+    if colour is not None and not isinstance(colour, str):
+        raise ConversionError(f"{file}: `alpha_background` is {colour!r}, expected a colour such as 'white'.")
+    if colour is not None:
+        built(getrgb, f"{file}: `alpha_background`", color=colour)
+    if budget is not None and not (type(budget) is int and budget in config.allowed_token_budgets):
+        raise ConversionError(
+            f"{file}: `max_soft_tokens` is {budget!r}, expected one of {config.allowed_token_budgets}, or none."
+        )
 
 
 def _check_side(file: Path, processor: LlavaSTFImageProcessor, side: int) -> None:

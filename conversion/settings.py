@@ -10,6 +10,9 @@ from typing import Any
 
 from transformers import CLIPVisionConfig, GenerationConfig, LlamaConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.processing_utils import ImagesKwargs
+
+from modeling_llava_stf import LlavaSTFImageProcessor
 
 from .keys import ConversionError
 
@@ -119,8 +122,11 @@ VISION = Table(
     harmless=COMMON | {"dropout", "vocab_size"},
     required={"model_type": ("clip_vision_model", "clip", "llava"), "num_channels": (3,), "quantization_config": ()},
 )
+# What our image processor has beside the settings of the stock one; the original's code reads none of it.
+OUR_OPTIONS = frozenset({*LlavaSTFImageProcessor.valid_kwargs.__annotations__} - {*ImagesKwargs.__annotations__})
 PREPROCESSOR = Table(
-    carried=frozenset(
+    carried=OUR_OPTIONS
+    | frozenset(
         {"crop_size", "image_mean", "image_std", "resample", "rescale_factor", "size"}
         | {"do_center_crop", "do_normalize", "do_rescale", "do_resize"}
     ),
@@ -137,7 +143,9 @@ PREPROCESSOR = Table(
             "CLIPFeatureExtractor",  # its name before transformers 4.26
         ),
         "feature_extractor_type": ("CLIPFeatureExtractor", "CLIPImageProcessor"),
-        **dict.fromkeys(("do_center_crop", "do_normalize", "do_rescale", "do_resize"), (True, False)),
+        **dict.fromkeys(
+            ("do_center_crop", "do_exif_transpose", "do_normalize", "do_rescale", "do_resize"), (True, False)
+        ),
         "resample": (3, 0, 1, 2, 4, 5),
     },
 )

@@ -82,7 +82,7 @@ def read(places: Places, options: Options) -> Source:
     vision, vision_notes = read_vision_config(tower)
     _check_depth(weights, vision.num_hidden_layers, tower)
     config = build_config(settings, weights, vision, text, tokenizer.image_token_id)
-    image_processor, image_notes = build_image_processor(settings, tower, vision.image_size)
+    image_processor, image_notes = build_image_processor(settings, tower, config)
     notes = [
         f"{run.folder}: {run.kind}",
         *run.notes,

@@ -17,7 +17,12 @@ from test_conversion import assert_same, edit_config, edited, edited_adapter, ru
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from conversion import ConversionError, convert, convert_back, settings
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf import (
+    LlavaSTFConfig,
+    LlavaSTFForConditionalGeneration,
+    LlavaSTFImageProcessor,
+    LlavaSTFProcessor,
+)
 
 CLIP, BASE = GOLDENS / "clip", GOLDENS / "base"
 
@@ -801,3 +806,81 @@ def test_way_back_drops_a_padding_token_that_the_conversion_added(tmp_path):
     out = convert(source, tmp_path / "out", vision_tower=CLIP)
     assert LlavaSTFConfig.from_pretrained(out).pad_token_id == 420
     assert_same(tensors(convert_back(out, tmp_path / "back", vision_tower=CLIP)), tensors(GOLDENS / "original"))
+
+
+# What our own image processor saves
+
+
+OUR_OPTIONS = {"alpha_background": "#7a7468", "do_exif_transpose": False, "max_soft_tokens": 1}
+
+
+@pytest.fixture
+def clip_of_ours(tmp_path):
+    """A CLIP folder whose preprocessor is our own image processor's, or a part of our processor's file."""
+
+    def make(whole_processor=False, **options):
+        clip = shutil.copytree(CLIP, tmp_path / "clip")
+        processor = LlavaSTFImageProcessor.from_pretrained(CLIP, **options)
+        processor.save_pretrained(clip)
+        if whole_processor:
+            part = json.loads((clip / "preprocessor_config.json").read_text())
+            (clip / "preprocessor_config.json").unlink()
+            (clip / "processor_config.json").write_text(json.dumps({"fusion_window": 2, "image_processor": part}))
+        return clip
+
+    return make
+
+
+@pytest.mark.parametrize("whole_processor", [False, True])
+@pytest.mark.parametrize("options", [{}, OUR_OPTIONS], ids=["defaults", "set"])
+def test_options_of_our_image_processor_are_carried(options, whole_processor, clip_of_ours, tmp_path, capsys):
+    out = convert(GOLDENS / "original", tmp_path / "out", vision_tower=clip_of_ours(whole_processor, **options))
+    assert "not carried over" not in capsys.readouterr().out
+    found = LlavaSTFProcessor.from_pretrained(out).image_processor
+    assert found.do_exif_transpose is options.get("do_exif_transpose", True)
+    assert (found.alpha_background, found.max_soft_tokens) == (
+        options.get("alpha_background"),
+        options.get("max_soft_tokens"),
+    )
+
+
+def test_every_option_of_our_image_processor_is_known():
+    assert settings.OUR_OPTIONS == OUR_OPTIONS.keys()
+    every = LlavaSTFImageProcessor().to_dict() | dict.fromkeys(LlavaSTFImageProcessor.valid_kwargs.__annotations__, 1)
+    assert not settings.unknown_settings(every, settings.PREPROCESSOR)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"do_exif_transpose": "no"}, "`do_exif_transpose` is 'no'"),
+        ({"alpha_background": "no such colour"}, "`alpha_background`: unknown color specifier: 'no such colour'"),
+        ({"alpha_background": [1, 2, 3]}, r"`alpha_background` is \[1, 2, 3\], expected a colour"),
+        ({"max_soft_tokens": 3}, r"`max_soft_tokens` is 3, expected one of \[4, 1\]"),
+        ({"max_soft_tokens": True}, "`max_soft_tokens` is True"),
+        ({"max_soft_tokens": [4]}, r"`max_soft_tokens` is \[4\]"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(fields, message, tmp_path):
+    clip = with_settings(tmp_path, "clip", "preprocessor_config.json", **fields)
+    refused(message, tmp_path, GOLDENS / "original", vision_tower=clip)
+
+
+@pytest.mark.parametrize(
+    ("options", "lost"),
+    [
+        ({}, "do_exif_transpose True"),
+        ({"do_exif_transpose": False}, None),
+        (OUR_OPTIONS, "alpha_background #7a7468, max_soft_tokens 1"),
+    ],
+    ids=str,
+)
+def test_way_back_names_the_options_that_the_original_lacks(options, lost, tmp_path, checkpoint, capsys):
+    folder = ours(tmp_path, checkpoint)
+    LlavaSTFProcessor.from_pretrained(folder, **options).save_pretrained(folder)
+    convert_back(folder, tmp_path / "back", vision_tower=CLIP, tokenizer=BASE)
+    note = "- not carried over, for the original's code has no such options: "
+    assert [line.removeprefix(note) for line in capsys.readouterr().out.splitlines() if line.startswith(note)] == (
+        [lost] if lost else []
+    )
