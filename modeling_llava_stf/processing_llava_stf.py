@@ -82,12 +82,13 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
         as in the original.
     max_soft_tokens (`int` or `list[int]`, *optional*):
         Number of tokens of each picture in the language model, or a list with one for each picture; one of
-        `processor.allowed_token_budgets`. By default all tokens of Spatial Token Fusion. The pixels do not change.
+        `processor.allowed_token_budgets`. By default all tokens of Spatial Token Fusion. The pixels do not change, and
+        an image processor alone knows neither patches nor window: it refuses only what no model can allow.
     """
 
     do_exif_transpose: bool | None
     alpha_background: str | None
-    max_soft_tokens: Any  # the processor checks it, and says what is allowed
+    max_soft_tokens: Any  # the processors check it
 
 
 class LlavaSTFImageProcessor(LlavaImageProcessorPil):
@@ -104,7 +105,7 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     Raises:
         ValueError: for a picture that cannot be read or decoded, whose numbers are not finite or not from 0 to 255,
             whose layout is ambiguous (set `input_data_format`), or that is so long and thin that it would not fit into
-            memory; and for settings that no pixel can be computed with.
+            memory; and for settings that no pixel can be computed with, or a `max_soft_tokens` below 1.
     """
 
     valid_kwargs = LlavaSTFImagesKwargs
@@ -195,6 +196,12 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
         if kwargs.get("alpha_background") is not None:
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
+        asked = _python_numbers(kwargs.get("max_soft_tokens"))
+        if asked is not None and not all(type(number) is int and number > 0 for number in _as_list(asked)):
+            raise ValueError(
+                f"`max_soft_tokens` is {asked!r}, expected a whole number of at least 1, or a list with one for each "
+                "picture. `LlavaSTFProcessor.allowed_token_budgets` has those that the model allows."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings (see [`ImageProcessingMixin.to_dict`]); the code is that of the same repository."""
@@ -469,9 +476,8 @@ class LlavaSTFProcessor(LlavaProcessor):
             return [self.num_image_tokens(*size) for size in sizes]
         numbers = [*asked] if isinstance(asked, (list, tuple)) else [asked] * len(sizes)
         allowed = [self._allowed_tokens(*size) for size in sizes]
-        if len(numbers) != len(sizes) or not all(
-            type(number) is int and number in ok for number, ok in zip(numbers, allowed, strict=True)
-        ):
+        checked = zip(numbers or _as_list(asked), allowed or [self.allowed_token_budgets], strict=False)
+        if len(numbers) != len(sizes) or not all(type(number) is int and number in ok for number, ok in checked):
             raise ValueError(
                 f"`max_soft_tokens` is {asked!r} for {len(sizes)} pictures or frames, expected one of "
                 f"{self.allowed_token_budgets}, or a list with one of them for each picture."
@@ -514,9 +520,10 @@ class LlavaSTFProcessor(LlavaProcessor):
     def validate_inputs(
         self, images: Any = None, text: Any = None, videos: Any = None, audio: Any = None, **kwargs: Any
     ) -> None:
-        """Raises a `ValueError` if placeholders and images, or videos, differ in number."""
+        """Raises a `ValueError` if placeholders and images, or videos, differ in number, or a budget is not allowed."""
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} got nothing: give images, videos or text.")
+        self._check_unused_budgets(images is not None, videos is not None, kwargs)
         if text is None:
             return
         if not all(isinstance(prompt, str) for prompt in text):
@@ -547,15 +554,24 @@ class LlavaSTFProcessor(LlavaProcessor):
             "Usual causes: the chat template was not applied, or a placeholder is missing from the text or twice in it."
         )
 
+    def _check_unused_budgets(self, has_images: bool, has_videos: bool, kwargs: dict[str, Any]) -> None:
+        """Raises a `ValueError` for a wrong `max_soft_tokens` of images or videos that are not there."""
+        unused = [] if has_images else [kwargs.get("images_kwargs")]
+        unused += [] if has_videos else [kwargs.get("videos_kwargs")]
+        unused += [] if has_images or has_videos else [kwargs, kwargs.get("common_kwargs")]
+        for options in unused:
+            self._image_tokens([], (options or {}).get("max_soft_tokens"))
+
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
+        asked = kwargs.pop("max_soft_tokens", None)
         outputs = self.image_processor(images, **kwargs)
         sizes = [picture.shape[-2:] for picture in outputs["pixel_values"]]
-        outputs["image_tokens"] = self._image_tokens(sizes, kwargs.get("max_soft_tokens"))
+        outputs["image_tokens"] = self._image_tokens(sizes, asked)
         return outputs, [self.replace_image_token(outputs, index) for index in range(len(outputs["pixel_values"]))]
 
     def _process_videos(self, videos: list, **kwargs: Any) -> tuple[dict, list[str]]:
         sampling = {name: kwargs.get(name) for name in ("num_frames", "fps")}
-        known = LlavaSTFImagesKwargs.__annotations__
+        known = LlavaSTFImagesKwargs.__annotations__.keys() - {"max_soft_tokens"}
         image_kwargs = {name: value for name, value in kwargs.items() if name in known}
         image_kwargs.setdefault("do_pad", False)
         pixels = []
@@ -1016,6 +1032,10 @@ def _python_numbers(numbers: Any) -> Any:
     if isinstance(numbers, (list, tuple)):
         return [_python_numbers(number) for number in numbers]
     return numbers.tolist() if isinstance(numbers, (np.generic, np.ndarray, torch.Tensor)) else numbers
+
+
+def _as_list(numbers: Any) -> list:
+    return [*numbers] if isinstance(numbers, (list, tuple)) else [numbers]
 
 
 def _for_each_frame(max_soft_tokens: Any, frames: list[int]) -> Any:

@@ -123,6 +123,47 @@ def test_other_budgets_are_refused(asked, scope, inputs_of):
         inputs_of(TWO, **({scope: kwargs} if scope else kwargs))
 
 
+@pytest.mark.parametrize("asked", [asked for asked in BAD if asked != []], ids=str)
+@pytest.mark.parametrize("scope", [None, "images_kwargs", "videos_kwargs", "common_kwargs"])
+def test_other_budgets_are_refused_without_pictures(asked, scope, inputs_of):
+    kwargs = {"max_soft_tokens": asked}
+    with pytest.raises(ValueError, match=r"max_soft_tokens.*0 pictures.*\[16, 4, 1\]"):
+        inputs_of(TEXT, **({scope: kwargs} if scope else kwargs))
+
+
+@pytest.mark.parametrize("asked", [None, 16, 4, torch.tensor(1), []], ids=str)
+def test_budgets_without_pictures_change_nothing(asked, inputs_of):
+    inputs, default = inputs_of(TEXT, TEXT, max_soft_tokens=asked), inputs_of(TEXT, TEXT)
+    assert [*default] == [*inputs] == ["input_ids", "attention_mask"]
+    assert all(torch.equal(inputs[name], default[name]) for name in default)
+
+
+def test_budgets_of_what_is_not_there_are_checked(inputs_of, small_processor, pictures, picture):
+    """Images without videos, with text and alone, and the other way round; a flat list is that of what is there."""
+    wrong, right = {"max_soft_tokens": 5}, {"max_soft_tokens": 4}
+    with pytest.raises(ValueError, match=r"5 for 0 pictures.*\[16, 4, 1\]"):
+        inputs_of(ONE, videos_kwargs=wrong)
+    with pytest.raises(ValueError, match=r"5 for 0 pictures.*\[16, 4, 1\]"):
+        small_processor(images=pictures, videos_kwargs=wrong)
+    with pytest.raises(ValueError, match=r"5 for 0 pictures.*\[16, 4, 1\]"):
+        small_processor(videos=[[picture("frame_0.png")]], text="<video>", images_kwargs=wrong)
+    assert "image_tokens" not in inputs_of(ONE, videos_kwargs=right)
+    assert inputs_of(TWO, max_soft_tokens=[4, 1])["image_tokens"] == [4, 1]
+
+
+@pytest.mark.parametrize("asked", [0, -4, 16.0, "4", True, [4, None], {"4": 4}], ids=str)
+def test_an_image_processor_alone_refuses_what_no_model_allows(asked, small_processor, pictures):
+    """It knows neither patches nor window, so that it cannot refuse 5; its pixels never depend on the number."""
+    image_processor = small_processor.image_processor
+    with pytest.raises(ValueError, match="max_soft_tokens.*at least 1.*allowed_token_budgets"):
+        image_processor(pictures, max_soft_tokens=asked)
+    default = image_processor(pictures, return_tensors="pt")
+    for number in (4, [1, 16, 4], torch.tensor(4), 5):
+        outputs = image_processor(pictures, max_soft_tokens=number, return_tensors="pt")
+        assert [*outputs] == [*default] == ["pixel_values"]
+        assert torch.equal(outputs["pixel_values"], default["pixel_values"])
+
+
 @pytest.mark.parametrize("numbers", [[4], [4, 4, 4], [4, 5], [0, 4], torch.tensor([4, 5])], ids=str)
 def test_the_model_refuses_other_budgets(numbers, small, inputs_of):
     inputs = inputs_of(TWO)
