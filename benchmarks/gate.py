@@ -14,9 +14,9 @@ import torch
 import transformers
 
 from benchmarks import machine, output
-from benchmarks.reference import pooled
-from benchmarks.systems import EAGER, OURS, QUESTION, REFERENCE, System, cast, cropped, eager_systems
-from benchmarks.workloads import PLANS, SIZES
+from benchmarks.reference import pooled, salient
+from benchmarks.systems import EAGER, OURS, QUESTION, REFERENCE, STOCK, System, cast, cropped, eager_systems
+from benchmarks.workloads import PLANS, SCORES, SIZES, reduced_cache
 
 STEPS = 8
 FLOAT32_ERROR = 1e-4  # relative to the largest number
@@ -48,10 +48,46 @@ def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
     for budget in ours.model.config.allowed_token_budgets[1:]:
         few = torch.stack(ours.with_budget(budget).vision(pixels))
         outcome[f"ours and reference, features of {budget} tokens: error"] = error(few, pooled(features, budget))
+    for name in (STOCK, OURS):
+        outcome |= reduced(systems[name], ours.model.config.allowed_token_budgets[1])
     cast(systems.values(), dtype)
     again, _ = greedy(ours, one.to(dtype), forced=tokens)
     outcome[f"ours, {str(dtype).removeprefix('torch.')} and float32, logits: cosine"] = cosine(again, logits)
     return checked(outcome)
+
+
+def reduced(system: System, kept: int) -> dict[str, Any]:
+    """Compares prompts whose picture keeps some tokens with whole prompts, in which the other places are masked."""
+    ids, pixels, name = system.prompt(1, QUESTION), system.pictures(1), system.name
+    every, first = (system.reduced(ids, pixels, tokens, SCORES[0]) for tokens in (system.image_tokens, kept))
+    whole = system.forward(system.new_cache(1, QUESTION), inputs_embeds=system.embed(ids, pixels))
+    chosen = salient(system.vision(pixels)[0], kept)
+    outcome = {
+        f"{name}, all tokens kept, logits: error": error(system.forward(reduced_cache(system, kept), **every), whole),
+        f"{name} and reference, {kept} tokens by {SCORES[0]}: error": error(
+            first["inputs_embeds"][0, 1 : 1 + kept], chosen
+        ),
+    }
+    for score in SCORES:
+        inputs = system.reduced(ids, pixels, kept, score)
+        logits = system.forward(reduced_cache(system, kept), **inputs)
+        masked = system.forward(system.new_cache(1, QUESTION), **with_masked_places(inputs, ids.shape[1]))
+        outcome[f"{name}, {kept} tokens by {score}, and the others masked, logits: error"] = error(logits, masked)
+    return outcome
+
+
+def with_masked_places(inputs: dict[str, torch.Tensor], length: int) -> dict[str, torch.Tensor]:
+    """Returns a prompt of `length` tokens with those of `inputs` at their positions, and the mask of the others."""
+    embeddings, places = inputs["inputs_embeds"], inputs["position_ids"][0]
+    whole = embeddings.new_zeros(1, length, embeddings.shape[-1])
+    whole[:, places] = embeddings
+    mask = places.new_zeros(1, length)
+    mask[:, places] = 1
+    return {
+        "inputs_embeds": whole,
+        "attention_mask": mask,
+        "position_ids": torch.arange(length, device=mask.device)[None],
+    }
 
 
 def compiled(systems: dict[str, System]) -> dict[str, Any]:
@@ -76,6 +112,11 @@ def compiled(systems: dict[str, System]) -> dict[str, Any]:
         forced, logits = answer.sequences[:, ids.shape[1] :], torch.stack(answer.logits, dim=1)
         expected, _ = greedy(eager_system, pixels, forced=forced)
         outcome[f"{name} and eager, logits of generate: cosine"] = cosine(logits, expected)
+        kept = systems[OURS].model.config.allowed_token_budgets[1]
+        inputs = eager_system.reduced(ids, pixels, kept, SCORES[0])  # for both: rounding may tip what is chosen
+        outcome[f"{name} and eager, logits with {kept} tokens kept: cosine"] = cosine(
+            *(one.forward(reduced_cache(one, kept), **inputs) for one in (system, eager_system))
+        )
     return checked(outcome)
 
 

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import machine, output
 from benchmarks.report import SYSTEMS
 from benchmarks.run import conditions
-from benchmarks.systems import EAGER, OURS, cast, compile_system, eager_systems
+from benchmarks.systems import EAGER, OURS, WHOLE, cast, compile_system, eager_systems
 from benchmarks.workloads import METRICS, PLANS, SIZES, Case, Work, cases
 
 
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("metric", choices=METRICS)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--text", type=int, help="text tokens of the row (default: those of the first row)")
-    parser.add_argument("--system", choices=SYSTEMS, default=OURS)
+    parser.add_argument("--system", choices=(*SYSTEMS, *WHOLE), default=OURS)
     parser.add_argument("--device", choices=SIZES, default="cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rows", type=int, default=12, help="number of operators to print (default: 12)")
@@ -77,10 +77,10 @@ def main() -> None:
     with torch.no_grad():
         systems = eager_systems(size, options.device)
         cast(systems.values(), plan.dtype)
-        system = systems[EAGER.get(options.system, options.system)]
-        if options.system in EAGER:
-            system = compile_system(system, options.system, **plan.compile_options)
-        found = hotspots(case.prepare(system), options.device)
+        name = WHOLE.get(options.system, options.system)
+        if name in EAGER:
+            systems[name] = compile_system(systems[EAGER[name]], name, **plan.compile_options)
+        found = hotspots(case.work(options.system, systems), options.device)
     print("| operator | calls | ms | share |\n| --- | --: | --: | --: |")
     for spot in found[: options.rows]:
         print(f"| {spot['name'][:80]} | {spot['calls']} | {spot['milliseconds']:.1f} | {spot['share']:.1%} |")

@@ -27,6 +27,11 @@ def pooled(features: torch.Tensor, tokens: int) -> torch.Tensor:
     return functional.avg_pool2d(maps, side // math.isqrt(tokens)).flatten(2).transpose(1, 2)
 
 
+def salient(features: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Keeps the tokens of a picture that are farthest from their mean, in their order: (T, D) -> (tokens, D)."""
+    return features[(features - features.mean(0)).norm(dim=1).topk(tokens).indices.sort().values]
+
+
 class ReferenceVision:
     """Runs vision tower and fusion with the weights of a model, which must have all layers of its tower."""
 

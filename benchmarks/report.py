@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from benchmarks import count
-from benchmarks.systems import ANSWER, OURS, OURS_COMPILED, QUESTION, REFERENCE, STOCK, STOCK_COMPILED, configs
+from benchmarks.systems import ANSWER, OURS, OURS_COMPILED, QUESTION, REFERENCE, STOCK, STOCK_COMPILED, WHOLE, configs
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -24,6 +24,7 @@ PAGE = ROOT / "docs" / "speed.md"
 BEGIN, END = "<!-- speed: written by benchmarks/report.py -->\n", "<!-- speed: end -->"
 PAIRS = ((STOCK, OURS), (STOCK_COMPILED, OURS_COMPILED))
 SYSTEMS = (STOCK, REFERENCE, OURS, STOCK_COMPILED, OURS_COMPILED)
+REDUCED = {whole: name for name, whole in WHOLE.items()}
 EVEN = 1.05  # treat ratios up to this one as no difference
 LONG_ANSWER = 512  # tokens
 ACROSS = ("first token", "decode", "answer", "second question", "second answer")
@@ -59,7 +60,7 @@ def section(result: dict[str, Any], path: Path) -> str:
             f"**{conditions(result)}** (`{result['command']}`, raw numbers in `{path.relative_to(ROOT)}`, "
             f"[plot]({os.path.relpath(path.with_suffix('.png'), PAGE.parent)})):",
             "",
-            *table(result),
+            *tables(result),
             "",
             *notes(result),
             "",
@@ -76,21 +77,49 @@ def conditions(result: dict[str, Any]) -> str:
     )
 
 
+def tables(result: dict[str, Any]) -> Iterator[str]:
+    """Yields the table of all rows but those of reduced systems, and the table of these if there are some."""
+    yield from table(result)
+    if any("kept" in case for case in result["cases"]):
+        yield ""
+        yield from table_of_reducers(result)
+
+
 def table(result: dict[str, Any]) -> Iterator[str]:
     """Yields rows with median milliseconds, half the interquartile range, and how many times faster ours is."""
     yield "| ms | " + " | ".join(SYSTEMS) + " | ours vs stock | both compiled | ours vs reference | ours, of peak |"
     yield "| --- |" + " --: |" * (len(SYSTEMS) + 4)
     for case in result["cases"]:
+        if "kept" in case:
+            continue
         runs = case["systems"]
         cells = [cell(runs.get(name)) for name in SYSTEMS]
         ratios = [verdict(runs, *pair) for pair in (*PAIRS, (REFERENCE, OURS))]
         yield "| " + " | ".join([label(case), *cells, *ratios, share_of_peak(result, case)]) + " |"
 
 
+def table_of_reducers(result: dict[str, Any]) -> Iterator[str]:
+    """Yields rows of whole and reduced systems, eager and compiled, and how many times faster fewer tokens are."""
+    yield (
+        "| ms | stock | stock, reduced | ours | ours, reduced | stock: reduced vs whole | ours: reduced vs whole "
+        "| ours, reduced vs stock | both reduced: ours vs stock |"
+    )
+    yield "| --- |" + " --: |" * 8
+    for case in result["cases"]:
+        runs = case["systems"]
+        for how, (stock, ours) in zip(("", ", compiled"), PAIRS, strict=True):
+            if "kept" not in case or stock not in runs:
+                continue
+            names = (stock, REDUCED[stock], ours, REDUCED[ours])
+            pairs = (names[:2], names[2:], (stock, REDUCED[ours]), (REDUCED[stock], REDUCED[ours]))
+            cells = [*(cell(runs.get(name)) for name in names), *(verdict(runs, *pair) for pair in pairs)]
+            yield "| " + " | ".join([label(case) + how, *cells]) + " |"
+
+
 def label(case: dict[str, Any]) -> str:
     text = "" if case["text"] is None else f", {case['text']} tokens of text"
-    budget = f", {case['budget']} of a picture" if "budget" in case else ""
-    return f"{case['metric']}, batch {case['batch']}{text}{budget}"
+    picture = "".join(f", {case[name]} of a picture" for name in ("budget", "kept") if name in case)
+    return f"{case['metric']}, batch {case['batch']}{text}{picture}"
 
 
 def cell(run: dict[str, Any] | None) -> str:
@@ -182,16 +211,19 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
             f"- Preparing a picture of {size}, not in the times above: {one} on the CPU (stock's class for the same "
             f"pixels: {stock_one}); eight in {eight}, with threads in {threads}."
         )
-    losses = [label(case) for case in result["cases"] if is_loss(case)]
+    losses = [label(case) for case in result["cases"] if "kept" not in case and is_loss(case)]
     yield f"- No gain over stock, or a loss: {'; '.join(losses) or 'nowhere'}."
+    losses = [label(case) for case in result["cases"] if "kept" in case and is_loss(case)]
+    if losses:
+        yield f"- Reduced, but no gain over all tokens of the same system, or a loss: {'; '.join(losses)}."
     if not result["compiling"]["kernels_from_disk"]:
         seconds = result["compiling"]["seconds"]
         yield f"- Compiling took {seconds:.0f} s for the first graphs; it is in none of the times."
 
 
 def is_loss(case: dict[str, Any]) -> bool:
-    runs = case["systems"]
-    return any(ratio(runs, *pair) is not None and not gains(runs, *pair) for pair in PAIRS)
+    runs, pairs = case["systems"], REDUCED.items() if "kept" in case else PAIRS
+    return any(ratio(runs, *pair) is not None and not gains(runs, *pair) for pair in pairs)
 
 
 def median_seconds(result: dict[str, Any], name: str, metric: str, batch: int) -> float | None:
@@ -231,13 +263,13 @@ def across_rows(result: dict[str, Any], batch: int) -> Iterator[str]:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Draws how many times faster ours is than the stock model, as bars, row by row."""
+    """Draws how many times faster ours, reduced where it can be, is than the stock model, as bars, row by row."""
     cases = result["cases"]
     figure = Figure(figsize=(8, 0.45 * len(cases) + 1.5), layout="constrained")
     axes = figure.subplots()
     for offset, (name, pair) in enumerate(zip(("eager", "compiled"), PAIRS, strict=True)):
         places = [place + 0.4 * offset - 0.2 for place in range(len(cases))]
-        axes.barh(places, [ratio(case["systems"], *pair) or 0 for case in cases], height=0.4, label=name)
+        axes.barh(places, [gain_over_stock(case, *pair) or 0 for case in cases], height=0.4, label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_yticks(range(len(cases)), [label(case) for case in cases])
     axes.invert_yaxis()
@@ -245,3 +277,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.set_title(f"{result['device']}, {result['dtype']}, {result['size']}")
     axes.legend()
     figure.savefig(path)
+
+
+def gain_over_stock(case: dict[str, Any], stock: str, ours: str) -> float | None:
+    return ratio(case["systems"], stock, REDUCED[ours] if "kept" in case else ours)

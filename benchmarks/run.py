@@ -73,7 +73,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
             try:
                 if device == "cuda":  # a process does not show memory that it uses again
                     machine.reset_peak(device)
-                work = case.prepare(systems[name])
+                work = case.work(name, systems)
                 if turn == 0:
                     run["first_call_seconds"] = machine.seconds(device, work)
                 for _ in range(plan.warm_up):
@@ -99,7 +99,8 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
             if amount is not None and name != REFERENCE:
                 run[kind] = amount(systems[name])
     found = {"metric": case.metric, "batch": case.batch, "text": case.text, "systems": runs, "peak": peak}
-    return found if case.budget is None else found | {"budget": case.budget}
+    tokens = {"budget": case.budget, "kept": case.kept}
+    return found | {name: number for name, number in tokens.items() if number is not None}
 
 
 def turn_of(work: Work, plan: Plan, device: str) -> list[float]:
@@ -230,7 +231,7 @@ def main() -> None:
             print(f"stopped; results so far are in {partial_out}; run the same command again to continue")
         raise
     partial_out.replace(out)
-    print("\n".join(report.table(result)))
+    print("\n".join(report.tables(result)))
     print(f"{out} is written, {result['total_seconds']:.0f} s")
     report.draw(result, out.with_suffix(".png"))
 
@@ -269,7 +270,7 @@ def run(
 
 
 def _key(measured: dict[str, Any]) -> tuple:
-    return measured["metric"], measured["batch"], measured["text"], measured.get("budget")
+    return measured["metric"], measured["batch"], measured["text"], measured.get("budget", measured.get("kept"))
 
 
 def _line(measured: dict[str, Any]) -> str:

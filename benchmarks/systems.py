@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks import count
 from benchmarks.reference import ReferenceVision, share
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, reduce_image_tokens
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
 QUESTION = 50  # text tokens
@@ -34,6 +34,8 @@ ANSWER_ROOM = 32  # capacity of a cache of fixed length, in tokens
 STOCK, REFERENCE, OURS = "stock", "reference", "ours"
 STOCK_COMPILED, OURS_COMPILED = "stock compiled", "ours compiled"
 EAGER = {STOCK_COMPILED: STOCK, OURS_COMPILED: OURS}  # eager system of each compiled one
+# The same systems with some of a picture's tokens only (`reduce_image_tokens`), and the whole system of each.
+WHOLE = {f"{name}, reduced": name for name in (STOCK, OURS, STOCK_COMPILED, OURS_COMPILED)}
 
 
 @dataclass
@@ -86,9 +88,20 @@ class System:
 
     def embed(self, ids: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
         """Returns embeddings of text and pictures, (batch, sequence, D)."""
+        return self._placed(ids, self.vision(pixels))
+
+    def _placed(self, ids: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
         embeddings = self.model.get_input_embeddings()(ids)
         places = (ids == self.model.config.image_token_id).unsqueeze(-1)
-        return embeddings.masked_scatter(places, torch.cat(self.vision(pixels)).to(embeddings.dtype))
+        return embeddings.masked_scatter(places, torch.cat(features).to(embeddings.dtype))
+
+    def reduced(self, ids: torch.Tensor, pixels: torch.Tensor, kept: int, score: str) -> dict[str, torch.Tensor]:
+        """Returns embeddings, (1, sequence, D), and positions of a prompt whose picture keeps `kept` tokens."""
+        inputs = reduce_image_tokens(self.model, {"input_ids": ids, "pixel_values": pixels}, keep=kept, score=score)
+        embeddings = inputs.get("inputs_embeds")  # before transformers 5.18
+        if embeddings is None:
+            embeddings = self._placed(inputs["input_ids"], inputs["mm_encoder_outputs"]["image"].pooler_output)
+        return {"inputs_embeds": embeddings, "position_ids": inputs["position_ids"]}
 
     def forward(self, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
         """Returns the logits of the last token, (batch, vocabulary)."""
@@ -230,10 +243,10 @@ def compile_system(system: System, name: str, **options: Any) -> System:
 def _copied(features: Callable[..., BaseModelOutputWithPooling]) -> Callable[..., BaseModelOutputWithPooling]:
     """Copies the tokens: the next CUDA graph overwrites the output of the last one, and `generate` runs one on them."""
 
-    def get_image_features(pixel_values: torch.Tensor, **kwargs: Any) -> BaseModelOutputWithPooling:
-        return BaseModelOutputWithPooling(
-            pooler_output=list(torch.stack(features(pixel_values, **kwargs).pooler_output))
-        )
+    # `generate` looks for `pixel_values` in the signature.
+    def get_image_features(pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> BaseModelOutputWithPooling:
+        tokens = features(pixel_values, *args, **kwargs).pooler_output
+        return BaseModelOutputWithPooling(pooler_output=list(torch.stack(tokens)))
 
     return get_image_features
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
+from transformers import Cache
 
 from benchmarks import count
 from benchmarks.systems import (
@@ -17,6 +18,7 @@ from benchmarks.systems import (
     REFERENCE,
     STOCK,
     STOCK_COMPILED,
+    WHOLE,
     System,
     cropped,
     fill,
@@ -24,6 +26,8 @@ from benchmarks.systems import (
 
 METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question", "second answer")
 METRICS += ("prefill by budget", "first token by budget")
+SCORES = ("salience", "diverse", "merging", "question")  # ways to choose the tokens that a reducer keeps
+METRICS += ("prefill, reduced", *(f"first token, {score}" for score in SCORES))
 SIZES = {"cpu": "slice", "cuda": "7b"}  # by device
 Work = Callable[[], object]
 
@@ -44,6 +48,7 @@ class Plan:
     decode_batches: tuple[int, ...]
     compiled_batches: tuple[int, ...]
     budgets: tuple[int, ...]  # tokens of a picture, beside all of them
+    kept: tuple[int, ...]  # tokens of a picture that a reducer keeps
     compile_options: dict[str, str]
 
     def compiled(self, batch: int, text: int = QUESTION) -> bool:
@@ -64,6 +69,7 @@ PLANS = {
         decode_batches=(1, 2),
         compiled_batches=(1,),
         budgets=(1,),
+        kept=(1,),
         compile_options={"backend": "eager"},
     ),
     "slice": Plan(
@@ -79,6 +85,7 @@ PLANS = {
         decode_batches=(1, 8, 32, 128),
         compiled_batches=(1,),
         budgets=(36, 9, 1),
+        kept=(144, 36, 9, 1),
         compile_options={},
     ),
     "7b": Plan(
@@ -94,6 +101,7 @@ PLANS = {
         decode_batches=(1, 8, 32, 128),
         compiled_batches=(1, 8, 32, 128),
         budgets=(36, 9, 1),
+        kept=(144, 36, 9, 1),
         compile_options={"mode": "reduce-overhead"},
     ),
 }
@@ -111,10 +119,18 @@ class Case:
     flops: Callable[[System], float] | None = None
     bytes: Callable[[System], float] | None = None
     budget: int | None = None  # tokens of a picture in our systems, if not all
+    kept: int | None = None  # tokens of a picture in reduced systems
+    reduced: Callable[[System], Work] | None = None  # the work of a reduced system
 
     @property
     def key(self) -> tuple:
-        return self.metric, self.batch, self.text, self.budget
+        return self.metric, self.batch, self.text, self.budget or self.kept
+
+    def work(self, name: str, systems: dict[str, System]) -> Work:
+        """Prepares the work of a system; a reduced one is the whole one at other work."""
+        prepare = self.reduced if name in WHOLE else self.prepare
+        assert prepare is not None
+        return prepare(systems[WHOLE.get(name, name)])
 
     @property
     def wanted_first(self) -> bool:
@@ -152,6 +168,12 @@ def cases(plan: Plan) -> Iterator[Case]:
     for budget in plan.budgets:
         work, flops = partial(first_token, batch=1, text=QUESTION), first_token_flops(1, QUESTION)
         yield by_budget(Case("first token by budget", 1, QUESTION, systems(both, 1), work, flops), budget)
+    for kept in plan.kept:
+        yield by_reducer("prefill, reduced", prefill, reduced_prefill, systems(both, 1), kept)
+    for score in SCORES:
+        reduced = partial(reduced_first_token, score=score)
+        for kept in plan.kept:
+            yield by_reducer(f"first token, {score}", first_token, reduced, systems(both, 1), kept)
 
 
 def by_budget(case: Case, tokens: int) -> Case:
@@ -163,6 +185,15 @@ def by_budget(case: Case, tokens: int) -> Case:
         flops=flops and (lambda system: flops(system.with_budget(tokens))),
         budget=tokens,
     )
+
+
+def by_reducer(
+    metric: str, whole: Callable[..., Work], reduced: Callable[..., Work], systems: tuple[str, ...], kept: int
+) -> Case:
+    """Returns a row of whole systems, and of the same systems that keep `kept` tokens of a picture."""
+    names = (*systems, *(name for name, whole in WHOLE.items() if whole in systems))
+    work = partial(whole, batch=1, text=QUESTION)
+    return Case(metric, 1, QUESTION, names, work, kept=kept, reduced=partial(reduced, kept=kept))
 
 
 # The work
@@ -186,6 +217,25 @@ def first_token(system: System, batch: int, text: int) -> Work:
     ids, pixels = system.prompt(batch, text), system.pictures(batch)
     cache = system.new_cache(batch, text)
     return lambda: system.forward(system.emptied(cache), inputs_embeds=system.embed(ids, pixels))
+
+
+def reduced_prefill(system: System, kept: int) -> Work:
+    """Prepares the language model on a picture that is already encoded, with the tokens that are kept."""
+    inputs = system.reduced(system.prompt(1, QUESTION), system.pictures(1), kept, SCORES[0])  # all take as long
+    cache = reduced_cache(system, kept)
+    return lambda: system.forward(system.emptied(cache), **inputs)
+
+
+def reduced_first_token(system: System, kept: int, score: str) -> Work:
+    """Prepares the path from pixels and ids to the logits of the first token: encodes, chooses and reads."""
+    ids, pixels = system.prompt(1, QUESTION), system.pictures(1)
+    cache = reduced_cache(system, kept)
+    return lambda: system.forward(system.emptied(cache), **system.reduced(ids, pixels, kept, score))
+
+
+def reduced_cache(system: System, kept: int) -> Cache:
+    """Returns an empty cache for the tokens that are kept, the text and an answer."""
+    return system.new_cache(1, kept + QUESTION - system.image_tokens)
 
 
 def decode(system: System, batch: int) -> Work:

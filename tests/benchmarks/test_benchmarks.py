@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from benchmarks.systems import (
     REFERENCE,
     STOCK,
     STOCK_COMPILED,
+    WHOLE,
     System,
     compile_system,
     configs,
@@ -45,7 +47,7 @@ def test_equal_systems_pass_the_gate(systems):
         for name in (STOCK_COMPILED, OURS_COMPILED)
         for what in (
             *(" and eager, features", " and eager, logits", " and eager, logits of generate"),
-            ", picture in a cache or not, logits",
+            *(" and eager, logits with 1 tokens kept", ", picture in a cache or not, logits"),
         )
     }
     assert min(outcome.values()) > 0.9999
@@ -126,8 +128,10 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
 
     monkeypatch.setattr(report, "ROOT", out.parent)
     section = report.section(result, out)
-    rows = [line for line in section.splitlines() if line.startswith("|")]
-    assert len(rows) == len(cases) + 2 and len({row.count("|") for row in rows}) == 1
+    tables = [part.splitlines() for part in section.split("\n\n") if part.startswith("|")]
+    reduced = [case for case in cases.values() if "ours, reduced" in case]
+    assert [len(rows) for rows in tables] == [len(cases) - len(reduced) + 2, 2 * len(reduced) + 2]
+    assert all(len({row.count("|") for row in rows}) == 1 for rows in tables)
     assert result["device"] in section and "float32" in section and "raw numbers in `run_tiny.json`" in section
 
     monkeypatch.setattr(report, "RESULTS", out.parent)
@@ -225,6 +229,8 @@ def test_compiled_systems_pass_the_gate_and_answer(systems):
         systems[name] = compile_system(systems[eager], name, backend="eager")
         answers = [workloads.answer(systems[system], batch=1)() for system in (eager, name)]
         assert torch.equal(*answers)
+        logits = [workloads.reduced_first_token(systems[system], 1, "merging")() for system in (eager, name)]
+        assert gate.error(*logits) < gate.FLOAT32_ERROR
     gate.compiled(systems)
     torch.compiler.reset()
 
@@ -372,3 +378,145 @@ def test_rows_of_a_budget(systems):
     few = systems[OURS].with_budget(1)
     assert systems[STOCK].with_budget(1) is systems[STOCK]
     assert few.prompt(2, 10).shape == (2, 11) and torch.stack(few.vision(few.pictures(2))).shape[:2] == (2, 1)
+
+
+# Reducers
+
+
+def reducer_rows(plan):
+    return [case for case in workloads.cases(plan) if case.kept]
+
+
+def test_rows_of_reducers(systems):
+    """Whole and reduced systems, eager and compiled, take turns; the language model reads what is kept."""
+    rows = reducer_rows(workloads.PLANS["tiny"])
+    assert [case.metric for case in rows] == [
+        "prefill, reduced",
+        *(f"first token, {score}" for score in ("salience", "diverse", "merging", "question")),
+    ]
+    lengths = []
+    for system in systems.values():
+        system.model.model.language_model.register_forward_hook(lambda _, args, out: lengths.append(out[0].shape[1]))
+    for case in rows:
+        assert {*case.systems} == {*WHOLE, *WHOLE.values()}
+        for name in case.systems:
+            work = case.work(name, systems)
+            lengths.clear()
+            logits = work()
+            whole = systems[WHOLE.get(name, name)]
+            assert {*lengths} == {51 if name in WHOLE else 50 + whole.image_tokens}
+            assert logits.shape == (1, whole.model.config.text_config.vocab_size)
+    row = run.measure(rows[1], systems, workloads.PLANS["tiny"], "cpu")
+    assert report.label(row) == "first token, salience, batch 1, 50 tokens of text, 1 of a picture"
+    assert run._key(row) == rows[1].key == ("first token, salience", 1, 50, 1) and row["systems"].keys() == {
+        *rows[1].systems
+    }
+
+
+def test_reduced_pictures_are_encoded_in_the_row_of_the_first_token_only(systems):
+    encoded = []
+    systems[OURS].model.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
+    for case, expected in zip(reducer_rows(workloads.PLANS["tiny"])[:2], (0, 2), strict=True):
+        work = case.work(f"{OURS}, reduced", systems)
+        encoded.clear()
+        for _ in range(2):
+            work()
+        assert len(encoded) == expected
+
+
+def test_other_scores_keep_other_tokens(systems):
+    """Else the gate could not tell them apart."""
+    for name in (STOCK, OURS):
+        logits = [workloads.reduced_first_token(systems[name], 2, score)() for score in workloads.SCORES]
+        assert all(gate.error(one, logits[0]) > 10 * gate.FLOAT32_ERROR for one in logits[1:])
+
+
+def compact_positions(inputs):
+    inputs["position_ids"] = torch.arange(inputs["position_ids"].shape[1])[None]
+
+
+def other_features(inputs):
+    inputs["inputs_embeds"][0, 1] = 0
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (compact_positions, "1 tokens by salience, and the others masked, logits: error"),
+        (other_features, "stock and reference, 1 tokens by salience: error"),
+    ],
+)
+def test_gate_stops_a_wrong_reducer(mistake, message, systems, monkeypatch):
+    right = System.reduced
+
+    def wrong(system, ids, pixels, kept, score):
+        inputs = right(system, ids, pixels, kept, score)
+        mistake(inputs)
+        return inputs
+
+    monkeypatch.setattr(System, "reduced", wrong)
+    with pytest.raises(SystemExit, match=message):
+        gate.eager(systems, torch.float32)
+
+
+def test_gate_stops_a_compiled_model_that_reads_reduced_prompts_otherwise(systems):
+    class Backwards(System):
+        def forward(self, cache, position_ids=None, **inputs):
+            if position_ids is not None:
+                inputs["inputs_embeds"] = inputs["inputs_embeds"].flip(1)
+            return super().forward(cache, **inputs)
+
+    compiled = systems[OURS_COMPILED]
+    systems[OURS_COMPILED] = Backwards(compiled.name, compiled.model, compiled.vision)
+    with pytest.raises(SystemExit, match="ours compiled and eager, logits with 1 tokens kept: cosine"):
+        gate.compiled(systems)
+
+
+def test_rows_of_several_counts_go_on_where_they_were(measured, monkeypatch):
+    """`kept` tells them apart."""
+    measure, out = measured
+    monkeypatch.setitem(workloads.PLANS, "tiny", replace(workloads.PLANS["tiny"], kept=(4, 1)))
+    whole, calls = run.measure, []
+
+    def fails_at_the_third(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    monkeypatch.setattr(run, "measure", fails_at_the_third)
+    metrics = ("--metrics", "prefill, reduced", "first token, diverse")
+    with pytest.raises(KeyboardInterrupt):
+        measure(*metrics)
+    half = json.loads(out.with_suffix(".unfinished").read_text())["cases"]
+    monkeypatch.setattr(run, "measure", whole)
+    measure(*metrics)
+    cases = json.loads(out.read_text())["cases"]
+    assert [(case["metric"], case["kept"]) for case in cases] == [
+        (metric, kept) for metric in metrics[1:] for kept in (4, 1)
+    ]
+    assert cases[:2] == half
+
+
+def test_the_table_of_reducers():
+    seconds = {STOCK: 4.0, f"{STOCK}, reduced": 2.0, OURS: 1.0, f"{OURS}, reduced": 1.0}
+    runs = {name: {"seconds": [value] * 3} for name, value in seconds.items()}
+    case = {"metric": "first token, diverse", "batch": 1, "text": 50, "kept": 9, "systems": runs}
+    *_, row = report.table_of_reducers({"cases": [case, {**case, "systems": {}}]})
+    assert row == (
+        "| first token, diverse, batch 1, 50 tokens of text, 9 of a picture | 4e+03 ± 0 | 2e+03 ± 0 | 1e+03 ± 0 "
+        "| 1e+03 ± 0 | **2.00x** | 1.00x, no gain | **4.00x** | **2.00x** |"
+    ).replace("4e+03", "4000").replace("2e+03", "2000").replace("1e+03", "1000")
+    assert report.is_loss(case) and report.gain_over_stock(case, STOCK, OURS) == 4
+    runs[f"{OURS}, reduced"] = {"seconds": [0.5] * 3}
+    assert not report.is_loss(case)
+
+
+def test_hotspots_of_a_reduced_system(monkeypatch, tmp_path):
+    out = tmp_path / "hotspots.json"
+    options = ["first token, merging", "--size", "tiny", "--system", "stock, reduced", "--output", str(out)]
+    monkeypatch.setattr("sys.argv", ["hotspots", *options])
+    hotspots.main()
+    found = json.loads(out.read_text())
+    assert found["row"]["system"] == "stock, reduced"
+    assert "aten::index_add" in [spot["name"] for spot in found["hotspots"]]  # of the merging
