@@ -61,7 +61,6 @@ def section(result: dict[str, Any], path: Path) -> str:
             f"[plot]({os.path.relpath(path.with_suffix('.png'), PAGE.parent)})):",
             "",
             *tables(result),
-            "",
             *notes(result),
             "",
         ]
@@ -78,11 +77,11 @@ def conditions(result: dict[str, Any]) -> str:
 
 
 def tables(result: dict[str, Any]) -> Iterator[str]:
-    """Yields the table of all rows but those of reduced systems, and the table of these if there are some."""
-    yield from table(result)
-    if any("kept" in case for case in result["cases"]):
-        yield ""
-        yield from table_of_reducers(result)
+    """Yields the table of the rows of whole systems and that of the rows with reduced ones, if there are any."""
+    for lines in (table(result), table_of_reducers(result)):
+        header, line, *rows = lines
+        if rows:
+            yield from (header, line, *rows, "")
 
 
 def table(result: dict[str, Any]) -> Iterator[str]:

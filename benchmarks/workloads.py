@@ -26,7 +26,7 @@ from benchmarks.systems import (
 
 METRICS = ("encode", "prefill", "first token", "decode", "answer", "second question", "second answer")
 METRICS += ("prefill by budget", "first token by budget")
-SCORES = ("salience", "diverse", "merging", "question")  # ways to choose the tokens that a reducer keeps
+SCORES = ("salience", "diverse", "merging", "question")  # of `reduce_image_tokens`
 METRICS += ("prefill, reduced", *(f"first token, {score}" for score in SCORES))
 SIZES = {"cpu": "slice", "cuda": "7b"}  # by device
 Work = Callable[[], object]
