@@ -59,17 +59,16 @@ def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:
 def reduced(system: System, kept: int) -> dict[str, Any]:
     """Compares prompts whose picture keeps some tokens with whole prompts, in which the other places are masked."""
     ids, pixels, name = system.prompt(1, QUESTION), system.pictures(1), system.name
-    every, first = (system.reduced(ids, pixels, tokens, SCORES[0]) for tokens in (system.image_tokens, kept))
+    every = system.reduced(ids, pixels, system.image_tokens, "salience")
     whole = system.forward(system.new_cache(1, QUESTION), inputs_embeds=system.embed(ids, pixels))
-    chosen = salient(system.vision(pixels)[0], kept)
+    prompts = {score: system.reduced(ids, pixels, kept, score) for score in SCORES}
+    chosen = prompts["salience"]["inputs_embeds"][0, 1 : 1 + kept]
+    expected = salient(system.vision(pixels)[0], kept)
     outcome = {
         f"{name}, all tokens kept, logits: error": error(system.forward(reduced_cache(system, kept), **every), whole),
-        f"{name} and reference, {kept} tokens by {SCORES[0]}: error": error(
-            first["inputs_embeds"][0, 1 : 1 + kept], chosen
-        ),
+        f"{name} and reference, {kept} tokens by salience: error": error(chosen, expected),
     }
-    for score in SCORES:
-        inputs = system.reduced(ids, pixels, kept, score)
+    for score, inputs in prompts.items():
         logits = system.forward(reduced_cache(system, kept), **inputs)
         masked = system.forward(system.new_cache(1, QUESTION), **with_masked_places(inputs, ids.shape[1]))
         outcome[f"{name}, {kept} tokens by {score}, and the others masked, logits: error"] = error(logits, masked)
@@ -113,7 +112,7 @@ def compiled(systems: dict[str, System]) -> dict[str, Any]:
         expected, _ = greedy(eager_system, pixels, forced=forced)
         outcome[f"{name} and eager, logits of generate: cosine"] = cosine(logits, expected)
         kept = systems[OURS].model.config.allowed_token_budgets[1]
-        inputs = eager_system.reduced(ids, pixels, kept, SCORES[0])  # for both: rounding may tip what is chosen
+        inputs = eager_system.reduced(ids, pixels, kept, "salience")  # for both: rounding may tip what is chosen
         outcome[f"{name} and eager, logits with {kept} tokens kept: cosine"] = cosine(
             *(one.forward(reduced_cache(one, kept), **inputs) for one in (system, eager_system))
         )

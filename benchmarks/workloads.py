@@ -221,7 +221,7 @@ def first_token(system: System, batch: int, text: int) -> Work:
 
 def reduced_prefill(system: System, kept: int) -> Work:
     """Prepares the language model on a picture that is already encoded, with the tokens that are kept."""
-    inputs = system.reduced(system.prompt(1, QUESTION), system.pictures(1), kept, SCORES[0])  # all take as long
+    inputs = system.reduced(system.prompt(1, QUESTION), system.pictures(1), kept, "salience")  # all take as long
     cache = reduced_cache(system, kept)
     return lambda: system.forward(system.emptied(cache), **inputs)
 

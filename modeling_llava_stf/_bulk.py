@@ -104,7 +104,7 @@ class Outcome:
         refusals = [answer.error or "" for answer in answers if answer.refused]
         self.answered += sum(answer.error is None for answer in answers)
         self.refused += len(refusals)
-        self.reason = self.reason or "".join(refusals[:1])
+        self.reason = self.reason or " ".join("".join(refusals[:1]).split())
 
 
 def add_parser(commands: Any) -> argparse.ArgumentParser:

@@ -560,7 +560,8 @@ class LlavaSTFProcessor(LlavaProcessor):
         unused += [] if has_videos else [kwargs.get("videos_kwargs")]
         unused += [] if has_images or has_videos else [kwargs, kwargs.get("common_kwargs")]
         for options in unused:
-            self._image_tokens([], (options or {}).get("max_soft_tokens"))
+            if options and options.get("max_soft_tokens") is not None:
+                self._image_tokens([], options["max_soft_tokens"])
 
     def _process_images(self, images: Any, **kwargs: Any) -> tuple[dict, list[str]]:
         asked = kwargs.pop("max_soft_tokens", None)
