@@ -191,7 +191,7 @@ def by_reducer(
     metric: str, whole: Callable[..., Work], reduced: Callable[..., Work], systems: tuple[str, ...], kept: int
 ) -> Case:
     """Returns a row of whole systems, and of the same systems that keep `kept` tokens of a picture."""
-    names = (*systems, *(name for name, whole in WHOLE.items() if whole in systems))
+    names = (*systems, *(name for name, of in WHOLE.items() if of in systems))
     work = partial(whole, batch=1, text=QUESTION)
     return Case(metric, 1, QUESTION, names, work, kept=kept, reduced=partial(reduced, kept=kept))
 

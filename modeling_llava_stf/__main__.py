@@ -171,14 +171,15 @@ def caption(arguments: argparse.Namespace) -> int:
 
     done = _bulk.caption(arguments, load, image_options)
     print(done.summary)
+    if not done.refused:
+        return 0
     refusal = (
         f"The server refused {done.refused} requests and answered {done.answered}. The first reason: {done.reason}. "
         f"All are in the parts; to ask again, name another folder than {arguments.output}."
     )
-    if done.refused and not done.answered:
+    if not done.answered:
         return _refused(refusal)
-    if done.refused:
-        print(refusal)
+    print(refusal)
     return 0
 
 

@@ -144,8 +144,8 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     assert "exists" in capsys.readouterr().err and out.read_text() == before
 
 
-def test_a_run_that_stops_goes_on_where_it_was(measured, monkeypatch, capsys):
-    measure, out = measured
+def stopped_at_the_third(monkeypatch):
+    """Stops a run at its third row; returns the function that measures one."""
     whole, calls = run.measure, []
 
     def fails_at_the_third(*args):
@@ -155,6 +155,12 @@ def test_a_run_that_stops_goes_on_where_it_was(measured, monkeypatch, capsys):
         return whole(*args)
 
     monkeypatch.setattr(run, "measure", fails_at_the_third)
+    return whole
+
+
+def test_a_run_that_stops_goes_on_where_it_was(measured, monkeypatch, capsys):
+    measure, out = measured
+    whole = stopped_at_the_third(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         measure("--metrics", "prefill", "decode")
     partial = out.with_suffix(".unfinished")
@@ -476,15 +482,7 @@ def test_rows_of_several_counts_go_on_where_they_were(measured, monkeypatch):
     """`kept` tells them apart."""
     measure, out = measured
     monkeypatch.setitem(workloads.PLANS, "tiny", replace(workloads.PLANS["tiny"], kept=(4, 1)))
-    whole, calls = run.measure, []
-
-    def fails_at_the_third(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return whole(*args)
-
-    monkeypatch.setattr(run, "measure", fails_at_the_third)
+    whole = stopped_at_the_third(monkeypatch)
     metrics = ("--metrics", "prefill, reduced", "first token, diverse")
     with pytest.raises(KeyboardInterrupt):
         measure(*metrics)

@@ -283,6 +283,13 @@ def test_pixels_are_those_of_the_clip_preprocessor(fields, tmp_path, picture):
         ({"do_center_crop": False, "size": {"height": 28, "width": 56}}, "56 x 56 pixels"),
         ({"image_processor_type": "SiglipImageProcessor"}, "`image_processor_type` is 'SiglipImageProcessor'"),
         ({"image_processor_type": "LlavaNextImageProcessor"}, "`image_processor_type` is"),
+        # Options of our own image processor
+        ({"do_exif_transpose": "no"}, "`do_exif_transpose` is 'no'"),
+        ({"alpha_background": "no such colour"}, "`alpha_background`: unknown color specifier: 'no such colour'"),
+        ({"alpha_background": [1, 2, 3]}, r"`alpha_background` is \[1, 2, 3\], expected a colour"),
+        ({"max_soft_tokens": 3}, r"`max_soft_tokens` is 3, expected one of \[4, 1\]"),
+        ({"max_soft_tokens": True}, "`max_soft_tokens` is True"),
+        ({"max_soft_tokens": [4]}, r"`max_soft_tokens` is \[4\]"),
     ],
     ids=str,
 )
@@ -848,23 +855,6 @@ def test_every_option_of_our_image_processor_is_known():
     assert settings.OUR_OPTIONS == OUR_OPTIONS.keys()
     every = LlavaSTFImageProcessor().to_dict() | dict.fromkeys(LlavaSTFImageProcessor.valid_kwargs.__annotations__, 1)
     assert not settings.unknown_settings(every, settings.PREPROCESSOR)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"do_exif_transpose": "no"}, "`do_exif_transpose` is 'no'"),
-        ({"alpha_background": "no such colour"}, "`alpha_background`: unknown color specifier: 'no such colour'"),
-        ({"alpha_background": [1, 2, 3]}, r"`alpha_background` is \[1, 2, 3\], expected a colour"),
-        ({"max_soft_tokens": 3}, r"`max_soft_tokens` is 3, expected one of \[4, 1\]"),
-        ({"max_soft_tokens": True}, "`max_soft_tokens` is True"),
-        ({"max_soft_tokens": [4]}, r"`max_soft_tokens` is \[4\]"),
-    ],
-    ids=str,
-)
-def test_options_that_do_not_fit_are_refused(fields, message, tmp_path):
-    clip = with_settings(tmp_path, "clip", "preprocessor_config.json", **fields)
-    refused(message, tmp_path, GOLDENS / "original", vision_tower=clip)
 
 
 @pytest.mark.parametrize(

@@ -476,6 +476,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             return [self.num_image_tokens(*size) for size in sizes]
         numbers = [*asked] if isinstance(asked, (list, tuple)) else [asked] * len(sizes)
         allowed = [self._allowed_tokens(*size) for size in sizes]
+        # Without pictures it is the number itself that is checked, by the budgets of the configured size.
         checked = zip(numbers or _as_list(asked), allowed or [self.allowed_token_budgets], strict=False)
         if len(numbers) != len(sizes) or not all(type(number) is int and number in ok for number, ok in checked):
             raise ValueError(
