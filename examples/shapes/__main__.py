@@ -8,7 +8,6 @@ python -m examples.shapes untold DATA OUT                      adds marks that o
 python -m examples.shapes tokenizer DATA OUT                   trains the language model's tokenizer
 python -m examples.shapes clip DATA OUT                        trains a miniature of CLIP's vision tower
 python -m examples.shapes language-model DATA TOKENIZER OUT    trains a small Llama
-python -m examples.shapes ideal DATA LANGUAGE_MODEL OUT        warms it up on tokens that belong to no connector
 python -m examples.shapes warm-up DATA START OUT               teaches it and new fusion modules a common language
 python -m examples.shapes evaluate MODEL DATA                  counts right answers by kind of question
 python -m examples.shapes shrink MODEL DATA --output FILE      quantises, and compares answers with bfloat16
@@ -26,7 +25,6 @@ from .ablation import ablate, run_one
 from .clip import train_clip
 from .evaluate import evaluate
 from .generate import generate
-from .ideal import learn
 from .language_model import train_language_model
 from .pictograms import SAMPLE, fetch
 from .recipe import make
@@ -80,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pictograms(tower)
     _add_training(tower, train_clip)
 
-    language_model = commands.add_parser("language-model", help="train a Llama on the data's texts")
+    language_model = commands.add_parser("language-model", help="train a Llama on captions and ideal tokens")
     language_model.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     language_model.add_argument("tokenizer", metavar="TOKENIZER", help="folder that `tokenizer` wrote")
     _add_training(language_model, train_language_model)
@@ -111,18 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     task.add_argument("--questions", type=int, metavar="N", help="only the first N questions (default: all)")
     task.set_defaults(step=write_task)
 
-    ideal = commands.add_parser("ideal", help="teach a language model to look things up in ideal tokens")
-    ideal.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
-    ideal.add_argument("language_model", metavar="LANGUAGE_MODEL", help="folder that `language-model` wrote")
-    ideal.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    ideal.add_argument("--steps", type=int, required=True, metavar="N")
-    ideal.add_argument("--seed", type=int, default=0, help="seed of the tokens and batches (default: 0)")
-    ideal.set_defaults(step=learn)
-
     warming = commands.add_parser("warm-up", help="train fusion modules and language model before the stages")
     warming.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     warming.add_argument("start", metavar="START", help="checkpoint with new fusion modules")
     _add_training(warming, warm_up)
+    warming.add_argument("--imitation-steps", type=int, default=argparse.SUPPRESS, metavar="N")
 
     untold = commands.add_parser("untold", help="draw marks that the tower is not told, and ask about them")
     untold.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
@@ -135,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
         "work", metavar="WORK", help="folder for data and intermediate models; a stopped run continues there"
     )
     recipe.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    steps = ("clip-steps", "language-model-steps", "ideal-steps", "warm-up-steps")
+    steps = ("clip-steps", "language-model-steps", "imitation-steps", "warm-up-steps")
     for name in ("scenes", "test-scenes", *steps, "seed"):
         recipe.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
     recipe.set_defaults(step=make)

@@ -1,6 +1,10 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small Llama that reads and answers; a caption replaces the picture."""
+"""Trains a small Llama that answers questions about captions and about ideal tokens.
+
+LLaVA begins with a language model that can look things up in what it reads. A small one must learn that first; here it
+does so without a tower. Number and order of the ideal tokens are random, so that no connector is preferred.
+"""
 
 from pathlib import Path
 from random import Random
@@ -10,12 +14,18 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty
 
-from .text import CHAT_TEMPLATE, CONTEXT, messages_of, read_rows, read_tokenizer
+from .generate import read_scenes
+from .ideal import IdealTokens, answer_loss, encoded
+from .text import CHAT_TEMPLATE, CONTEXT, PLAIN_TEMPLATE, read_rows, read_tokenizer
 from .training import DEVICE, save_log, train
 
 WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 384
 # The base of the rotary waves is larger than Llama's: heads are narrow, and questions attend over any distance.
 ROPE_THETA = 1e6
+MOST_TOKENS = 24  # of a picture
+# Captions have the form of stage 1, other rows that of stage 2; in text.json a caption replaces the picture.
+ROWS = {"captions.json": PLAIN_TEMPLATE, "dialogues.json": CHAT_TEMPLATE, "text.json": CHAT_TEMPLATE}
+SHARES = (2, 4, 1)  # of these files in the batches
 
 
 def train_language_model(
@@ -24,27 +34,32 @@ def train_language_model(
     out: str | Path,
     steps: int,
     batch_size: int = 32,
-    muon_rate: float = 2e-2,
+    muon_rate: float = 1e-2,
     adam_rate: float = 2e-3,
     seed: int = 0,
 ) -> Path:
-    """Trains a Llama on every token of `data`/text.json and writes it into `out`, which must not exist or be empty.
+    """Trains a Llama and writes it into `out`, which must not exist or be empty.
 
-    `out` is a Llama folder of transformers (model and tokenizer) with the log of the training.
+    Args:
+        data: folder that `generate` wrote.
+        tokenizer: folder that `tokenizer` wrote.
+        out: a Llama folder of transformers (model and tokenizer) with the log of the training.
+        steps: batches of `batch_size` rows.
     """
     out = require_empty(out)
     rng = Random(seed)
     torch.manual_seed(seed)
     words = read_tokenizer(Path(tokenizer))
-    conversations = [messages_of(row) for row in read_rows(Path(data) / "text.json")]
-    texts = words.apply_chat_template(conversations, chat_template=CHAT_TEMPLATE, tokenize=False)
-    rows = words(texts, add_special_tokens=False)["input_ids"]
+    tokens = IdealTokens(read_scenes(data, "train"), words)
     model = build_language_model(LlamaTokenizer.from_pretrained(tokenizer)).to(DEVICE)
+    rows = [[encoded(row, words, form) for row in read_rows(Path(data) / name)] for name, form in ROWS.items()]
+    embeddings, image_token = model.get_input_embeddings(), model.config.vocab_size
 
     def loss() -> torch.Tensor:
-        batch = words.pad({"input_ids": rng.sample(rows, batch_size)}, padding_side="right", return_tensors="pt")
-        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        return model(**batch.to(DEVICE), labels=labels.to(DEVICE)).loss
+        number, of_file = rng.randint(tokens.most, max(tokens.most, MOST_TOKENS)), rng.choices(rows, SHARES)[0]
+        drawn = [rng.choice(of_file) for _ in range(batch_size)]
+        pictures = [tokens.shuffled(name, number, embeddings, rng) for name, *_ in drawn]
+        return answer_loss(model, image_token, drawn, pictures)
 
     log = train(model, loss, steps, {".layers.": muon_rate}, adam_rate, "language model")
     with complete_or_absent(out) as folder:
@@ -56,7 +71,11 @@ def train_language_model(
 
 
 def build_language_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
-    """Builds an untrained Llama; its vocabulary has no `<image>`, which the conversion adds."""
+    """Builds an untrained Llama; its vocabulary has no `<image>`, which the conversion adds.
+
+    Its keys begin as its queries, so that a token attends to what is like it ("Mimetic Initialization of Self-Attention
+    Layers", arXiv 2305.09828): from there it learns sooner to look things up.
+    """
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -70,4 +89,7 @@ def build_language_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.k_proj.load_state_dict(layer.self_attn.q_proj.state_dict())
+    return model

@@ -44,7 +44,7 @@ STAGES = (
     Stage("stage2", "stage2", "dialogues.json"),
     Stage("elastic", "elastic", "dialogues.json"),
 )
-LOGS = dict.fromkeys(("clip", "language-model", "ideal", "warm-up"), "training_log.json")
+LOGS = dict.fromkeys(("clip", "language-model", "warm-up"), "training_log.json")
 LOGS |= {stage.name: "trainer_state.json" for stage in STAGES}
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = (
@@ -63,9 +63,9 @@ def make(
     scenes: int = 48000,
     test_scenes: int = 900,
     clip_steps: int = 14000,
-    language_model_steps: int = 3500,
-    ideal_steps: int = 1500,
-    warm_up_steps: int = 2600,
+    language_model_steps: int = 2400,
+    imitation_steps: int = 2000,
+    warm_up_steps: int = 1200,
     seed: int = 0,
 ) -> Path:
     """Trains a small LLaVA-STF from nothing and writes it into `out`, which must not exist or be empty.
@@ -78,8 +78,8 @@ def make(
         out: the Hub folder with float16 weights, code, processor, logs and evaluation.
         scenes, test_scenes: number of training and test scenes.
         clip_steps, language_model_steps: steps of the two pre-trainings, which run in parallel.
-        ideal_steps: steps of the language model on ideal tokens.
-        warm_up_steps: steps of fusion modules and language model before the paper's stages.
+        imitation_steps, warm_up_steps: steps of the fusion modules alone, and of them and the language model, before
+            the paper's stages.
         seed: seed of data, weights and order.
     """
     out, work = require_empty(out), Path(work).resolve()
@@ -100,8 +100,9 @@ def make(
             for folder, command in ((clip, tower), (language_model, reader))
         }
     )
-    start, warm = begin(work, timer, ideal_steps, seed), work / "warm-up"
-    timer.run({warm: ("examples.shapes", "warm-up", data, start, warm, "--steps", warm_up_steps, "--seed", seed)})
+    start, warm = begin(work, timer, seed), work / "warm-up"
+    lessons = ("--imitation-steps", imitation_steps, "--steps", warm_up_steps, "--seed", seed)
+    timer.run({warm: ("examples.shapes", "warm-up", data, start, warm, *lessons)})
     trained = train(STAGES, warm, data, seed, timer)
     with complete_or_absent(out) as folder:
         pack(trained, folder)
@@ -114,17 +115,11 @@ def make(
     return out
 
 
-def begin(work: Path, timer: "Timer", ideal_steps: int, seed: int) -> Path:
-    """Returns the checkpoint that the stages begin with: tower, language model and new fusion modules.
-
-    A small language model cannot look things up in vision tokens, as a large one can. It first learns that from ideal
-    tokens, which belong to no connector.
-    """
-    ideal, start = work / "ideal", work / "start"
-    lesson = ("ideal", work / "data", work / "language-model", ideal, "--steps", ideal_steps, "--seed", seed)
-    timer.run({ideal: ("examples.shapes", *lesson)})
+def begin(work: Path, timer: "Timer", seed: int) -> Path:
+    """Returns the checkpoint that all else begins with: tower, language model and new fusion modules."""
+    start = work / "start"
     towers = ("--init-fusion", "--vision-tower", work / "clip", "--keep-full-tower", "--taps", *TAPS, "--seed", seed)
-    timer.run({start: ("conversion", ideal, start, *towers)})
+    timer.run({start: ("conversion", work / "language-model", start, *towers)})
     return start
 
 

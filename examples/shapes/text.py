@@ -45,7 +45,7 @@ def messages_of(row: dict, folder: Path | None = None) -> list[dict]:
     return messages
 
 
-def train_tokenizer(data: str | Path, out: str | Path, vocabulary: int = 1280) -> Path:
+def train_tokenizer(data: str | Path, out: str | Path, vocabulary: int = 1536) -> Path:
     """Trains a tokenizer of Llama's kind (BPE, bytes for unknown characters) on the conversations of a data set.
 
     It writes the files that `LlamaTokenizer` and our conversion read into `out`, which must not exist or be empty. The

@@ -3,7 +3,9 @@
 """Lets fusion modules and language model find a common language for what the tower sees, before the paper's stages.
 
 A large language model has read enough to understand new tokens in stage 1. With a small one and hundreds of names,
-AdamW takes hours to get there, and Muon minutes. The frozen tower sees each picture once; its output is kept.
+AdamW takes hours to get there. Here the fusion modules first learn to make the ideal tokens that the language model
+knows (`ideal.py`), one for each window; then both learn from rows. The optimiser is Muon. The frozen tower sees each
+picture once; its output is kept.
 """
 
 from pathlib import Path
@@ -12,7 +14,6 @@ from random import Random
 import torch
 from torch import nn
 from tqdm import tqdm
-from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
@@ -20,12 +21,14 @@ from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcess
 from .clip import normalised, read_pictures, scaled
 from .connectors.encode_first import tower_features
 from .generate import read_scenes
-from .ideal import Answers, encoded
+from .ideal import IdealTokens, answer_loss, encoded
+from .language_model import SHARES
+from .scenes import Scene
 from .text import CHAT_TEMPLATE, PLAIN_TEMPLATE, read_rows
 from .training import DEVICE, save_log, train
 
-# Captions have the form of stage 1, the other rows that of stage 2.
-ROWS = {"captions.json": PLAIN_TEMPLATE, "train.json": CHAT_TEMPLATE, "dialogues.json": CHAT_TEMPLATE}
+# Captions have the form of stage 1, dialogues that of stage 2.
+ROWS = {"captions.json": PLAIN_TEMPLATE, "dialogues.json": CHAT_TEMPLATE}
 ENCODED_AT_ONCE = 100  # pictures
 
 
@@ -34,20 +37,23 @@ def warm_up(
     start: str | Path,
     out: str | Path,
     steps: int,
+    imitation_steps: int = 2000,
     pictures: int = 24000,
     batch_size: int = 32,
-    connector_rate: float = 2e-2,
+    imitation_rate: float = 2e-2,
+    connector_rate: float = 5e-3,
     language_rate: float = 5e-3,
     adam_rate: float = 1e-3,
     seed: int = 0,
 ) -> Path:
-    """Trains all but the tower on captions, questions and dialogues, and writes the checkpoint into `out`.
+    """Trains all but the tower, and writes the checkpoint into `out`.
 
     Args:
         data: folder that `generate` wrote.
         start: checkpoint with the tower, a language model and new fusion modules.
         out: folder of the same kind, which must not exist or be empty.
-        steps: batches of `batch_size` rows, a third of them of each kind.
+        steps: batches of `batch_size` rows, captions or dialogues.
+        imitation_steps: batches of twice as many pictures, before the rows: the fusion modules learn ideal tokens.
         pictures: number of training pictures; the tower's output for one takes 64 KiB of memory.
     """
     out = require_empty(out)
@@ -55,28 +61,52 @@ def warm_up(
     torch.manual_seed(seed)
     model = LlavaSTFForConditionalGeneration.from_pretrained(start, dtype=torch.float32).to(DEVICE)
     processor = LlavaSTFProcessor.from_pretrained(start)
-    model.model.vision_tower.requires_grad_(False)
-    number = {name: index for index, name in enumerate([*read_scenes(data, "train")][:pictures])}
+    scenes = read_scenes(data, "train")
+    number = {name: index for index, name in enumerate([*scenes][:pictures])}
     features = read_features(model, processor, Path(data), len(number))
+    targets = read_targets(model, processor, {name: scenes[name] for name in number})
+    connector, scale = model.model.multi_modal_projector, targets.var()
+    shorten(model, features[:ENCODED_AT_ONCE])
+
+    def imitation_loss() -> torch.Tensor:
+        drawn = torch.randint(len(features), (2 * batch_size,))
+        made, wanted = connector(features[drawn].float().to(DEVICE)), targets[drawn].to(DEVICE)
+        return nn.functional.mse_loss(made.float(), wanted) / scale
+
+    model.requires_grad_(False)
+    connector.requires_grad_(True)
+    imitation = train(model, imitation_loss, imitation_steps, {"": imitation_rate}, adam_rate, "imitation")
+
     rows = [
         [encoded(row, processor.tokenizer, template) for row in read_rows(Path(data) / name) if row["id"] in number]
         for name, template in ROWS.items()
     ]
-    shorten(model, features[:ENCODED_AT_ONCE])
 
     def loss() -> torch.Tensor:
-        drawn = [rng.choice(rng.choice(rows)) for _ in range(batch_size)]
+        drawn = rng.choices(rng.choices(rows, SHARES[: len(rows)])[0], k=batch_size)
         seen = features[[number[name] for name, *_ in drawn]].float().to(DEVICE)
-        return answer_loss(model, drawn, model.model.multi_modal_projector(seen))
+        return answer_loss(model, model.config.image_token_id, drawn, [*connector(seen)])
 
+    model.requires_grad_(True)
+    model.model.vision_tower.requires_grad_(False)
     rates = {"multi_modal_projector": connector_rate, ".language_model.layers.": language_rate}
     log = train(model, loss, steps, rates, adam_rate, "warm-up")
     with complete_or_absent(out) as folder:
         save_checkpoint(folder, model, start)
         settings = {"steps": steps, "pictures": len(number), "batch_size": batch_size, "adam_rate": adam_rate}
+        settings |= {"imitation_steps": imitation_steps, "imitation_rate": imitation_rate}
         settings |= {"connector_rate": connector_rate, "language_rate": language_rate, "seed": seed}
-        save_log(folder, settings, log)
+        save_log(folder, settings, log, imitation=imitation)
     return out
+
+
+@torch.no_grad()
+def read_targets(
+    model: LlavaSTFForConditionalGeneration, processor: LlavaSTFProcessor, scenes: dict[str, Scene]
+) -> torch.Tensor:
+    """Returns the ideal tokens of the scenes' windows, (number of scenes, T, D)."""
+    ideal, side = IdealTokens(scenes, processor.tokenizer), model.config.grid_size // model.config.fusion_window
+    return torch.stack([ideal.windows(name, side, model.get_input_embeddings()).cpu() for name in scenes])
 
 
 def read_features(
@@ -102,20 +132,3 @@ def shorten(model: LlavaSTFForConditionalGeneration, features: torch.Tensor) -> 
     factor = model.get_input_embeddings().weight.std() / tokens.std()
     for weight in [module for module in connector.modules() if isinstance(module, nn.Linear)][-1].parameters():
         weight.mul_(factor)
-
-
-def answer_loss(model: LlavaSTFForConditionalGeneration, rows: list[Answers], tokens: torch.Tensor) -> torch.Tensor:
-    """Returns the loss of the answers, with `tokens`, (B, T, D), as the pictures."""
-    image_token, several = model.config.image_token_id, tokens.shape[1]
-    ids, labels = [], []
-    for _, of_row, targets in rows:
-        place = of_row.index(image_token)
-        ids.append(torch.tensor(of_row[:place] + [image_token] * several + of_row[place + 1 :]))
-        labels.append(torch.tensor(targets[:place] + [-100] * several + targets[place + 1 :]))
-    pad = nn.utils.rnn.pad_sequence
-    # Padding comes last, where no answer attends to it.
-    return model(
-        input_ids=pad(ids, batch_first=True, padding_value=0).to(DEVICE),
-        labels=pad(labels, batch_first=True, padding_value=-100).to(DEVICE),
-        mm_encoder_outputs={"image": BaseModelOutputWithPooling(pooler_output=[*tokens])},
-    ).loss

@@ -77,7 +77,7 @@ def out(work, tmp_path_factory):
     """A folder for results; the start of all systems is made."""
     with pytest.MonkeyPatch.context() as patch:
         started.__wrapped__(patch)
-        recipe.begin(work, recipe.Timer(work / "seconds.json"), ideal_steps=2, seed=0)
+        recipe.begin(work, recipe.Timer(work / "seconds.json"), seed=0)
     return tmp_path_factory.mktemp("out")
 
 

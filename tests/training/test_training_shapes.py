@@ -29,7 +29,7 @@ def test_one_command_makes_a_model(tmp_path, monkeypatch):
         "test-scenes": 2,
         "clip-steps": 2,
         "language-model-steps": 2,
-        "ideal-steps": 2,
+        "imitation-steps": 2,
         "warm-up-steps": 2,
     }
     options = [word for name, count in counts.items() for word in (f"--{name}", str(count))]
@@ -48,7 +48,6 @@ def test_one_command_makes_a_model(tmp_path, monkeypatch):
         "data",
         "tokenizer",
         "clip + language-model",
-        "ideal",
         "start",
         "warm-up",
         *(stage.name for stage in STAGES),
