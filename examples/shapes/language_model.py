@@ -25,7 +25,7 @@ ROPE_THETA = 1e6
 MOST_TOKENS = 24  # of a picture
 # Captions have the form of stage 1, other rows that of stage 2; in text.json a caption replaces the picture.
 ROWS = {"captions.json": PLAIN_TEMPLATE, "dialogues.json": CHAT_TEMPLATE, "text.json": CHAT_TEMPLATE}
-SHARES = (2, 4, 1)  # of these files in the batches
+SHARES = (1, 5, 1)  # of these files in the batches
 
 
 def train_language_model(

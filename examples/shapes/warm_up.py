@@ -65,18 +65,9 @@ def warm_up(
     number = {name: index for index, name in enumerate([*scenes][:pictures])}
     features = read_features(model, processor, Path(data), len(number))
     targets = read_targets(model, processor, {name: scenes[name] for name in number})
-    connector, scale = model.model.multi_modal_projector, targets.var()
     shorten(model, features[:ENCODED_AT_ONCE])
-
-    def imitation_loss() -> torch.Tensor:
-        drawn = torch.randint(len(features), (2 * batch_size,))
-        made, wanted = connector(features[drawn].float().to(DEVICE)), targets[drawn].to(DEVICE)
-        return nn.functional.mse_loss(made.float(), wanted) / scale
-
-    model.requires_grad_(False)
-    connector.requires_grad_(True)
-    imitation = train(model, imitation_loss, imitation_steps, {"": imitation_rate}, adam_rate, "imitation")
-
+    connector = model.model.multi_modal_projector
+    imitation = imitate(connector, features, targets, imitation_steps, 2 * batch_size, imitation_rate, adam_rate)
     rows = [
         [encoded(row, processor.tokenizer, template) for row in read_rows(Path(data) / name) if row["id"] in number]
         for name, template in ROWS.items()
@@ -87,7 +78,6 @@ def warm_up(
         seen = features[[number[name] for name, *_ in drawn]].float().to(DEVICE)
         return answer_loss(model, model.config.image_token_id, drawn, [*connector(seen)])
 
-    model.requires_grad_(True)
     model.model.vision_tower.requires_grad_(False)
     rates = {"multi_modal_projector": connector_rate, ".language_model.layers.": language_rate}
     log = train(model, loss, steps, rates, adam_rate, "warm-up")
@@ -98,6 +88,29 @@ def warm_up(
         settings |= {"connector_rate": connector_rate, "language_rate": language_rate, "seed": seed}
         save_log(folder, settings, log, imitation=imitation)
     return out
+
+
+def imitate(
+    connector: nn.Module,
+    features: torch.Tensor,
+    targets: torch.Tensor,
+    steps: int,
+    batch_size: int,
+    rate: float,
+    adam_rate: float,
+) -> list[dict]:
+    """Teaches the connector to make `targets`, (number, T, D), of the tower's `features`; returns the log.
+
+    The loss is the mean squared error, as a share of the targets' variance.
+    """
+    scale = targets.var()
+
+    def loss() -> torch.Tensor:
+        drawn = torch.randint(len(features), (batch_size,))
+        made = connector(features[drawn].float().to(DEVICE))
+        return nn.functional.mse_loss(made.float(), targets[drawn].to(DEVICE)) / scale
+
+    return train(connector, loss, steps, {"": rate}, adam_rate, "imitation")
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from contextlib import contextmanager, nullcontext
-from random import Random
 
 import pytest
 import torch
@@ -16,13 +15,12 @@ from examples.shapes import ablation, recipe
 from examples.shapes.ablation import Examiner, Run, ablate, build, encoding_first, system_of
 from examples.shapes.clip import PATCH
 from examples.shapes.connectors import SYSTEMS, vq_token
-from examples.shapes.generate import generate
-from examples.shapes.ideal import IdealTokens, answer_loss, encoded, facts_of, read_answers
+from examples.shapes.generate import generate, read_scenes
+from examples.shapes.ideal import answer_loss, encoded
 from examples.shapes.recipe import LAYERS
-from examples.shapes.scenes import SIDE, Print, Scene, Thing
-from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
-from examples.shapes.warm_up import answer_loss as answer_loss_of
-from examples.shapes.warm_up import read_features, shorten, warm_up
+from examples.shapes.scenes import SIDE
+from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, train_tokenizer
+from examples.shapes.warm_up import imitate, read_features, read_targets, shorten, warm_up
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
 from training import LlavaSTFTrainer
 
@@ -222,14 +220,32 @@ def test_every_way_of_asking_has_its_number_of_tokens(work, out, name):
 
 
 def test_the_warm_up_trains_all_but_the_tower(work, out, tmp_path):
-    folder = warm_up(work / "data", work / "start", tmp_path / "warm", steps=3, pictures=8, batch_size=4)
+    folder = warm_up(
+        work / "data", work / "start", tmp_path / "warm", steps=3, imitation_steps=2, pictures=8, batch_size=4
+    )
     before, after = (load_file(one / "model.safetensors") for one in (work / "start", folder))
     assert before.keys() == after.keys()
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert same and all(".vision_tower." in name for name in same)
     assert {name for name in before if ".vision_tower." in name} == same
     record = json.loads((folder / "training_log.json").read_text())
-    assert record["settings"]["pictures"] == 8 and record["log"][-1]["step"] == 3
+    assert record["settings"]["pictures"] == 8
+    assert record["log"][-1]["step"] == 3 and record["imitation"][-1]["step"] == 2
+
+
+def test_fusion_modules_learn_to_make_the_ideal_tokens_of_windows(work, out):
+    model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32)
+    processor = LlavaSTFProcessor.from_pretrained(work / "start")
+    features = read_features(model, processor, work / "data", 8)
+    scenes = dict([*read_scenes(work / "data", "train").items()][:8])
+    targets = read_targets(model, processor, scenes)
+    assert targets.shape == (8, 16, model.config.text_config.hidden_size)
+    log = imitate(model.model.multi_modal_projector, features, targets, 100, 8, 2e-2, 1e-3)
+    assert log[-1]["loss"] < 0.5 * log[0]["loss"]
+    made = model.model.multi_modal_projector(features.float())
+    distances = torch.cdist(made[0], targets[0])
+    shows = [place for place, token in enumerate(targets[0]) if (targets[0] == token).all(1).sum() == 1]
+    assert shows and all(distances[place].argmin() == place for place in shows)
 
 
 def test_the_warm_up_s_loss_is_that_of_the_pictures(work, out):
@@ -240,7 +256,9 @@ def test_the_warm_up_s_loss_is_that_of_the_pictures(work, out):
     shorten(model, features)
     rows = read_rows(work / "data" / "train.json")[:2]
     answers = [encoded(row, processor.tokenizer, CHAT_TEMPLATE) for row in rows]
-    ours = answer_loss_of(model, answers, model.model.multi_modal_projector(features.float()))
+    ours = answer_loss(
+        model, model.config.image_token_id, answers, [*model.model.multi_modal_projector(features.float())]
+    )
     batch = processor.apply_chat_template(
         [messages_of(row, work / "data") for row in rows],
         tokenize=True,
@@ -260,64 +278,6 @@ def test_new_tokens_become_as_long_as_words(work, out):
     shorten(model, features)
     tokens = model.model.multi_modal_projector(features)
     torch.testing.assert_close(tokens.std(), model.get_input_embeddings().weight.std())
-
-
-# The ideal tokens from which the language model learns to look things up
-
-
-FOX = Thing("fox", "animal", "orange", "noto", "large", 20.0, 100.0, 22.0)
-STAR = Thing("star", "", None, "twemoji", "small", 100.0, 20.0, 15.0)
-
-
-def test_an_ideal_token_has_all_facts_of_an_object_and_nothing_else():
-    facts = list(facts_of(Scene((FOX, STAR), Print("7", (0.0, 0.0, 9.0, 9.0)))))
-    assert facts == [
-        ["name fox", "category animal", "colour orange", "size large", "place at the bottom left"],
-        ["name star", "size small", "place at the top right"],
-        ["print 7"],
-    ]
-
-
-def test_ideal_tokens_are_sums_of_facts_in_random_order():
-    tokens = IdealTokens({"a": Scene((FOX, STAR), None)}, 8)
-    found = tokens("a", 5, Random(0))
-    sums = [sum(tokens.vectors.weight[tokens.number[fact]] for fact in facts) for facts in tokens.facts["a"]]
-    empty = tokens.vectors.weight[0]
-    for expected, times in ((sums[0], 1), (sums[1], 1), (empty, 3)):
-        assert sum(torch.allclose(token, expected, atol=1e-6) for token in found) == times
-    assert len({tuple(tokens("a", 5, Random(seed))[:, 0].tolist()) for seed in range(9)}) > 3
-
-
-def test_the_vectors_of_facts_begin_as_their_words(work):
-    words = read_tokenizer(work / "language-model")
-    embeddings = LlamaForCausalLM.from_pretrained(work / "language-model").get_input_embeddings().weight
-    tokens = IdealTokens({"a": Scene((FOX, STAR), None)}, 16)
-    empty = tokens.vectors.weight[0].clone()
-    tokens.begin_as_words(words, embeddings)
-    for fact, text in (("name fox", "fox"), ("place at the top right", "at the top right")):
-        ids = words(text, add_special_tokens=False).input_ids
-        torch.testing.assert_close(tokens.vectors.weight[tokens.number[fact]], embeddings[ids].mean(0))
-    assert torch.equal(tokens.vectors.weight[0], empty)
-
-
-def test_the_loss_on_ideal_tokens_is_that_of_the_answers(work):
-    model = LlamaForCausalLM.from_pretrained(work / "language-model")
-    captions, questions = read_answers(work / "data", work / "language-model")
-    rows = [captions[0], questions[1]]
-    pictures = [torch.randn(3, 16), torch.randn(3, 16)]
-    ours = answer_loss(model, rows, pictures)
-    losses = []
-    for (_, ids, labels), tokens in zip(rows, pictures, strict=True):
-        place = ids.index(model.config.vocab_size)
-        words = model.get_input_embeddings()(torch.tensor(ids[:place] + [0] * 3 + ids[place + 1 :])).clone()
-        words[place : place + 3] = tokens
-        logits = model(inputs_embeds=words[None]).logits[0].log_softmax(-1)
-        for position, label in enumerate(labels[:place] + [-100] * 3 + labels[place + 1 :]):
-            if label != -100:
-                losses.append(-logits[position - 1, label])
-    torch.testing.assert_close(ours, torch.stack(losses).mean())
-    answers = [label for label in rows[1][2] if label != -100]
-    assert answers.count(2) == len(read_rows(work / "data" / "train.json")[1]["conversations"]) // 2  # one `</s>` each
 
 
 # What acts inside the language model
