@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pictograms(tower)
     _add_training(tower, train_clip)
 
-    language_model = commands.add_parser("language-model", help="train a Llama on captions and ideal tokens")
+    language_model = commands.add_parser("language-model", help="train a Llama on ideal tokens")
     language_model.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     language_model.add_argument("tokenizer", metavar="TOKENIZER", help="folder that `tokenizer` wrote")
     _add_training(language_model, train_language_model)

@@ -32,9 +32,9 @@ def generate(
 
     - images/: a picture per scene, PNG
     - captions.json: picture and caption, for stage 1
-    - train.json: picture and up to `turns` questions and answers, for stage 2
-    - dialogues.json: picture, other questions, and at the end the caption, for a second part of stage 2
-    - text.json: the same scenes with the caption instead of the picture, and other questions, for the language model
+    - dialogues.json: picture, up to `turns` questions and answers, and at the end the caption, for stage 2
+    - train.json: picture and other questions; text.json: the caption instead of the picture, and other questions. The
+      tokenizer learns from these two, and they are there for trainings of your own.
     - test.json: one question of each kind per test scene, each in its own conversation
     - truth.jsonl: for each row of test.json the kind, and the group of its scene
     - new-train.json, new-test.json, new-truth.jsonl: a kind of question that none of these ask, to fine-tune with

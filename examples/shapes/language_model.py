@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small Llama that answers questions about captions and about ideal tokens.
+"""Trains a small Llama that answers questions about ideal tokens.
 
 LLaVA begins with a language model that can look things up in what it reads. A small one must learn that first; here it
 does so without a tower. Number and order of the ideal tokens are random, so that no connector is preferred.
@@ -23,9 +23,9 @@ WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 384
 # The base of the rotary waves is larger than Llama's: heads are narrow, and questions attend over any distance.
 ROPE_THETA = 1e6
 MOST_TOKENS = 24  # of a picture
-# Captions have the form of stage 1, other rows that of stage 2; in text.json a caption replaces the picture.
-ROWS = {"captions.json": PLAIN_TEMPLATE, "dialogues.json": CHAT_TEMPLATE, "text.json": CHAT_TEMPLATE}
-SHARES = (1, 5, 1)  # of these files in the batches
+# Captions have the form of stage 1, dialogues that of stage 2.
+ROWS = {"captions.json": PLAIN_TEMPLATE, "dialogues.json": CHAT_TEMPLATE}
+SHARES = (1, 2)  # of these files in the batches
 
 
 def train_language_model(

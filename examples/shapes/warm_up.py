@@ -22,13 +22,11 @@ from .clip import normalised, read_pictures, scaled
 from .connectors.encode_first import tower_features
 from .generate import read_scenes
 from .ideal import IdealTokens, answer_loss, encoded
-from .language_model import SHARES
+from .language_model import ROWS, SHARES
 from .scenes import Scene
-from .text import CHAT_TEMPLATE, PLAIN_TEMPLATE, read_rows
+from .text import read_rows
 from .training import DEVICE, save_log, train
 
-# Captions have the form of stage 1, dialogues that of stage 2.
-ROWS = {"captions.json": PLAIN_TEMPLATE, "dialogues.json": CHAT_TEMPLATE}
 ENCODED_AT_ONCE = 100  # pictures
 
 
@@ -74,7 +72,7 @@ def warm_up(
     ]
 
     def loss() -> torch.Tensor:
-        drawn = rng.choices(rng.choices(rows, SHARES[: len(rows)])[0], k=batch_size)
+        drawn = rng.choices(rng.choices(rows, SHARES)[0], k=batch_size)
         seen = features[[number[name] for name, *_ in drawn]].float().to(DEVICE)
         return answer_loss(model, model.config.image_token_id, drawn, [*connector(seen)])
 
