@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from tqdm import tqdm
 from transformers import BatchFeature, TrainerCallback
 
@@ -40,10 +41,15 @@ from .evaluate import ask, is_right, prompts
 from .processes import start_module
 from .recipe import STAGES
 from .text import messages_of, read_rows
-from .training import DEVICE
+from .training import DEVICE, optimizer_of
 
-POINTS = 8  # of a learning curve; the last is the end
-FITTED_PICTURES = 256  # training pictures on which DiVT's threshold is chosen
+# The rates of `warm_up.py`, where they were chosen: Muon's for a new connector, and for one that knows something; its
+# rate for the language model; AdamW's for all that is no matrix.
+CONNECTOR_RATES = {"stage1": 2e-2, "stage2": 5e-3}
+LANGUAGE_RATE = 5e-3
+ADAM_RATE = 1e-3
+POINTS = 4  # of a learning curve; the last is the end
+FITTED_PICTURES = 256  # training pictures that say how long new tokens are, and on which DiVT's threshold is chosen
 SEARCHED = 200  # training questions that a search asks
 BATCH = 100  # questions that are answered together
 
@@ -176,16 +182,34 @@ def build(
     assert all(".multi_modal_projector." in name for name in missing)
     processor = LlavaSTFProcessor.from_pretrained(start)
     processor.fusion_window = system.window
-    if data is not None and isinstance(model.model.multi_modal_projector, DiVT):
-        full = config.tokens_per_image // 4  # as many as windows of 2 x 2 have
-        model.model.multi_modal_projector.fit(_fitted_features(model, processor, data), full)
+    if data is not None:
+        fit(model.eval(), processor, system, data)
     return model, processor
 
 
-def _fitted_features(model: LlavaSTFForConditionalGeneration, processor: LlavaSTFProcessor, data: Path) -> torch.Tensor:
+@torch.no_grad()
+def fit(model: LlavaSTFForConditionalGeneration, processor: LlavaSTFProcessor, system: System, data: Path) -> None:
+    """Makes the new connector's tokens as long as words, as the mean over some training pictures.
+
+    Far longer ones hide what the layers add to them, and their gradients vanish. Every connector ends with a linear
+    layer of the language model's width; behind it tokens are at most averaged. That layer is scaled. DiVT first has its
+    threshold chosen.
+    """
     rows = read_rows(data / "captions.json")[:FITTED_PICTURES]
     inputs = prompts(model, processor, [messages_of(row, data)[:1] for row in rows])
-    return tower_features(model, inputs["pixel_values"])
+    connector, width = model.model.multi_modal_projector, model.config.text_config.hidden_size
+    if isinstance(connector, DiVT):
+        full = model.config.tokens_per_image // 4  # as many as windows of 2 x 2 have
+        connector.fit(tower_features(model, inputs["pixel_values"]), full)
+    encode = system.encode or _encode
+    factor = model.get_input_embeddings().weight.std() / torch.cat(encode(model, inputs)).std()
+    layers = [module for module in connector.modules() if isinstance(module, nn.Linear)]
+    for weight in [layer for layer in layers if layer.out_features == width][-1].parameters():
+        weight.mul_(factor)
+
+
+def _encode(model: LlavaSTFForConditionalGeneration, inputs: dict[str, Any]) -> list[torch.Tensor]:
+    return [*model.get_image_features(inputs["pixel_values"]).pooler_output]
 
 
 def run_one(work: str, out: str, system: str, seed: int, captions: int, rows: int, equal: str) -> None:
@@ -247,6 +271,8 @@ def train(
             processing_class=processor,
             callbacks=[curve] if curve else None,
         )
+        rates = {"multi_modal_projector": CONNECTOR_RATES[stage.name], ".language_model.layers.": LANGUAGE_RATE}
+        trainer.optimizer = optimizer_of(model, rates, ADAM_RATE)  # what it trains is known now
         started = time.process_time()
         trainer.train()
         return round(time.process_time() - started - (curve.paused if curve else 0), 1)
