@@ -223,8 +223,8 @@ def test_muon_has_the_matrices_and_adamw_all_else(work, out, system):
 
 @pytest.mark.parametrize("stage", recipe.STAGES[:2], ids=lambda stage: stage.name)
 def test_a_training_steps_by_muon_and_adamw(work, out, stage):
-    """The first of two steps has the rate zero. A step of Muon is about as long in each direction, and one of AdamW for
-    each number."""
+    # The first of two steps has the rate zero. A step of Muon is about as long in every direction, and one of AdamW in
+    # every number.
     model, changes = changes_of(work, "QueCC", 0, stage, 64)
     weights, matrices = dict(model.named_parameters()), matrices_of(model)
     trained = {name for name in weights if "multi_modal_projector" in name}
