@@ -99,11 +99,14 @@ def ablate(
         workers: runs at a time, with one thread each; by default the number of cores.
 
     Raises:
-        ValueError: if a system is unknown, a run fails, or `out` has results of other settings or another start.
+        ValueError: if a system is unknown, no question is asked, a run fails, or `out` has results of other settings or
+            another start.
     """
     work, out = Path(work).resolve(), Path(out).resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     chosen = [system_of(name) for name in systems or [system.name for system in SYSTEMS]]
+    if questions < 1:
+        raise ValueError(f"`questions` is {questions}, expected 1 or more of each kind in each group.")
     if not (work / "start").exists():
         raise ValueError(f"There is no {work / 'start'}: run `python -m examples.shapes make {work} OUT` first.")
     todo = [

@@ -140,6 +140,8 @@ def test_for_equal_time_a_faster_system_has_more_rows(tmp_path):
 def test_an_unknown_system_is_named_with_those_that_exist(work, tmp_path):
     with pytest.raises(ValueError, match="There is no system 'SFT', expected some of: LLaVA-1.5, average pooling"):
         ablate(work, tmp_path, systems=["SFT"])
+    with pytest.raises(ValueError, match="`questions` is 0, expected 1 or more"):
+        ablate(work, tmp_path, questions=0)
 
 
 def test_every_system_has_its_own_file_and_row():
