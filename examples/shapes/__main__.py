@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     ablation = commands.add_parser("ablation", help="train and test with other connectors")
     ablation.add_argument("work", metavar="WORK", help="WORK folder of `make`")
     ablation.add_argument("out", metavar="OUT", help="folder for the results; a stopped run continues there")
-    for name in ("seeds", "captions", "rows", "workers"):
+    for name in ("seeds", "captions", "rows", "questions", "workers"):
         ablation.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
     ablation.add_argument("--equal", choices=("rows", "time"), default="rows", help="default: rows")
     ablation.add_argument("--systems", nargs="+", metavar="NAME", help="train only these (default: all)")
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("ablation-run")  # `ablation` starts it for each of its runs
     for name in ("work", "out", "system"):
         run.add_argument(name)
-    for name in ("seed", "captions", "rows"):
+    for name in ("seed", "captions", "rows", "questions"):
         run.add_argument(name, type=int)
     run.add_argument("equal")
     run.set_defaults(step=run_one)

@@ -4,7 +4,9 @@
 
 Systems that differ only in the connector train in both stages, on the same rows in the same order, from the same tower
 and language model, with several seeds. The language model has learned to look things up, from ideal tokens that belong
-to no connector (`ideal.py`). Each run writes its answers' marks, so that systems are compared question by question.
+to no connector (`ideal.py`). Muon and AdamW train all systems, at the rates of `warm_up.py`: with AdamW alone the names
+of hundreds of objects take hours. Each run writes its answers' marks, so that systems are compared question by
+question.
 """
 
 import hashlib
@@ -17,20 +19,21 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, astuple, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from tqdm import tqdm
 from transformers import BatchFeature, TrainerCallback
 
 from conversion.checkpoints.folders import complete_or_absent
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, reduce_image_tokens
 
-from .ablation_report import in_curve, report
+from .ablation_report import in_curve, questions_of, report
 from .connectors import REFERENCE, SYSTEMS, Asked, System
 from .connectors.divt import DiVT
 from .connectors.encode_first import encode_first, tower_features
@@ -40,10 +43,15 @@ from .evaluate import ask, is_right, prompts
 from .processes import start_module
 from .recipe import STAGES
 from .text import messages_of, read_rows
-from .training import DEVICE
+from .training import DEVICE, optimizer_of
 
-POINTS = 8  # of a learning curve; the last is the end
-FITTED_PICTURES = 256  # training pictures on which DiVT's threshold is chosen
+# The rates of `warm_up.py`, where they were chosen: Muon's for a new connector, and for one that knows something; its
+# rate for the language model; AdamW's for all that is no matrix.
+CONNECTOR_RATES = {"stage1": 2e-2, "stage2": 5e-3}
+LANGUAGE_RATE = 5e-3
+ADAM_RATE = 1e-3
+POINTS = 4  # of a learning curve; the last is the end
+FITTED_PICTURES = 256  # training pictures that say how long new tokens are, and on which DiVT's threshold is chosen
 SEARCHED = 200  # training questions that a search asks
 BATCH = 100  # questions that are answered together
 
@@ -56,6 +64,7 @@ class Run:
     seed: int
     captions: int
     rows: int
+    questions: int  # of each kind in each group
     equal: str = "rows"  # what the systems of a comparison have in common, or "time"
 
     @property
@@ -67,8 +76,9 @@ def ablate(
     work: str | Path,
     out: str | Path,
     seeds: int = 5,
-    captions: int = 9600,
-    rows: int = 9600,
+    captions: int = 8000,
+    rows: int = 1920,
+    questions: int = 50,
     equal: str = "rows",
     systems: list[str] | None = None,
     workers: int | None = None,
@@ -82,21 +92,25 @@ def ablate(
         out: folder for the results.
         seeds: number of seeds, which set connector and order.
         captions, rows: number of rows in stage 1 and stage 2.
+        questions: number of questions of each kind in each group of the test's pictures.
         equal: "rows", or "time": a system then has so many rows that it trains as long as LLaVA-1.5 does with `rows`.
             This needs the results of "rows".
         systems: names of the systems; by default all.
         workers: runs at a time, with one thread each; by default the number of cores.
 
     Raises:
-        ValueError: if a system is unknown, a run fails, or `out` has results of other settings or another start.
+        ValueError: if a system is unknown, no question is asked, a run fails, or `out` has results of other settings or
+            another start.
     """
     work, out = Path(work).resolve(), Path(out).resolve()
     (out / "runs").mkdir(parents=True, exist_ok=True)
     chosen = [system_of(name) for name in systems or [system.name for system in SYSTEMS]]
+    if questions < 1:
+        raise ValueError(f"`questions` is {questions}, expected 1 or more of each kind in each group.")
     if not (work / "start").exists():
         raise ValueError(f"There is no {work / 'start'}: run `python -m examples.shapes make {work} OUT` first.")
     todo = [
-        Run(system.name, seed, *_amounts(out, system.name, captions, rows, equal), equal)
+        Run(system.name, seed, *_amounts(out, system.name, captions, rows, equal), questions, equal)
         for seed in range(seeds)
         for system in chosen
         if equal == "rows" or system.name != REFERENCE
@@ -104,7 +118,7 @@ def ablate(
     todo = [run for run in todo if not _is_done(work, out, run)]
 
     def launch(run: Run) -> int:
-        words = ("examples.shapes", "ablation-run", work, out, run.system, run.seed, run.captions, run.rows, run.equal)
+        words = ("examples.shapes", "ablation-run", work, out, *astuple(run))
         with (out / "runs" / run.file).with_suffix(".log").open("w", encoding="utf-8") as log:
             return start_module(*words, stdout=log, stderr=log).wait()
 
@@ -113,7 +127,7 @@ def ablate(
     failed = [(out / "runs" / run.file).with_suffix(".log") for run, code in zip(todo, statuses, strict=True) if code]
     if failed:
         raise ValueError(f"{len(failed)} runs failed, see {failed[0]}; the others are kept.")
-    return report(out, work / "data")
+    return report(out, work / "data", questions)
 
 
 def system_of(name: str) -> System:
@@ -135,7 +149,7 @@ def _amounts(out: Path, system: str, captions: int, rows: int, equal: str) -> tu
 
 
 def _training_seconds(out: Path, system: str) -> float:
-    files = sorted((out / "runs").glob(Run(system, 0, 0, 0).file.replace("-0.json", "-[0-9]*.json")))
+    files = sorted((out / "runs").glob(Run(system, 0, 0, 0, 0).file.replace("-0.json", "-[0-9]*.json")))
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     if not runs:
         raise ValueError(f"There is no result of {system} for equal rows: run it first, without `--equal time`.")
@@ -148,12 +162,14 @@ def _is_done(work: Path, out: Path, run: Run) -> bool:
     if not file.exists():
         return False
     found = json.loads(file.read_text(encoding="utf-8"))
-    expected: dict[str, object] = {"start": _digest(work / "start" / "model.safetensors")}
+    expected: dict[str, object] = {"start": _digest(work / "start" / "model.safetensors"), "questions": run.questions}
     if run.equal == "rows":  # for equal time, later results may change the median
         expected |= {"captions": run.captions, "rows": run.rows}
     for name, value in expected.items():
-        if found[name] != value:
-            raise ValueError(f"{file} has {name} {found[name]}, expected {value}: name another folder, or remove it.")
+        if found.get(name) != value:
+            raise ValueError(
+                f"{file} has {name} {found.get(name)}, expected {value}: name another folder, or remove it."
+            )
     return True
 
 
@@ -176,34 +192,55 @@ def build(
     assert all(".multi_modal_projector." in name for name in missing)
     processor = LlavaSTFProcessor.from_pretrained(start)
     processor.fusion_window = system.window
-    if data is not None and isinstance(model.model.multi_modal_projector, DiVT):
-        full = config.tokens_per_image // 4  # as many as windows of 2 x 2 have
-        model.model.multi_modal_projector.fit(_fitted_features(model, processor, data), full)
+    if data is not None:
+        fit(model.eval(), processor, system, data)
     return model, processor
 
 
-def _fitted_features(model: LlavaSTFForConditionalGeneration, processor: LlavaSTFProcessor, data: Path) -> torch.Tensor:
+@torch.no_grad()
+def fit(model: LlavaSTFForConditionalGeneration, processor: LlavaSTFProcessor, system: System, data: Path) -> None:
+    """Fits a new connector to some training pictures: its tokens become as long as words, on average.
+
+    Far longer ones hide what the layers add to them, and their gradients vanish. The last linear layer of the language
+    model's width is scaled: every connector ends with one, behind which tokens are at most averaged. DiVT first has its
+    threshold chosen.
+    """
     rows = read_rows(data / "captions.json")[:FITTED_PICTURES]
-    inputs = prompts(model, processor, [messages_of(row, data)[:1] for row in rows])
-    return tower_features(model, inputs["pixel_values"])
+    conversations = [messages_of(row, data)[:1] for row in rows]
+    inputs = prompts(model, processor, conversations, max_soft_tokens=system.budget)
+    connector, width = model.model.multi_modal_projector, model.config.text_config.hidden_size
+    if isinstance(connector, DiVT):
+        full = model.config.tokens_per_image // 4  # as many as windows of 2 x 2 have
+        connector.fit(tower_features(model, inputs["pixel_values"]), full)
+    factor = model.get_input_embeddings().weight.std() / torch.cat(_encoded(model, system, inputs)).std()
+    linear = [module for module in connector.modules() if isinstance(module, nn.Linear)]
+    for weight in [layer for layer in linear if layer.out_features == width][-1].parameters():
+        weight.mul_(factor)
 
 
-def run_one(work: str, out: str, system: str, seed: int, captions: int, rows: int, equal: str) -> None:
-    """Trains and tests one system with one seed; [`ablate`] starts it."""
-    run, of = Run(system, seed, captions, rows, equal), system_of(system)
+def _encoded(model: LlavaSTFForConditionalGeneration, system: System, inputs: BatchFeature) -> list[torch.Tensor]:
+    if system.encode is not None:
+        return system.encode(model, dict(inputs))
+    return model.get_image_features(inputs["pixel_values"], inputs.get("image_tokens")).pooler_output
+
+
+def run_one(work: str, out: str, **settings: Any) -> None:
+    """Trains and tests one system with one seed; [`ablate`] starts it with the settings of a [`Run`]."""
+    run = Run(**settings)
+    of, seed = system_of(run.system), run.seed
     data, start = Path(work) / "data", Path(work) / "start"
     model, processor = build(of, start, seed, data)
-    examiner = Examiner(of, processor, data)
+    examiner = Examiner(of, processor, data, run.questions)
     curve = Curve(examiner)
     seconds = {}
     with encoding_first(model, of):
         first, second = STAGES[:2]
-        seconds[first.name] = train(model, processor, of, first, data / first.rows, captions, seed, None)
+        seconds[first.name] = train(model, processor, of, first, data / first.rows, run.captions, seed, None)
         with of.inside(model):
-            seconds[second.name] = train(model, processor, of, second, data / second.rows, rows, seed, curve)
+            seconds[second.name] = train(model, processor, of, second, data / second.rows, run.rows, seed, curve)
             asked = {way.name: examiner.ask(model.eval(), way) for way in of.asked}
     result = {
-        **{name: getattr(run, name) for name in ("system", "seed", "captions", "rows", "equal")},
+        **asdict(run),
         "start": _digest(start / "model.safetensors"),
         "parameters": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
         "seconds": seconds,
@@ -247,6 +284,8 @@ def train(
             processing_class=processor,
             callbacks=[curve] if curve else None,
         )
+        rates = {"multi_modal_projector": CONNECTOR_RATES[stage.name], ".language_model.layers.": LANGUAGE_RATE}
+        trainer.optimizer = optimizer_of(model, rates, ADAM_RATE)  # what it trains is known now
         started = time.process_time()
         trainer.train()
         return round(time.process_time() - started - (curve.paused if curve else 0), 1)
@@ -270,16 +309,17 @@ def encoding_first(model: LlavaSTFForConditionalGeneration, system: System) -> I
 
 @dataclass
 class Examiner:
-    """Asks a model the questions of the test, except for captions, which are right only as a whole."""
+    """Asks a model questions of the test, except for captions, which are right only as a whole."""
 
     system: System
     processor: LlavaSTFProcessor
     data: Path
+    questions: int  # of each kind in each group
     rows: list[dict] = field(init=False)
 
     def __post_init__(self) -> None:
-        kinds = {row["id"]: row["kind"] for row in read_rows(self.data / "truth.jsonl")}
-        self.rows = [row for row in read_rows(self.data / "test.json") if kinds[row["id"]] != "caption"]
+        chosen = {row["id"] for row in questions_of(self.data, self.questions)}
+        self.rows = [row for row in read_rows(self.data / "test.json") if row["id"] in chosen]
 
     def ask(self, model: LlavaSTFForConditionalGeneration, way: Asked, some: bool = False) -> dict[str, Any]:
         """Returns the mean number of tokens, seconds of a core, and a mark for each question, or for `some`.

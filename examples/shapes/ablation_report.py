@@ -10,7 +10,7 @@ that it covers other seeds and other pictures. Each interval is for itself: one 
 import json
 import math
 import statistics
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,6 +66,16 @@ class Questions:
         return Questions(tuple(self.ids[index] for index in chosen), tuple(self.kinds[index] for index in chosen))
 
 
+def questions_of(data: Path, number: int) -> list[dict]:
+    """Returns the rows of truth of the test: the first `number` of each kind in each group, without captions."""
+    chosen, taken = [], Counter[tuple[str, str]]()
+    for row in read_rows(data / "truth.jsonl"):
+        taken[row["kind"], row["group"]] += 1
+        if row["kind"] != "caption" and taken[row["kind"], row["group"]] <= number:
+            chosen.append(row)
+    return chosen
+
+
 def in_curve(question: str) -> bool:
     """Returns whether the learning curve has a question; its id is SPLIT-NUMBER-KIND."""
     return int(question.split("-")[1]) % CURVE_PICTURES == 0
@@ -119,8 +129,10 @@ class Results:
         return statistics.median(value(run) for run in self.runs["rows"] if row in run["asked"])
 
 
-def report(out: str | Path, data: str | Path) -> Path:
+def report(out: str | Path, data: str | Path, number: int) -> Path:
     """Writes results.json, results.md and results.png into `out`, from its runs and the questions in `data`.
+
+    `number` is that of [`questions_of`].
 
     Raises:
         ValueError: if the marks of a run are not one for each question.
@@ -128,11 +140,11 @@ def report(out: str | Path, data: str | Path) -> Path:
     out = Path(out)
     files = sorted((out / "runs").glob("*.json"))
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-    asked = [row for row in read_rows(Path(data) / "truth.jsonl") if row["kind"] != "caption"]
+    asked = questions_of(Path(data), number)
     for file, run in zip(files, runs, strict=True):
         wrong = {len(way["right"]) for way in run["asked"].values()} - {len(asked)}
         if wrong:
-            raise ValueError(f"{file} has marks of {wrong.pop()} questions, but {data} has {len(asked)} of them.")
+            raise ValueError(f"{file} has marks of {wrong.pop()} questions, but {data} has {len(asked)} for the test.")
     return write(out, {"questions": {row["id"]: row["kind"] for row in asked}, "runs": runs})
 
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,27 +28,14 @@ def train(
 ) -> list[dict]:
     """Minimises what `loss` returns for the batch that it draws, with a warmup and half a cosine to zero.
 
-    Muon (https://kellerjordan.github.io/posts/muon) optimises matrices, at the rate of the first part of `muon_rates`
-    that is in their names: in short trainings everything learns several times as fast as with AdamW. AdamW optimises
-    all else that is trained (embeddings, heads, vectors). The weights are float32, products of matrices are computed in
+    [`optimizer_of`] says what the rates are for. The weights are float32, products of matrices are computed in
     bfloat16.
 
     Returns:
         The log with step, seconds since the start, and mean loss since the last entry.
     """
-    matrices: dict[str, list[nn.Parameter]] = {part: [] for part in muon_rates}
-    others = []
-    for key, weight in model.named_parameters():
-        part = next((part for part in muon_rates if part in key and weight.ndim == 2), None)
-        if weight.requires_grad:
-            (others if part is None else matrices[part]).append(weight)
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(weights, lr=muon_rates[part], weight_decay=0.05) for part, weights in matrices.items()
-    ]
-    optimizers.append(torch.optim.AdamW(others, lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True))
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps)) for optimizer in optimizers
-    ]
+    optimizer = optimizer_of(model, muon_rates, adam_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step / steps))
     log: list[dict] = []
     losses: list[float] = []
     start = time.perf_counter()
@@ -58,8 +46,8 @@ def train(
         model.zero_grad()
         value.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for follower in optimizers + schedules:
-            follower.step()
+        optimizer.step()
+        schedule.step()
         losses.append(value.item())
         if step % LOG_EVERY == 0 or step == steps:
             mean = sum(losses) / len(losses)
@@ -71,6 +59,41 @@ def train(
 
 def _rate(done: float) -> float:
     return min((done + 1e-3) / WARMUP, 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Steps Muon and AdamW as one optimizer: a schedule finds the groups of both, a checkpoint the state of both."""
+
+    def __init__(self, muon: torch.optim.Muon, adam: torch.optim.AdamW):
+        self.parts = (muon, adam)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    def step(self, closure: Any = None) -> None:
+        """Steps both; `closure` is there because torch's optimizers have it, and is not called."""
+        for part in self.parts:
+            # Loading a state, which accelerate does at the start, makes new dictionaries.
+            part.state = self.state
+            part.param_groups = [group for group in self.param_groups if part.defaults.keys() <= group.keys()]
+            part.step()
+
+
+def optimizer_of(model: nn.Module, muon_rates: dict[str, float], adam_rate: float) -> MuonAndAdamW:
+    """Builds the optimizer for what is trained of a model.
+
+    Muon (https://kellerjordan.github.io/posts/muon) optimises the matrices of linear layers, at the rate of the first
+    part of `muon_rates` that is in their names: in short trainings everything learns several times as fast as with
+    AdamW. AdamW optimises all else: embeddings, heads, vectors, convolutions, and learned tokens and positions.
+    """
+    matrices: dict[str, list[nn.Parameter]] = {part: [] for part in muon_rates}
+    others = []
+    for key, weight in model.named_parameters():
+        is_matrix = weight.ndim == 2 and key.endswith("weight")
+        part = next((part for part in muon_rates if part in key and is_matrix), None)
+        if weight.requires_grad:
+            (others if part is None else matrices[part]).append(weight)
+    groups = [{"params": weights, "lr": muon_rates[part]} for part, weights in matrices.items()]
+    adam = torch.optim.AdamW([{"params": others}], lr=adam_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return MuonAndAdamW(torch.optim.Muon(groups, weight_decay=0.05), adam)
 
 
 def save_log(folder: Path, settings: dict, log: list[dict], **results: dict) -> None:

@@ -7,7 +7,17 @@ import statistics
 import pytest
 from PIL import Image
 
-from examples.shapes.ablation_report import STUDENT, Difference, Questions, accuracy, curve, difference, report, table
+from examples.shapes.ablation_report import (
+    STUDENT,
+    Difference,
+    Questions,
+    accuracy,
+    curve,
+    difference,
+    questions_of,
+    report,
+    table,
+)
 from examples.shapes.ablation_report import Results as Raw
 
 # Two pictures; in the mean over the kinds a "count" weighs half of a "where".
@@ -99,7 +109,7 @@ def test_the_table_has_a_row_for_each_way_of_asking(tmp_path):
     runs += [run("STF", seed, "", asked=reduced) for seed in (0, 1)]
     runs += [run("STF", 0, "", "time", asked=reduced | {"STF": reduced["STF"] | {"right": "110"}})]
     out, data = folder_of(tmp_path, runs)
-    report(out, data)
+    report(out, data, 9)
     header, _, *rows = (line.split(" | ") for line in (out / "results.md").read_text().splitlines())
     assert header[:8] == ["| system", "tokens", "parameters", "seeds", "all", "against LLaVA-1.5", "count", "where"]
     assert header[8:12] == ["last quarter", "training, s", "answering, s", "equal time: all"]
@@ -134,7 +144,19 @@ def test_a_curve_ends_with_the_test_on_the_same_questions():
     assert found == [(0.5, 0.0), (0.75, 50.0), (1.0, 75.0)]
 
 
+def test_the_test_has_the_first_questions_of_each_kind_in_each_group(tmp_path):
+    rows = [(0, "caption", "seen"), (0, "count", "seen"), (0, "where", "seen"), (1, "count", "unseen pair")]
+    rows += [(2, "count", "seen"), (3, "where", "seen"), (4, "count", "seen")]
+    names = ("id", "kind", "group")
+    (tmp_path / "truth.jsonl").write_text(
+        "".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows)
+    )
+    assert [row["id"] for row in questions_of(tmp_path, 1)] == [0, 0, 1]
+    assert [row["id"] for row in questions_of(tmp_path, 2)] == [0, 0, 1, 2, 3]
+    assert len(questions_of(tmp_path, 9)) == 6
+
+
 def test_marks_of_other_questions_are_refused(tmp_path):
     out, data = folder_of(tmp_path, [run("LLaVA-1.5", 0, "10")])
-    with pytest.raises(ValueError, match="has marks of 2 questions, but .* has 3 of them"):
-        report(out, data)
+    with pytest.raises(ValueError, match="has marks of 2 questions, but .* has 3 for the test"):
+        report(out, data, 9)

@@ -1,5 +1,6 @@
 """The harness of the ablation, on a tiny model: it resumes, and all systems see the same rows in the same order."""
 
+import copy
 import dataclasses
 import json
 from contextlib import contextmanager, nullcontext
@@ -7,6 +8,7 @@ from contextlib import contextmanager, nullcontext
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
 import conversion.__main__
@@ -20,11 +22,12 @@ from examples.shapes.ideal import answer_loss, encoded
 from examples.shapes.recipe import LAYERS
 from examples.shapes.scenes import SIDE
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, train_tokenizer
+from examples.shapes.training import MuonAndAdamW, optimizer_of
 from examples.shapes.warm_up import imitate, read_features, read_targets, shorten, warm_up
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
 from training import LlavaSTFTrainer
 
-AMOUNTS = {"captions": 32, "rows": 64}
+AMOUNTS = {"captions": 32, "rows": 64, "questions": 9}
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +113,8 @@ def test_a_comparison_continues_where_it_stopped(work, out, started):
     assert len(started) == 3
     with pytest.raises(ValueError, match="has rows 64, expected 96: name another folder, or remove it"):
         compare(work, out, seeds=1, rows=96)
+    with pytest.raises(ValueError, match="has questions 9, expected 8: name another folder, or remove it"):
+        compare(work, out, seeds=1, questions=8)
     start = (work / "start" / "model.safetensors").read_bytes()
     (work / "start" / "model.safetensors").write_bytes(b"another")
     with pytest.raises(ValueError, match="has start .* expected"):
@@ -122,7 +127,7 @@ def test_a_comparison_continues_where_it_stopped(work, out, started):
 def test_for_equal_time_a_faster_system_has_more_rows(tmp_path):
     (tmp_path / "runs").mkdir()
     for system, seed, seconds in [("LLaVA-1.5", 0, 90), ("LLaVA-1.5", 1, 110), ("STF", 0, 50), ("STF", 1, 30)]:
-        file = tmp_path / "runs" / Run(system, seed, 0, 0).file
+        file = tmp_path / "runs" / Run(system, seed, 0, 0, 0).file
         file.write_text(json.dumps({"seconds": {"stage1": 10, "stage2": seconds - 10}}))
     assert ablation._amounts(tmp_path, "STF", 3200, 6400, "rows") == (3200, 6400)
     assert ablation._amounts(tmp_path, "STF", 3200, 6400, "time") == (8000, 16000)  # medians of 100 s and 40 s
@@ -133,10 +138,12 @@ def test_for_equal_time_a_faster_system_has_more_rows(tmp_path):
 def test_an_unknown_system_is_named_with_those_that_exist(work, tmp_path):
     with pytest.raises(ValueError, match="There is no system 'SFT', expected some of: LLaVA-1.5, average pooling"):
         ablate(work, tmp_path, systems=["SFT"])
+    with pytest.raises(ValueError, match="`questions` is 0, expected 1 or more"):
+        ablate(work, tmp_path, questions=0)
 
 
 def test_every_system_has_its_own_file_and_row():
-    assert len({Run(system.name, 0, 1, 1).file for system in SYSTEMS}) == len(SYSTEMS)
+    assert len({Run(system.name, 0, 1, 1, 1).file for system in SYSTEMS}) == len(SYSTEMS)
     rows = [way.name for system in SYSTEMS for way in system.asked]
     assert len({*rows}) == len(rows)
 
@@ -155,17 +162,21 @@ def batches(monkeypatch):
     return seen
 
 
-def train_a_moment(work, out, batches, name, seed):
-    """Trains 64 rows of stage 2; returns the answers in their order, and which weights changed."""
+def changes_of(work, name, seed, stage, rows):
+    """Trains on some rows of a stage; returns the model and how its weights changed."""
     system, data = system_of(name), work / "data"
     model, processor = build(system, work / "start", seed, data)
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
-    batches.clear()
     with encoding_first(model, system), system.inside(model):
-        stage = recipe.STAGES[1]
-        ablation.train(model, processor, system, stage, data / stage.rows, 64, seed, None)
-    changed = {key for key, weight in model.state_dict().items() if not torch.equal(weight, before[key])}
-    return list(batches), changed
+        ablation.train(model, processor, system, stage, data / stage.rows, rows, seed, None)
+    return model, {key: weight - before[key] for key, weight in model.state_dict().items()}
+
+
+def train_a_moment(work, out, batches, name, seed):
+    """Trains 64 rows of stage 2; returns the answers in their order, and which weights changed."""
+    batches.clear()
+    _, changes = changes_of(work, name, seed, recipe.STAGES[1], 64)
+    return list(batches), {key for key, change in changes.items() if change.any()}
 
 
 def test_all_systems_see_the_same_rows_in_the_same_order(work, out, batches):
@@ -181,6 +192,100 @@ def test_all_systems_see_the_same_rows_in_the_same_order(work, out, batches):
         assert any("routers" in key for key in changed) == ("MoD" in name)
         assert not any("vision_tower" in key for key in changed)
     assert train_a_moment(work, out, batches, "LLaVA-1.5", 1)[0] != expected
+
+
+# The optimiser
+
+
+def matrices_of(model):
+    """Returns the weights of linear layers in the connector and in the language model's layers, by their modules."""
+    found = set()
+    for part in (model.model.multi_modal_projector, model.model.language_model.layers):
+        for module in part.modules():
+            found |= {module.weight} if isinstance(module, nn.Linear) else set()
+            found |= {module.in_proj_weight} if isinstance(module, nn.MultiheadAttention) else set()
+    return {name for name, weight in model.named_parameters() if weight in found}
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_muon_has_the_matrices_and_adamw_all_else(work, out, system):
+    model, _ = build(system, work / "start", 0)
+    model.model.vision_tower.requires_grad_(False)
+    muon, adam = optimizer_of(model, {"multi_modal_projector": 2.0, ".language_model.layers.": 3.0}, 1.0).parts
+    names = {weight: name for name, weight in model.named_parameters()}
+    rates = {names[weight]: group["lr"] for group in muon.param_groups for weight in group["params"]}
+    assert rates == {name: 2.0 if "multi_modal" in name else 3.0 for name in matrices_of(model)}
+    rest = {names[weight] for group in adam.param_groups for weight in group["params"]}
+    trained = {name for name in names.values() if "vision_tower" not in name}
+    assert rest == trained - rates.keys() and {"lm_head.weight"} < rest
+    assert {group["weight_decay"] for group in muon.param_groups} == {0.05}
+
+
+@pytest.mark.parametrize("stage", recipe.STAGES[:2], ids=lambda stage: stage.name)
+def test_a_training_steps_by_muon_and_adamw(work, out, stage):
+    # The first of two steps has the rate zero. A step of Muon is about as long in every direction, and one of AdamW in
+    # every number.
+    model, changes = changes_of(work, "QueCC", 0, stage, 64)
+    weights, matrices = dict(model.named_parameters()), matrices_of(model)
+    trained = {name for name in weights if "multi_modal_projector" in name}
+    trained |= {name for name in weights if "vision_tower" not in name} if stage.name == "stage2" else set()
+    assert {name for name, change in changes.items() if change.any()} == trained
+    for name in trained:
+        if name in matrices:
+            rate = ablation.CONNECTOR_RATES[stage.name] if "projector" in name else ablation.LANGUAGE_RATE
+            high, wide = weights[name].shape
+            longest = torch.linalg.matrix_norm(changes[name], 2) / rate / max(1, high / wide) ** 0.5
+            assert 0.6 < longest < 1.3, name
+        else:
+            assert 0.7 < changes[name].abs().max() / ablation.ADAM_RATE < 1.02, name
+
+
+def test_one_schedule_acts_on_all_rates(work, out, monkeypatch):
+    rates, stock = [], MuonAndAdamW.step
+
+    def step(self, closure=None):
+        stock(self, closure)
+        rates.append([group["lr"] for part in self.parts for group in part.param_groups])
+
+    monkeypatch.setattr(MuonAndAdamW, "step", step)
+    changes_of(work, "STF", 0, recipe.STAGES[1], 96)
+    highest = [ablation.CONNECTOR_RATES["stage2"], ablation.LANGUAGE_RATE, ablation.ADAM_RATE]
+    assert rates == [pytest.approx([factor * rate for rate in highest]) for factor in (0, 1, 0.5)]
+
+
+def test_an_optimizer_goes_on_from_its_state():
+    def trained(model, optimizer, steps):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            (model(torch.eye(4)) - torch.arange(4.0)).square().sum().backward()
+            optimizer.step()
+        return model.state_dict()
+
+    torch.manual_seed(0)
+    models = [nn.Linear(4, 4) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [optimizer_of(model, {"weight": 0.1}, 0.1) for model in models]
+    trained(models[0], optimizers[0], 3)
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+    expected, found = (trained(*both, 2) for both in zip(models, optimizers, strict=True))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+def test_new_tokens_are_as_long_as_words(work, out, system):
+    data, tokens = work / "data", []
+    model, processor = build(system, work / "start", 0, data)
+    model.eval().model.multi_modal_projector.register_forward_hook(lambda module, args, made: tokens.extend(made))
+    examiner = Examiner(system, processor, data, 9)
+    conversations = [messages_of(row, data)[:1] for row in read_rows(data / "captions.json")]
+    with torch.no_grad():
+        model(**examiner.inputs(model, system.asked[0], conversations))
+    words = model.get_input_embeddings().weight.std()
+    torch.testing.assert_close(torch.cat(tokens).std(), words, rtol=1e-4, atol=0)
+
+
+# What is shared
 
 
 def test_what_is_shared_is_equal_and_the_connector_depends_on_the_seed(work, out):
@@ -201,7 +306,7 @@ WAYS = (("TokenPacker", 0), ("STF", 0), ("TokenPacker", 1))
 def test_every_way_of_asking_has_its_number_of_tokens(work, out, name):
     system, data = system_of(name), work / "data"
     model, processor = build(system, work / "start", 0, data)
-    examiner = Examiner(system, processor, data)
+    examiner = Examiner(system, processor, data, 9)
     conversations = [messages_of(row, data)[:1] for row in examiner.rows[:2]]
     for way in system.asked:
         inputs = examiner.inputs(model.eval(), way, conversations)
@@ -303,7 +408,7 @@ def test_a_search_asks_training_questions_and_the_test_has_what_it_found(work, o
 
     monkeypatch.setattr(ablation, "ask", answer)
     monkeypatch.setattr(ablation, "dropping", dropping)
-    examiner = Examiner(system, processor, work / "data")
+    examiner = Examiner(system, processor, work / "data", 9)
     (way,) = (way for way in system.asked if "G-Search" in way.name)
     assert examiner.ask(model, way)["kept"] == dropped[-1] == {0.5: 0.5}
     assert asked[-1] == [row["id"] for row in examiner.rows]
@@ -323,7 +428,7 @@ def test_what_acts_inside_does_so_from_stage_2_to_the_last_answer(work, out, mon
     monkeypatch.setattr(ablation, "system_of", lambda name: system)
     monkeypatch.setattr(ablation, "train", lambda model, processor, system, stage, *rest: acts.append(stage.name))
     monkeypatch.setattr(Examiner, "ask", lambda self, model, way: acts.append(way.name))
-    ablation.run_one(work, out, system.name, 0, 32, 64, "other")
+    ablation.run_one(work, out, system=system.name, seed=0, **AMOUNTS, equal="other")
     assert acts == ["stage1", "begin", "stage2", system.name, "end"]
 
 
@@ -332,7 +437,7 @@ def test_the_token_behind_the_picture_is_the_same_in_every_prompt(work, out):
     model, processor = build(system, work / "start", 0)
     rows = [*read_rows(data / "test.json")[:20], *read_rows(data / "dialogues.json")[:20]]
     conversations = [messages_of(row, data)[:1] for row in rows]
-    ids = Examiner(system, processor, data).inputs(model, system.asked[0], conversations)["input_ids"]
+    ids = Examiner(system, processor, data, 9).inputs(model, system.asked[0], conversations)["input_ids"]
     ends = (ids == model.config.image_token_id).long().cumsum(1).argmax(1)  # the first place with the highest number
     assert len({*ids[range(len(rows)), ends + 1].tolist()}) == 1
     assert len({*ids[range(len(rows)), ends + 3].tolist()}) > 1  # the question is not
