@@ -23,9 +23,9 @@ WIDTH, LAYERS, HEADS, FEED_FORWARD = 128, 4, 4, 384
 # The base of the rotary waves is larger than Llama's: heads are narrow, and questions attend over any distance.
 ROPE_THETA = 1e6
 MOST_TOKENS = 24  # of a picture
-# Captions have the form of stage 1, dialogues that of stage 2.
-ROWS = {"captions.json": PLAIN_TEMPLATE, "dialogues.json": CHAT_TEMPLATE}
-SHARES = (1, 2)  # of these files in the batches
+# Captions have the form of stage 1, and, as dialogues, that of stage 2.
+ROWS = (("captions.json", PLAIN_TEMPLATE), ("captions.json", CHAT_TEMPLATE), ("dialogues.json", CHAT_TEMPLATE))
+SHARES = (1, 1, 2)  # of these rows in the batches
 
 
 def train_language_model(
@@ -52,7 +52,7 @@ def train_language_model(
     words = read_tokenizer(Path(tokenizer))
     tokens = IdealTokens(read_scenes(data, "train"), words)
     model = build_language_model(LlamaTokenizer.from_pretrained(tokenizer)).to(DEVICE)
-    rows = [[encoded(row, words, form) for row in read_rows(Path(data) / name)] for name, form in ROWS.items()]
+    rows = [[encoded(row, words, form) for row in read_rows(Path(data) / name)] for name, form in ROWS]
     embeddings, image_token = model.get_input_embeddings(), model.config.vocab_size
 
     def loss() -> torch.Tensor:

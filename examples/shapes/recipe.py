@@ -64,8 +64,8 @@ def make(
     test_scenes: int = 900,
     clip_steps: int = 14000,
     language_model_steps: int = 2400,
-    imitation_steps: int = 2000,
-    warm_up_steps: int = 1200,
+    imitation_steps: int = 8000,
+    warm_up_steps: int = 1600,
     seed: int = 0,
 ) -> Path:
     """Trains a small LLaVA-STF from nothing and writes it into `out`, which must not exist or be empty.

@@ -35,7 +35,7 @@ def warm_up(
     start: str | Path,
     out: str | Path,
     steps: int,
-    imitation_steps: int = 2000,
+    imitation_steps: int = 8000,
     pictures: int = 24000,
     batch_size: int = 32,
     imitation_rate: float = 2e-2,
@@ -68,7 +68,7 @@ def warm_up(
     imitation = imitate(connector, features, targets, imitation_steps, 2 * batch_size, imitation_rate, adam_rate)
     rows = [
         [encoded(row, processor.tokenizer, template) for row in read_rows(Path(data) / name) if row["id"] in number]
-        for name, template in ROWS.items()
+        for name, template in ROWS
     ]
 
     def loss() -> torch.Tensor:
