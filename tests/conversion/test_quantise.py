@@ -154,6 +154,16 @@ def run(monkeypatch, capsys):
     return run
 
 
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """A folder whose language model has a width that no kernel of 4 bits takes; its weights are not read."""
+    folder = shutil.copytree(SHAPES, tmp_path_factory.mktemp("narrow") / "model")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["intermediate_size"] = 344
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def everything_installed(monkeypatch):
     for package in AVAILABLE:
@@ -167,22 +177,22 @@ def everything_installed(monkeypatch):
         ("int4", "int4 needs a GPU"),
     ],
 )
-def test_what_this_machine_and_these_widths_cannot_do(scheme, expected, run, tmp_path, everything_installed):
+def test_what_this_machine_and_these_widths_cannot_do(scheme, expected, run, narrow, tmp_path, everything_installed):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    status, errors = run(SHAPES, tmp_path / "out", "--scheme", scheme)
+    status, errors = run(narrow, tmp_path / "out", "--scheme", scheme)
     assert status == 2 and len(errors) == 1 and expected in errors[0] and "int8" in errors[0]
     assert not list(tmp_path.iterdir())
 
 
-def test_int4_on_a_gpu(monkeypatch, tmp_path, everything_installed):
+def test_int4_on_a_gpu(monkeypatch, narrow, tmp_path, everything_installed):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
     with pytest.raises(ConversionError, match="int4 needs compute capability 8.0, this GPU has 7.5"):
-        quantise(SHAPES, tmp_path / "out", "int4")
+        quantise(narrow, tmp_path / "out", "int4")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     with pytest.raises(ConversionError, match="intermediate_size 344 is not a multiple of 128"):
-        quantise(SHAPES, tmp_path / "out", "int4")
+        quantise(narrow, tmp_path / "out", "int4")
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -110,20 +110,19 @@ def test_the_hub_reads_each_kind_of_question_under_its_own_name():
     every = ModelCard((SMALL / "README.md").read_text(encoding="utf-8")).data.eval_results
     entries = [entry for entry in every if entry.source_name != "lmms-eval"]
     counted = {
-        (kind, f"test, {pairs} pairs"): part["right"] / part["questions"]
+        (kind, f"test, {group}"): part["right"] / part["questions"]
         for kind, parts in evaluation["kinds"].items()
-        for pairs, part in parts.items()
+        for group, part in parts.items()
         if part["questions"]
     }
-    counted["read", "test"] = counted.pop(("read", "test, seen pairs"))
     found = {(entry.dataset_config, entry.dataset_split): entry.metric_value for entry in entries}
-    assert len(entries) == len(counted) == 19 and found == pytest.approx(counted, abs=5e-5)
+    assert len(entries) == len(counted) == 33 and found == pytest.approx(counted, abs=5e-5)
     for entry in entries:
         assert entry.dataset_config in entry.dataset_name and entry.dataset_config in entry.metric_name
-        pairs = entry.dataset_split.removeprefix("test").removeprefix(", ")
-        assert pairs in entry.dataset_name and pairs in entry.metric_name
+        group = entry.dataset_split.removeprefix("test, ")
+        assert group in entry.dataset_name and group in entry.metric_name
         assert entry.source_url is None
-    assert len({entry.dataset_name for entry in entries}) == len({entry.metric_name for entry in entries}) == 19
+    assert len({entry.dataset_name for entry in entries}) == len({entry.metric_name for entry in entries}) == 33
     assert "YOUR-NAME" not in (SMALL / "README.md").read_text(encoding="utf-8").split("---\n")[1]
 
 

@@ -273,7 +273,8 @@ def test_a_default_that_is_not_allowed_is_refused_when_loaded(saved_default):
 def test_nothing_about_budgets_is_saved_by_default(small_processor, tmp_path):
     small_processor.save_pretrained(tmp_path)
     assert "max_soft_tokens" not in (tmp_path / "processor_config.json").read_text(encoding="utf-8")
-    assert json.loads((DEFAULT_MODEL / "config.json").read_text(encoding="utf-8")).get("token_budgets") is None
+    LlavaSTFConfig().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text(encoding="utf-8")).get("token_budgets") is None
 
 
 def test_serving_engines_count_budgets(small_processor):

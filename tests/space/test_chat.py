@@ -74,7 +74,7 @@ def test_a_picture_is_read_once(chat, monkeypatch):
     later = [*chat.answer(PICTURE, [(FIRST, first.text)], SECOND)][-1]
     later_again = [*chat.answer(PICTURE, [(FIRST, first.text)], FIRST)][-1]
     assert len(read) == 1
-    assert later_again.new_tokens < again.new_tokens + 5 < later.new_tokens < later.prompt_tokens
+    assert max(again.new_tokens, later_again.new_tokens) < later.new_tokens < later.prompt_tokens
     [*chat.answer(OTHER, [], FIRST)]
     assert len(read) == 2
 
