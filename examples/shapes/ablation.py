@@ -4,9 +4,8 @@
 
 Systems that differ only in the connector train in both stages, on the same rows in the same order, from the same tower
 and language model, with several seeds. The language model has learned to look things up, from ideal tokens that belong
-to no connector (`ideal.py`). Muon and AdamW train all systems, at the rates of `warm_up.py`: with AdamW alone the names
-of hundreds of objects take hours. Each run writes its answers' marks, so that systems are compared question by
-question.
+to no connector (`ideal.py`). Muon and AdamW train all systems, at the rates of `warm_up.py`: AdamW alone did not learn
+the names of hundreds of objects. Each run writes its answers' marks, so that systems are compared question by question.
 """
 
 import hashlib
@@ -26,7 +25,6 @@ from typing import Any
 
 import torch
 import yaml
-from torch import nn
 from tqdm import tqdm
 from transformers import BatchFeature, TrainerCallback
 
@@ -44,12 +42,9 @@ from .processes import start_module
 from .recipe import STAGES
 from .text import messages_of, read_rows
 from .training import DEVICE, optimizer_of
+from .warm_up import ADAM_RATE, LANGUAGE_RATE, NEW_RATE, WARM_RATE, shorten
 
-# The rates of `warm_up.py`, where they were chosen: Muon's for a new connector, and for one that knows something; its
-# rate for the language model; AdamW's for all that is no matrix.
-CONNECTOR_RATES = {"stage1": 2e-2, "stage2": 5e-3}
-LANGUAGE_RATE = 5e-3
-ADAM_RATE = 1e-3
+CONNECTOR_RATES = {"stage1": NEW_RATE, "stage2": WARM_RATE}
 POINTS = 4  # of a learning curve; the last is the end
 FITTED_PICTURES = 256  # training pictures that say how long new tokens are, and on which DiVT's threshold is chosen
 SEARCHED = 200  # training questions that a search asks
@@ -199,23 +194,15 @@ def build(
 
 @torch.no_grad()
 def fit(model: LlavaSTFForConditionalGeneration, processor: LlavaSTFProcessor, system: System, data: Path) -> None:
-    """Fits a new connector to some training pictures: its tokens become as long as words, on average.
-
-    Far longer ones hide what the layers add to them, and their gradients vanish. The last linear layer of the language
-    model's width is scaled: every connector ends with one, behind which tokens are at most averaged. DiVT first has its
-    threshold chosen.
-    """
+    """Fits a new connector to some training pictures: DiVT's threshold, and tokens as long as words."""
     rows = read_rows(data / "captions.json")[:FITTED_PICTURES]
     conversations = [messages_of(row, data)[:1] for row in rows]
     inputs = prompts(model, processor, conversations, max_soft_tokens=system.budget)
-    connector, width = model.model.multi_modal_projector, model.config.text_config.hidden_size
+    connector = model.model.multi_modal_projector
     if isinstance(connector, DiVT):
         full = model.config.tokens_per_image // 4  # as many as windows of 2 x 2 have
         connector.fit(tower_features(model, inputs["pixel_values"]), full)
-    factor = model.get_input_embeddings().weight.std() / torch.cat(_encoded(model, system, inputs)).std()
-    linear = [module for module in connector.modules() if isinstance(module, nn.Linear)]
-    for weight in [layer for layer in linear if layer.out_features == width][-1].parameters():
-        weight.mul_(factor)
+    shorten(model, torch.cat(_encoded(model, system, inputs)))
 
 
 def _encoded(model: LlavaSTFForConditionalGeneration, system: System, inputs: BatchFeature) -> list[torch.Tensor]:

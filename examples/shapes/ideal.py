@@ -20,7 +20,7 @@ from .text import messages_of
 from .training import DEVICE
 
 NOTHING = "nothing"  # an empty token says it
-Answers = tuple[str, list[int], list[int]]  # a row: its picture, ids with at most one `<image>`, and labels
+Answers = tuple[str, list[int], list[int]]  # a row: its picture, ids with one `<image>`, and labels
 
 
 class IdealTokens:
@@ -73,7 +73,7 @@ def words_of(thing: Thing) -> str:
 
 
 def encoded(row: dict, words: PreTrainedTokenizerFast, template: str) -> Answers:
-    """Returns picture, ids with one `<image>` if the row has a picture, and labels of the answers."""
+    """Returns picture, ids with one `<image>`, and labels of the answers."""
     chat = words.apply_chat_template(
         messages_of(row, Path()),
         chat_template=template,
@@ -91,13 +91,10 @@ def answer_loss(
     embed = model.get_input_embeddings()
     embedded, labels = [], []
     for (_, ids, targets), tokens in zip(rows, pictures, strict=True):
-        place = ids.index(image_token) if image_token in ids else len(ids)
-        before, after = (
-            embed(torch.tensor(part, dtype=torch.long, device=DEVICE)) for part in (ids[:place], ids[place + 1 :])
-        )
-        shown = tokens if place < len(ids) else tokens[:0]
-        embedded.append(torch.cat([before, shown, after]))
-        labels.append(torch.tensor(targets[:place] + [-100] * len(shown) + targets[place + 1 :]))
+        place = ids.index(image_token)
+        before, after = (embed(torch.tensor(part, device=DEVICE)) for part in (ids[:place], ids[place + 1 :]))
+        embedded.append(torch.cat([before, tokens, after]))
+        labels.append(torch.tensor(targets[:place] + [-100] * len(tokens) + targets[place + 1 :]))
     # Padding comes last, where no answer attends to it.
     padded = nn.utils.rnn.pad_sequence(embedded, batch_first=True)
     targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(DEVICE)

@@ -6,16 +6,17 @@ LLaVA begins with a language model that can look things up in what it reads. A s
 does so without a tower. Number and order of the ideal tokens are random, so that no connector is preferred.
 """
 
+from collections.abc import Container
 from pathlib import Path
 from random import Random
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer, PreTrainedTokenizerFast
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty
 
 from .generate import read_scenes
-from .ideal import IdealTokens, answer_loss, encoded
+from .ideal import Answers, IdealTokens, answer_loss, encoded
 from .text import CHAT_TEMPLATE, CONTEXT, PLAIN_TEMPLATE, read_rows, read_tokenizer
 from .training import DEVICE, save_log, train
 
@@ -52,12 +53,12 @@ def train_language_model(
     words = read_tokenizer(Path(tokenizer))
     tokens = IdealTokens(read_scenes(data, "train"), words)
     model = build_language_model(LlamaTokenizer.from_pretrained(tokenizer)).to(DEVICE)
-    rows = [[encoded(row, words, form) for row in read_rows(Path(data) / name)] for name, form in ROWS]
+    rows = read_answers(Path(data), words, tokens.scenes)
     embeddings, image_token = model.get_input_embeddings(), model.config.vocab_size
 
     def loss() -> torch.Tensor:
-        number, of_file = rng.randint(tokens.most, max(tokens.most, MOST_TOKENS)), rng.choices(rows, SHARES)[0]
-        drawn = [rng.choice(of_file) for _ in range(batch_size)]
+        number = rng.randint(tokens.most, max(tokens.most, MOST_TOKENS))
+        drawn = rng.choices(rng.choices(rows, SHARES)[0], k=batch_size)
         pictures = [tokens.shuffled(name, number, embeddings, rng) for name, *_ in drawn]
         return answer_loss(model, image_token, drawn, pictures)
 
@@ -68,6 +69,13 @@ def train_language_model(
         settings = {"steps": steps, "batch_size": batch_size, "muon_rate": muon_rate, "adam_rate": adam_rate}
         save_log(folder, settings | {"seed": seed}, log)
     return out
+
+
+def read_answers(data: Path, words: PreTrainedTokenizerFast, pictures: Container[str]) -> list[list[Answers]]:
+    """Returns the rows of each part of ROWS that are about some pictures, encoded."""
+    return [
+        [encoded(row, words, form) for row in read_rows(data / name) if row["id"] in pictures] for name, form in ROWS
+    ]
 
 
 def build_language_model(tokenizer: LlamaTokenizer) -> LlamaForCausalLM:

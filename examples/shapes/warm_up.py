@@ -3,7 +3,7 @@
 """Lets fusion modules and language model find a common language for what the tower sees, before the paper's stages.
 
 A large language model has read enough to understand new tokens in stage 1. With a small one and hundreds of names,
-AdamW takes hours to get there. Here the fusion modules first learn to make the ideal tokens that the language model
+AdamW did not get there. Here the fusion modules first learn to make the ideal tokens that the language model
 knows (`ideal.py`), one for each window; then both learn from rows. The optimiser is Muon. The frozen tower sees each
 picture once; its output is kept.
 """
@@ -21,13 +21,15 @@ from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcess
 from .clip import normalised, read_pictures, scaled
 from .connectors.encode_first import tower_features
 from .generate import read_scenes
-from .ideal import IdealTokens, answer_loss, encoded
-from .language_model import ROWS, SHARES
+from .ideal import IdealTokens, answer_loss
+from .language_model import SHARES, read_answers
 from .scenes import Scene
-from .text import read_rows
 from .training import DEVICE, save_log, train
 
 ENCODED_AT_ONCE = 100  # pictures
+# Muon's rates for a new connector, for one that knows something, and for the language model; AdamW's for what is no
+# matrix.
+NEW_RATE, WARM_RATE, LANGUAGE_RATE, ADAM_RATE = 2e-2, 5e-3, 5e-3, 1e-3
 
 
 def warm_up(
@@ -38,10 +40,10 @@ def warm_up(
     imitation_steps: int = 8000,
     pictures: int = 24000,
     batch_size: int = 32,
-    imitation_rate: float = 2e-2,
-    connector_rate: float = 5e-3,
-    language_rate: float = 5e-3,
-    adam_rate: float = 1e-3,
+    imitation_rate: float = NEW_RATE,
+    connector_rate: float = WARM_RATE,
+    language_rate: float = LANGUAGE_RATE,
+    adam_rate: float = ADAM_RATE,
     seed: int = 0,
 ) -> Path:
     """Trains all but the tower, and writes the checkpoint into `out`.
@@ -63,13 +65,11 @@ def warm_up(
     number = {name: index for index, name in enumerate([*scenes][:pictures])}
     features = read_features(model, processor, Path(data), len(number))
     targets = read_targets(model, processor, {name: scenes[name] for name in number})
-    shorten(model, features[:ENCODED_AT_ONCE])
     connector = model.model.multi_modal_projector
+    with torch.no_grad():
+        shorten(model, connector(features[:ENCODED_AT_ONCE].float().to(DEVICE)))
     imitation = imitate(connector, features, targets, imitation_steps, 2 * batch_size, imitation_rate, adam_rate)
-    rows = [
-        [encoded(row, processor.tokenizer, template) for row in read_rows(Path(data) / name) if row["id"] in number]
-        for name, template in ROWS
-    ]
+    rows = read_answers(Path(data), processor.tokenizer, number)
 
     def loss() -> torch.Tensor:
         drawn = rng.choices(rng.choices(rows, SHARES)[0], k=batch_size)
@@ -133,13 +133,13 @@ def read_features(
 
 
 @torch.no_grad()
-def shorten(model: LlavaSTFForConditionalGeneration, features: torch.Tensor) -> None:
-    """Makes new vision tokens as long as words, as the mean over some pictures.
+def shorten(model: LlavaSTFForConditionalGeneration, tokens: torch.Tensor) -> None:
+    """Makes new vision tokens as long as words; `tokens`, (..., D), are what the connector makes of some pictures.
 
-    Far longer ones hide what the layers add to them, and their gradients vanish.
+    Far longer ones hide what the layers add to them, and their gradients vanish. The last linear layer of the language
+    model's width is scaled: every connector ends with one, behind which tokens are at most averaged.
     """
-    connector = model.model.multi_modal_projector
-    tokens = connector(features.float().to(model.device))
-    factor = model.get_input_embeddings().weight.std() / tokens.std()
-    for weight in [module for module in connector.modules() if isinstance(module, nn.Linear)][-1].parameters():
+    factor, width = model.get_input_embeddings().weight.std() / tokens.std(), tokens.shape[-1]
+    linear = [module for module in model.model.multi_modal_projector.modules() if isinstance(module, nn.Linear)]
+    for weight in [layer for layer in linear if layer.out_features == width][-1].parameters():
         weight.mul_(factor)

@@ -12,15 +12,14 @@ from random import Random
 import pytest
 import torch
 from conftest import GOLDENS
+from drawings import drawn
 from photos import save_photos
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from conversion import convert
 from conversion.__main__ import main as conversion_main
-from examples.shapes.pictograms import SAMPLE, read_pictograms
 from examples.shapes.questions import KINDS
-from examples.shapes.scenes import draw_picture, draw_scene
 from modeling_llava_stf import LlavaSTFProcessor
 from modeling_llava_stf.__main__ import DEMO
 from modeling_llava_stf.__main__ import main as ask_main
@@ -117,12 +116,10 @@ def test_demo_gives_right_answers_about_pictures_that_it_never_saw():
 
 @pytest.mark.parametrize(("truth", "group"), list(zip(PICTURES, ("seen", "unseen artist"), strict=True)))
 def test_the_demo_s_pictures_and_truth_are_of_the_test_set(truth, group):
-    rng = Random(truth["seed"])
-    samples = read_pictograms(SAMPLE)
-    scene = draw_scene(samples, "test", rng)
+    scene, picture = drawn(Random(truth["seed"]))
     assert scene.group == group
-    drawn, shown = draw_picture(scene, samples, rng), Image.open(DEMO.parent / truth["picture"])
-    assert drawn.tobytes() == shown.tobytes()
+    shown = Image.open(DEMO.parent / truth["picture"])
+    assert picture.tobytes() == shown.tobytes()
     for turn in truth["questions"]:
         made = (KINDS[turn["kind"]](scene, Random(seed)) for seed in range(300))
         assert (turn["question"], turn["answer"]) in {(question.text, question.answer) for question in made if question}

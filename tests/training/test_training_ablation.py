@@ -358,7 +358,7 @@ def test_the_warm_up_s_loss_is_that_of_the_pictures(work, out):
     model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32)
     processor = LlavaSTFProcessor.from_pretrained(work / "start")
     features = read_features(model, processor, work / "data", 2)
-    shorten(model, features)
+    shorten(model, model.model.multi_modal_projector(features.float()))
     rows = read_rows(work / "data" / "train.json")[:2]
     answers = [encoded(row, processor.tokenizer, CHAT_TEMPLATE) for row in rows]
     ours = answer_loss(
@@ -380,7 +380,7 @@ def test_the_warm_up_s_loss_is_that_of_the_pictures(work, out):
 def test_new_tokens_become_as_long_as_words(work, out):
     model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32)
     features = torch.randn(4, 64, 64)
-    shorten(model, features)
+    shorten(model, model.model.multi_modal_projector(features.float()))
     tokens = model.model.multi_modal_projector(features)
     torch.testing.assert_close(tokens.std(), model.get_input_embeddings().weight.std())
 
