@@ -20,7 +20,7 @@ from benchmarks.workloads import PLANS, SCORES, SIZES, reduced_cache
 
 STEPS = 8
 FLOAT32_ERROR = 1e-4  # relative to the largest number
-COSINE = 0.999  # for results in a lower precision or of compiled systems
+COSINE = 0.998  # for results in a lower precision or of compiled systems; the whole 7B in bfloat16 has 0.9988
 
 
 def eager(systems: dict[str, System], dtype: torch.dtype) -> dict[str, Any]:

@@ -53,6 +53,7 @@ def steps(device: str, size: str, folder: Path) -> Iterator[Step]:
     yield Step(("pytest", *tests, "-q", f"--junitxml={report}"), report)
     for dtype in ("bfloat16", "float16"):
         yield measured(f"gate_{dtype}", "gate", *shape, "--dtype", dtype)
+    yield measured("run_eager", "run", "--eager", *shape)
     yield measured("run", "run", *shape)
     layers = ("--layers", "2" if size == "tiny" else "32")
     yield measured("train", "train", *shape, *layers, *(() if size == "tiny" else ("--batch", "8")))

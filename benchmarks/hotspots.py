@@ -79,7 +79,7 @@ def main() -> None:
         cast(systems.values(), plan.dtype)
         name = WHOLE.get(options.system, options.system)
         if name in EAGER:
-            systems[name] = compile_system(systems[EAGER[name]], name, **plan.compile_options)
+            systems[name] = compile_system(systems[EAGER[name]], name, **plan.compile_options(options.device))
         found = hotspots(case.work(options.system, systems), options.device)
     print("| operator | calls | ms | share |\n| --- | --: | --: | --: |")
     for spot in found[: options.rows]:

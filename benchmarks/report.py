@@ -215,7 +215,7 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     losses = [label(case) for case in result["cases"] if "kept" in case and is_loss(case)]
     if losses:
         yield f"- Reduced, but no gain over all tokens of the same system, or a loss: {'; '.join(losses)}."
-    if not result["compiling"]["kernels_from_disk"]:
+    if "compiling" in result and not result["compiling"]["kernels_from_disk"]:
         seconds = result["compiling"]["seconds"]
         yield f"- Compiling took {seconds:.0f} s for the first graphs; it is in none of the times."
 

@@ -8,7 +8,8 @@ python -m benchmarks report    # puts the tables of all results into docs/speed.
 
 It writes a JSON file and a plot, and prints a table. Widths are those of the 7B and weights are random. On a CPU the
 language model has only two of its layers: compare ratios, not times. On CUDA each shape of the 7B takes long to
-compile. You may stop a run; the same command continues with the missing rows. You may also time only some `--metrics`.
+compile: `--eager` leaves the compiled systems out. You may stop a run; the same command continues with the missing
+rows. You may also time only some `--metrics`.
 `train`, `load` and `serve` measure training steps, loading and serving.
 
 The outputs are compared first; if they differ, nothing is timed. The systems take turns in one process. The first call
@@ -198,6 +199,7 @@ def main() -> None:
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: set by the size)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="metrics to time (default: all)")
+    parser.add_argument("--eager", action="store_true", help="leave out the compiled systems")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist (default: results/run_DEVICE.json)")
     options = parser.parse_args()
     out = options.output or report.RESULTS / f"run_{options.device}.json"
@@ -208,7 +210,7 @@ def main() -> None:
     partial_out = out.with_suffix(
         ".unfinished"
     )  # the suffix is not .json, because `report.py` would read it as a result
-    found = {**conditions(options.device, size), "rounds": plan.rounds}
+    found = {**conditions(options.device, size), "rounds": plan.rounds, "eager": options.eager}
     kept = json.loads(partial_out.read_text(encoding="utf-8")) if partial_out.exists() else {"cases": []}
     others = [f"{name} {kept[name]}" for name in found if kept.get(name, found[name]) != found[name]]
     if others:
@@ -222,7 +224,7 @@ def main() -> None:
     started = time.perf_counter()
     try:
         with torch.no_grad():
-            for part in run(size, plan, options.device, options.metrics, kept["cases"]):
+            for part in run(size, plan, options.device, options.metrics, options.eager, kept["cases"]):
                 result.update(part)
                 result["total_seconds"] = kept.get("total_seconds", 0) + time.perf_counter() - started
                 output.write(result, partial_out)
@@ -237,7 +239,7 @@ def main() -> None:
 
 
 def run(
-    size: str, plan: Plan, device: str, metrics: Sequence[str], kept: Sequence[dict[str, Any]]
+    size: str, plan: Plan, device: str, metrics: Sequence[str], eager: bool, kept: Sequence[dict[str, Any]]
 ) -> Iterator[dict[str, Any]]:
     """Runs all parts, except the cases `kept` from a stopped run; each part is a field of the result."""
     systems = eager_systems(size, device)
@@ -247,26 +249,32 @@ def run(
     yield {"memory": memory(systems, device, max(plan.images))}
     if device == "cuda":  # comes before CUDA graphs reserve memory
         yield {"largest_batch": {name: largest_batch(systems[name]) for name in (STOCK, OURS)}}
-    for name, eager in EAGER.items():
-        systems[name] = compile_system(systems[eager], name, **plan.compile_options)
-    started = time.perf_counter()
-    outcome |= gate.compiled(systems)
-    compiling = {
-        "seconds": time.perf_counter() - started,
-        "kernels_from_disk": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"],
-    }
-    print(f"gate, compiled: {outcome}, {compiling['seconds']:.0f} s", flush=True)
-    yield {"gate": outcome, "compiling": compiling}
+    if not eager:
+        yield compiled(systems, plan, device, outcome)
     yield {"processor": processor_seconds(plan.rounds)}
     measured = list(kept)
     done = {_key(case) for case in kept}
     order = [case.key for case in cases(plan)]
-    todo = [case for case in cases(plan) if case.metric in metrics and case.key not in done]
+    todo = [case for case in cases(plan, eager) if case.metric in metrics and case.key not in done]
     todo.sort(key=lambda case: not case.wanted_first)  # the run may be stopped here
     for position, case in enumerate(todo):
         measured.append(measure(case, systems, plan, device))
         print(f"[{position + 1}/{len(todo)}] {_line(measured[-1])}", flush=True)
         yield {"cases": sorted(measured, key=lambda row: order.index(_key(row)))}
+
+
+def compiled(systems: dict[str, System], plan: Plan, device: str, outcome: dict[str, Any]) -> dict[str, Any]:
+    """Adds the compiled systems and compares them with the eager ones; returns fields of the result."""
+    for name, eager in EAGER.items():
+        systems[name] = compile_system(systems[eager], name, **plan.compile_options(device))
+    started = time.perf_counter()
+    found = gate.compiled(systems)
+    compiling = {
+        "seconds": time.perf_counter() - started,
+        "kernels_from_disk": torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"],
+    }
+    print(f"gate, compiled: {found}, {compiling['seconds']:.0f} s", flush=True)
+    return {"gate": outcome | found, "compiling": compiling}
 
 
 def _key(measured: dict[str, Any]) -> tuple:

@@ -49,7 +49,12 @@ class Plan:
     compiled_batches: tuple[int, ...]
     budgets: tuple[int, ...]  # tokens of a picture, beside all of them
     kept: tuple[int, ...]  # tokens of a picture that a reducer keeps
-    compile_options: dict[str, str]
+    backend: str = "inductor"
+
+    def compile_options(self, device: str) -> dict[str, str]:
+        """Returns the options of `torch.compile`: CUDA graphs where there are any."""
+        graphs = device == "cuda" and self.backend == "inductor"
+        return {"backend": self.backend, **({"mode": "reduce-overhead"} if graphs else {})}
 
     def compiled(self, batch: int, text: int = QUESTION) -> bool:
         return batch in self.compiled_batches and text == QUESTION
@@ -70,7 +75,7 @@ PLANS = {
         compiled_batches=(1,),
         budgets=(1,),
         kept=(1,),
-        compile_options={"backend": "eager"},
+        backend="eager",
     ),
     "slice": Plan(
         dtype=torch.bfloat16,
@@ -86,15 +91,14 @@ PLANS = {
         compiled_batches=(1,),
         budgets=(36, 9, 1),
         kept=(144, 36, 9, 1),
-        compile_options={},
     ),
     "7b": Plan(
         dtype=torch.bfloat16,
         product=8192,
         rounds=5,
-        warm_up=3,
-        repeats=10,
-        turn_seconds=0,
+        warm_up=1,
+        repeats=3,
+        turn_seconds=0.1,
         images=(1, 8, 32),
         texts=(10, QUESTION, 200, 1000),
         batches=(1, 8, 32),
@@ -102,7 +106,6 @@ PLANS = {
         compiled_batches=(1, 8, 32, 128),
         budgets=(36, 9, 1),
         kept=(144, 36, 9, 1),
-        compile_options={"mode": "reduce-overhead"},
     ),
 }
 
@@ -138,12 +141,12 @@ class Case:
         return self.metric in ("first token", "prefill", "decode") and self.batch <= 8 and self.text == QUESTION
 
 
-def cases(plan: Plan) -> Iterator[Case]:
-    """Yields all rows in the order of the table."""
+def cases(plan: Plan, eager: bool = False) -> Iterator[Case]:
+    """Yields all rows in the order of the table; with `eager` the rows have no compiled systems."""
     both, three, compiled = (STOCK, OURS), (STOCK, REFERENCE, OURS), (STOCK_COMPILED, OURS_COMPILED)
 
-    def systems(eager: tuple[str, ...], batch: int, text: int = QUESTION) -> tuple[str, ...]:
-        return eager + compiled if plan.compiled(batch, text) else eager
+    def systems(names: tuple[str, ...], batch: int, text: int = QUESTION) -> tuple[str, ...]:
+        return names + compiled if plan.compiled(batch, text) and not eager else names
 
     for batch in plan.images:
         yield Case("encode", batch, None, systems(three, batch), partial(encode, batch=batch), vision_flops(batch))

@@ -296,12 +296,13 @@ def test_torchao_s_int8_overflows_in_float16():
 @pytest.mark.gpu
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_memory_and_speed_on_a_gpu(scheme, tmp_path, record_property):
-    """Not run yet: no GPU was at hand. The figures go into the report of `python -m benchmarks gpu`."""
+    """The figures go into the report of `python -m benchmarks gpu`."""
     needs(scheme)
     config = count.NAMED["stf-7b"]()
     config.text_config.num_hidden_layers = 4
     whole, folder = tmp_path / "whole", tmp_path / "quantised"
-    LlavaSTFForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(whole)
+    with torch.device("cuda"):  # random numbers for so many weights take long on a CPU
+        LlavaSTFForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(whole)
     load(whole, scheme).save_pretrained(folder)
     used = {}
     for name, place in (("whole", whole), (scheme, folder)):

@@ -357,13 +357,14 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         """
         if image_features.dtype == torch.float16 and not self.training:  # in training a scaler skips such steps
             torch_compilable_check(
-                image_features.isfinite().all(),
+                image_features.isfinite().all().item(),
                 "The features of an image are not finite in float16, whose largest number is 65504. Load the model "
                 "with `dtype=torch.bfloat16` or `torch.float32`.",
             )
         mask = self.find_placeholders(input_ids, inputs_embeds)
         features = image_features.numel() // image_features.shape[-1]
-        torch_compilable_check(mask.sum() == features, lambda: self._mismatch(int(mask.sum()), features))
+        # torch 2.11 cannot compile transformers' check of a tensor (5.16 to 5.24; torch 2.13 can), but that of a number.
+        torch_compilable_check(mask.sum().item() == features, lambda: self._mismatch(int(mask.sum()), features))
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def _mismatch(self, in_text: int, of_images: int) -> str:
