@@ -8,6 +8,7 @@ python -m benchmarks report
 import argparse
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median, quantiles
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 
 from benchmarks import count
 from benchmarks.systems import ANSWER, OURS, OURS_COMPILED, QUESTION, REFERENCE, STOCK, STOCK_COMPILED, WHOLE, configs
+from benchmarks.workloads import PLANS, cases
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -197,7 +199,7 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
         f"- Weights of the 7B (counted, 16 bit): stock {stock:.2f} GB, ours {ours:.2f} GB, "
         f"{100 * (ours / stock - 1):.1f} % more."
     )
-    if "largest_batch" in result:
+    if "largest_batch" in result and result["size"] == "7b":  # smaller models reach the end of the search
         fits = result["largest_batch"]
         yield f"- Largest batch (picture, {QUESTION} and {ANSWER} tokens): stock {fits[STOCK]}, ours {fits[OURS]}."
     for batch in sorted({case["batch"] for case in result["cases"]}):
@@ -215,9 +217,19 @@ def notes(result: dict[str, Any]) -> Iterator[str]:
     losses = [label(case) for case in result["cases"] if "kept" in case and is_loss(case)]
     if losses:
         yield f"- Reduced, but no gain over all tokens of the same system, or a loss: {'; '.join(losses)}."
+    done = {(case["metric"], case["batch"], case["text"], tokens(case)) for case in result["cases"]}
+    rows = cases(PLANS[result["size"]], eager=result.get("eager", False))
+    left = Counter(case.metric for case in rows if case.key not in done)
+    if left:
+        yield f"- Rows that were not timed: {', '.join(f'{metric} ({number})' for metric, number in left.items())}."
     if "compiling" in result and not result["compiling"]["kernels_from_disk"]:
         seconds = result["compiling"]["seconds"]
         yield f"- Compiling took {seconds:.0f} s for the first graphs; it is in none of the times."
+
+
+def tokens(case: dict[str, Any]) -> int | None:
+    """Returns the tokens of a picture in a row that has a budget or a reducer."""
+    return case.get("budget", case.get("kept"))
 
 
 def is_loss(case: dict[str, Any]) -> bool:
@@ -250,7 +262,7 @@ def across_rows(result: dict[str, Any], batch: int) -> Iterator[str]:
     whole, second = theirs["answer"], mine["second answer"]
     if whole and second:
         yield (
-            f"- An answer of {ANSWER} tokens to a second question, batch {batch}: {whole / second:.2f}x faster than "
+            f"- An answer of {ANSWER} tokens to a second question, batch {batch}: {whole / second:.2f}x as fast as "
             f"{stock}'s with a whole pass ({ours}, picture in the cache)."
         )
     if all(times[metric] for times in (theirs, mine) for metric in ("first token", "decode")):

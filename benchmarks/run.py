@@ -278,7 +278,7 @@ def compiled(systems: dict[str, System], plan: Plan, device: str, outcome: dict[
 
 
 def _key(measured: dict[str, Any]) -> tuple:
-    return measured["metric"], measured["batch"], measured["text"], measured.get("budget", measured.get("kept"))
+    return measured["metric"], measured["batch"], measured["text"], report.tokens(measured)
 
 
 def _line(measured: dict[str, Any]) -> str:

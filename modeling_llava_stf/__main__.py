@@ -58,6 +58,12 @@ def main() -> int:
         return _refused(f"The model's chat template {'refuses this' if refuses else 'cannot be used'}: {error}")
     except (OSError, ValueError, StrictDataclassError) as error:
         return _refused(str(error))
+    except torch.OutOfMemoryError as error:
+        return _refused(
+            f"The GPU has too little free memory: {str(error).partition('. ')[0]}. Other programs may use it "
+            "(`nvidia-smi` lists them), a quantised checkpoint needs less, and with CUDA_VISIBLE_DEVICES= (empty) the "
+            "CPU answers."
+        )
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -144,6 +144,18 @@ def test_run_writes_every_time_and_its_conditions(measured, monkeypatch, capsys)
     assert "exists" in capsys.readouterr().err and out.read_text() == before
 
 
+def test_eager_systems_alone(measured, monkeypatch):
+    measure, out = measured
+    monkeypatch.setattr(run, "compile_system", None)
+    measure("--eager", "--metrics", "prefill", "first token by budget")
+    result = json.loads(out.read_text())
+    assert [case["metric"] for case in result["cases"]] == ["prefill", "prefill", "first token by budget"]
+    assert all(set(case["systems"]) == {STOCK, OURS} for case in result["cases"]) and "compiling" not in result
+    left = next(line for line in report.notes(result) if line.startswith("- Rows that were not timed:"))
+    assert "prefill by budget (1)" in left and "decode (2)" in left and "prefill (" not in left
+    assert "first token by budget" not in left
+
+
 def stopped_at_the_third(monkeypatch):
     """Stops a run at its third row; returns the function that measures one."""
     whole, calls = run.measure, []

@@ -1,4 +1,4 @@
-"""The compiled model on a GPU, with CUDA graphs. Not run yet: no GPU was at hand."""
+"""The compiled model on a GPU, with CUDA graphs."""
 
 import pytest
 import torch

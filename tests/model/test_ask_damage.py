@@ -133,7 +133,11 @@ DAMAGED = {
     "text config a word": (edit("config.json", text_config="llama"), "text_config"),
     "hidden size a word": (edit("config.json", text_config__hidden_size="many"), "hidden_size"),
     "no heads": (edit("config.json", text_config__num_attention_heads=0), "num_attention_heads"),
-    "a huge vocabulary": (edit("config.json", text_config__vocab_size=10**9), "shapes"),
+    # A GPU has no room for it, before any shape is compared.
+    "a huge vocabulary": (
+        edit("config.json", text_config__vocab_size=10**9),
+        "memory" if torch.cuda.is_available() else "shapes",
+    ),
     "taps a word": (edit("config.json", vision_feature_layer="all"), "vision_feature_layer"),
     "window a word": (edit("config.json", fusion_window="two"), "fusion_window"),
     "patches of 0": (edit("config.json", vision_config__patch_size=0), "patch_size"),
@@ -248,3 +252,11 @@ def test_weights_that_do_not_fit_are_never_random_in_silence(checkpoint, tmp_pat
     LlavaSTFForConditionalGeneration.from_pretrained(folder)
     logger.removeHandler(caplog.handler)
     assert "mlp.up_proj.weight" in caplog.text and "MISSING" in caplog.text
+
+
+def test_too_little_memory_on_the_gpu_ends_with_one_line(ask, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1")
+
+    monkeypatch.setattr(command, "load_checkpoint", full)
+    assert_one_line(ask(PICTURE, "What is this?"), "too little free memory", "CUDA_VISIBLE_DEVICES")

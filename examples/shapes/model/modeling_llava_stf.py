@@ -363,7 +363,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             )
         mask = self.find_placeholders(input_ids, inputs_embeds)
         features = image_features.numel() // image_features.shape[-1]
-        # torch 2.11 cannot compile transformers' check of a tensor (5.16 to 5.24; torch 2.13 can), but that of a number.
+        # torch 2.11 cannot compile this check of transformers (5.16 to 5.24) for a tensor; torch 2.13 can.
         torch_compilable_check(mask.sum().item() == features, lambda: self._mismatch(int(mask.sum()), features))
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
