@@ -30,7 +30,15 @@ from conversion.checkpoints.folders import copy_licences, name_auto_class
 
 from .arguments import LlavaSTFTrainingArguments
 from .settings import DECIDING
-from .upstream import base_commit, own_class, remove_card, save_code, wait_for_push, without_adapter
+from .upstream import (
+    base_commit,
+    own_class,
+    remove_card,
+    save_code,
+    wait_for_everyone,
+    wait_for_push,
+    without_adapter,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -96,12 +104,12 @@ class SavingTrainer(SFTTrainer):
                 super()._save_checkpoint(model, trial)
             finally:
                 self._staging = False
-            self.accelerator.wait_for_everyone()
+            wait_for_everyone()
             if self.args.should_save:
                 (staging / name / RUN).write_text(json.dumps(self.run, indent=2) + "\n", encoding="utf-8")
                 self._name_best(staging, run, name)
                 _replace(staging / name, run / name)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone()
         if self.args.push_to_hub:
             wait_for_push(self)
             super()._push_from_checkpoint(str(run / name))

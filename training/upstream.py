@@ -265,6 +265,17 @@ class SamplerEpoch(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
+def wait_for_everyone() -> None:
+    """Waits for all ranks, if there are several.
+
+    Project: accelerate 1.15.
+    Why: `PartialState.wait_for_everyone` names the GPU of the rank's number on the CPU, too; a machine may have fewer.
+    Remove when: it names none with `cpu`.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+
+
 # torch
 
 

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from .questions import kind_of_print
 from .scenes import SIDE, Scene, Thing
 from .text import messages_of
-from .training import DEVICE
 
 NOTHING = "nothing"  # an empty token says it
 Answers = tuple[str, list[int], list[int]]  # a row: its picture, ids with one `<image>`, and labels
@@ -53,8 +52,8 @@ class IdealTokens:
 def summed(tokens: list[list[int]], embeddings: nn.Embedding) -> torch.Tensor:
     """Returns for each token the sum of its words' embeddings, (len(tokens), D)."""
     starts = torch.tensor([0, *map(len, tokens[:-1])]).cumsum(0)
-    words = torch.tensor([word for ids in tokens for word in ids])
-    return nn.functional.embedding_bag(words.to(DEVICE), embeddings.weight, starts.to(DEVICE), mode="sum")
+    words, weight = torch.tensor([word for ids in tokens for word in ids]), embeddings.weight
+    return nn.functional.embedding_bag(words.to(weight.device), weight, starts.to(weight.device), mode="sum")
 
 
 def said_of(scene: Scene) -> Iterator[tuple[float, float, str]]:
@@ -92,10 +91,10 @@ def answer_loss(
     embedded, labels = [], []
     for (_, ids, targets), tokens in zip(rows, pictures, strict=True):
         place = ids.index(image_token)
-        before, after = (embed(torch.tensor(part, device=DEVICE)) for part in (ids[:place], ids[place + 1 :]))
+        before, after = (embed(torch.tensor(part, device=model.device)) for part in (ids[:place], ids[place + 1 :]))
         embedded.append(torch.cat([before, tokens, after]))
         labels.append(torch.tensor(targets[:place] + [-100] * len(tokens) + targets[place + 1 :]))
     # Padding comes last, where no answer attends to it.
     padded = nn.utils.rnn.pad_sequence(embedded, batch_first=True)
-    targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(DEVICE)
+    targets = nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(model.device)
     return model(inputs_embeds=padded, labels=targets).loss

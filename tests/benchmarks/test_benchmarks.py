@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from packaging.version import Version
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -240,10 +241,13 @@ def test_a_second_question_reads_the_picture_from_the_cache(name, systems):
     assert gate.error(cached, whole) < gate.FLOAT32_ERROR
 
 
-def test_compiled_systems_pass_the_gate_and_answer(systems):
+def test_compiled_systems_pass_the_gate_and_answer(systems, monkeypatch):
     """Graphs without kernels, which take longest to make."""
     torch.compiler.reset()
-    for eager, name in ((STOCK, STOCK_COMPILED), (OURS, OURS_COMPILED)):
+    for eager, name in ((OURS, OURS_COMPILED), (STOCK, STOCK_COMPILED)):
+        if eager == STOCK and Version(torch.__version__) < Version("2.12"):
+            # torch 2.11 cannot trace the check of a tensor in stock LLaVA (transformers 5.24); torch 2.13 can.
+            monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
         systems[name] = compile_system(systems[eager], name, backend="eager")
         answers = [workloads.answer(systems[system], batch=1)() for system in (eager, name)]
         assert torch.equal(*answers)

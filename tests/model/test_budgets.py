@@ -454,7 +454,7 @@ def test_pipeline(small, small_processor, pictures):
     )
     assert inputs["image_tokens"] == [4] and placeholders(inputs, small_processor) == [4]
     tokens = generate(small, dict(inputs))
-    piped = pipeline("image-text-to-text", model=small, processor=small_processor)
+    piped = pipeline("image-text-to-text", model=small, processor=small_processor, device=small.device)
     kwargs = {"generate_kwargs": EIGHT, "return_full_text": False}
     answer = piped(text=chat, processor_kwargs=options, **kwargs)[0]["generated_text"]
     assert answer.strip() == small_processor.decode(tokens[0], skip_special_tokens=True).strip()

@@ -108,7 +108,7 @@ def test_a_photo_in_a_chat_is_upright(key, turn, photo, processor, pixels, tmp_p
 
 def test_a_photo_in_a_pipeline_is_upright(photo, model, processor, pixels, tmp_path):
     path = rotated(photo, tmp_path / "photo.png")
-    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    pipe = pipeline("image-text-to-text", model=model, processor=processor, device=model.device)
     upright = pixels(np.asarray(photo.rotate(-90, expand=True)))
     for source in (str(path), Image.open(path)):
         assert torch.equal(pipe.preprocess({"images": source, "text": "<image>"})["pixel_values"], upright)

@@ -89,6 +89,7 @@ def test_saved_and_loaded_again_it_gives_the_same_logits(door, checkpoint, proce
     model = LlavaSTFForConditionalGeneration.from_pretrained(
         checkpoint, dtype=torch.bfloat16, quantization_config=door
     ).eval()
+    inputs = inputs.to(model.device)  # bitsandbytes puts it on a GPU where there is one
     model.save_pretrained(tmp_path)
     again = LlavaSTFForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert quantised(again) == quantised(model) == language_layers(model)
@@ -188,7 +189,7 @@ def wide(checkpoint, tmp_path_factory):
 @torch.no_grad()
 def logits(model, processor, picture):
     inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt")
-    return model.eval()(**inputs.to(model.dtype)).logits
+    return model.eval()(**inputs.to(model.device, model.dtype)).logits
 
 
 @pytest.mark.parametrize("scales", QUANTISED_IN_4_BIT)
@@ -225,7 +226,8 @@ def test_lora_trains_after_an_answer(wide, processor, picture):
     model = LlavaSTFForConditionalGeneration.from_pretrained(wide, dtype=torch.bfloat16, quantization_config=config)
     lora = peft.LoraConfig(target_modules=r".*language_model.*\.(q_proj|down_proj)", init_lora_weights=False)
     adapted = peft.get_peft_model(model, lora)
-    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt").to(torch.bfloat16)
+    inputs = processor(images=picture("wide.png"), text="<image> What?", return_tensors="pt")
+    inputs = inputs.to(model.device, torch.bfloat16)
     gradients = []
     for answers_first in (False, True):
         if answers_first:

@@ -354,14 +354,17 @@ def test_an_older_transformers_is_refused(model):
 
 
 @encodes_first
-def test_placeholders_without_a_token_are_cut_out_and_nothing_else(model):
-    inputs = inputs_of(labels=True)
+@pytest.mark.parametrize("trained", [False, True])
+def test_placeholders_without_a_token_are_cut_out_and_nothing_else(trained, model):
+    inputs = inputs_of(labels=trained)
     tokens = [torch.randn(3, D), torch.randn(5, D)]
     shorter = encode_first(model, inputs, lambda model, inputs: tokens)
-    expected = [[0, 0, 0, 0, 1, *[IMAGE] * 3, 7, 8, 9], [1, *[IMAGE] * 5, 5, 6, 7, 8, 9]]
+    first, padding = [1, *[IMAGE] * 3, 7, 8, 9], [0] * 4
+    expected = [first + padding if trained else padding + first, [1, *[IMAGE] * 5, 5, 6, 7, 8, 9]]
     assert shorter["input_ids"].tolist() == expected
     assert shorter["attention_mask"].tolist() == [[int(token != 0) for token in row] for row in expected]
-    assert shorter["labels"].tolist() == [[token if token in (8, 9) else -100 for token in row] for row in expected]
+    labels = [[token if token in (8, 9) else -100 for token in row] for row in expected]
+    assert shorter["labels"].tolist() == labels if trained else "labels" not in shorter
     assert "pixel_values" not in shorter
     assert shorter["mm_encoder_outputs"]["image"].pooler_output is tokens
     with pytest.raises(ValueError, match=r"\[16, 16\] placeholders for \[3, 20\] tokens"):
@@ -376,6 +379,16 @@ def test_all_tokens_give_the_same_answer_as_the_model_itself(model):
     )
     ours, theirs = model(**whole).logits, model(**inputs).logits
     torch.testing.assert_close(ours[:, -3:], theirs[:, -3:])
+
+
+@encodes_first
+def test_in_a_training_every_token_attends_to_one(model):
+    """Elsewhere than on a CPU a token that attends to none may have no gradient but NaN."""
+    masks = []
+    layer = model.model.language_model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True)
+    model(**encode_first(model, inputs_of(labels=True), lambda *_: [torch.randn(3, D), torch.randn(5, D)]))
+    assert masks[0].dtype == torch.bool and masks[0].any(-1).all()
 
 
 @encodes_first

@@ -22,7 +22,7 @@ from examples.shapes.ideal import answer_loss, encoded
 from examples.shapes.recipe import LAYERS
 from examples.shapes.scenes import SIDE
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, train_tokenizer
-from examples.shapes.training import MuonAndAdamW, optimizer_of
+from examples.shapes.training import DEVICE, MuonAndAdamW, optimizer_of
 from examples.shapes.warm_up import imitate, read_features, read_targets, shorten, warm_up
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFImageProcessor, LlavaSTFProcessor
 from training import LlavaSTFTrainer
@@ -169,7 +169,7 @@ def changes_of(work, name, seed, stage, rows):
     before = {key: weight.clone() for key, weight in model.state_dict().items()}
     with encoding_first(model, system), system.inside(model):
         ablation.train(model, processor, system, stage, data / stage.rows, rows, seed, None)
-    return model, {key: weight - before[key] for key, weight in model.state_dict().items()}
+    return model, {key: weight.cpu() - before[key] for key, weight in model.state_dict().items()}
 
 
 def train_a_moment(work, out, batches, name, seed):
@@ -339,7 +339,7 @@ def test_the_warm_up_trains_all_but_the_tower(work, out, tmp_path):
 
 
 def test_fusion_modules_learn_to_make_the_ideal_tokens_of_windows(work, out):
-    model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32).to(DEVICE)
     processor = LlavaSTFProcessor.from_pretrained(work / "start")
     features = read_features(model, processor, work / "data", 8)
     scenes = dict([*read_scenes(work / "data", "train").items()][:8])
@@ -347,7 +347,7 @@ def test_fusion_modules_learn_to_make_the_ideal_tokens_of_windows(work, out):
     assert targets.shape == (8, 16, model.config.text_config.hidden_size)
     log = imitate(model.model.multi_modal_projector, features, targets, 100, 8, 2e-2, 1e-3)
     assert log[-1]["loss"] < 0.5 * log[0]["loss"]
-    made = model.model.multi_modal_projector(features.float())
+    made = model.model.multi_modal_projector(features.float().to(DEVICE)).cpu()
     distances = torch.cdist(made[0], targets[0])
     shows = [place for place, token in enumerate(targets[0]) if (targets[0] == token).all(1).sum() == 1]
     assert shows and all(distances[place].argmin() == place for place in shows)
@@ -355,15 +355,13 @@ def test_fusion_modules_learn_to_make_the_ideal_tokens_of_windows(work, out):
 
 def test_the_warm_up_s_loss_is_that_of_the_pictures(work, out):
     """What it computes from the tower's kept output is what the model computes from pixels."""
-    model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32)
+    model = LlavaSTFForConditionalGeneration.from_pretrained(work / "start", dtype=torch.float32).to(DEVICE)
     processor = LlavaSTFProcessor.from_pretrained(work / "start")
-    features = read_features(model, processor, work / "data", 2)
-    shorten(model, model.model.multi_modal_projector(features.float()))
+    features = read_features(model, processor, work / "data", 2).float().to(DEVICE)
+    shorten(model, model.model.multi_modal_projector(features))
     rows = read_rows(work / "data" / "train.json")[:2]
     answers = [encoded(row, processor.tokenizer, CHAT_TEMPLATE) for row in rows]
-    ours = answer_loss(
-        model, model.config.image_token_id, answers, [*model.model.multi_modal_projector(features.float())]
-    )
+    ours = answer_loss(model, model.config.image_token_id, answers, [*model.model.multi_modal_projector(features)])
     batch = processor.apply_chat_template(
         [messages_of(row, work / "data") for row in rows],
         tokenize=True,
@@ -373,7 +371,8 @@ def test_the_warm_up_s_loss_is_that_of_the_pictures(work, out):
         return_assistant_tokens_mask=True,
     )
     marks = torch.as_tensor(batch.pop("assistant_masks")).bool()
-    theirs = model(**batch, labels=batch["input_ids"].masked_fill(~marks, -100)).loss
+    batch["labels"] = batch["input_ids"].masked_fill(~marks, -100)
+    theirs = model(**batch.to(DEVICE)).loss
     torch.testing.assert_close(ours, theirs, rtol=2e-3, atol=0)  # the features are kept in float16
 
 

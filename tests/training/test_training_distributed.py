@@ -9,6 +9,8 @@ FSDP2 = (
     *("-m", "accelerate.commands.launch", "--config_file", "training/accelerate/fsdp2.yaml"),
     *("--num_processes", "2", "--mixed_precision", "no", "--main_process_port", "0", "tests/support/training_rank.py"),
 )
+# torch 2.11 and 2.13 make the mesh of FSDP2 of the GPUs of a machine that has some.
+ON_CPU = {"CUDA_VISIBLE_DEVICES": ""}
 # Plain steps and no clipping: every weight shows what its gradient was.
 PLAIN = {
     "optim": "sgd",
@@ -35,7 +37,7 @@ def alone(checkpoint, tmp_path_factory):
 @pytest.mark.parametrize("launcher", [TORCHRUN, FSDP2], ids=["ddp", "fsdp2"])
 def test_two_ranks_equal_one(launcher, alone, checkpoint, tmp_path):
     data, expected = alone
-    result = run(*options("finetune", checkpoint, data, tmp_path / "out", **PLAIN), launcher=launcher)
+    result = run(*options("finetune", checkpoint, data, tmp_path / "out", **PLAIN), launcher=launcher, **ON_CPU)
     assert result.returncode == 0, result.stderr
     assert "1 per device x 2 device(s) x 2 accumulation step(s)" in result.stdout
     assert result.stdout.count("global batch") == 1  # printed by one rank
@@ -78,6 +80,6 @@ def test_mixed_dtypes_are_refused_under_fsdp(checkpoint, tmp_path):
     arguments = options(
         "finetune_lora", checkpoint, eight_rows(tmp_path), tmp_path / "out", **{**PLAIN, "dtype": "bfloat16"}
     )
-    result = run(*arguments, launcher=FSDP2)
+    result = run(*arguments, launcher=FSDP2, **ON_CPU)
     assert result.returncode != 0
     assert "FSDP shards weights of one dtype only, found torch.bfloat16, torch.float32" in result.stderr

@@ -11,7 +11,7 @@ from dataclasses import fields
 import pytest
 import torch
 import yaml
-from accelerate import skip_first_batches
+from accelerate import DistributedType, PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
 from peft import LoraConfig, get_peft_model
 from torch import distributed
@@ -26,7 +26,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from training import DataError
 from training.sampler import ModalityLengthSampler
-from training.upstream import NoEndlessEpochs
+from training.upstream import NoEndlessEpochs, wait_for_everyone
 
 
 @pytest.fixture
@@ -194,6 +194,17 @@ def test_sampler_epoch():
     assert sampler.epoch == 1
     skip_first_batches(shard, 1).set_epoch(2)
     assert sampler.epoch == 1
+
+
+def test_wait_for_everyone(monkeypatch):
+    named = []
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "barrier", lambda device_ids=None: named.append(device_ids))
+    state = PartialState(cpu=True)
+    monkeypatch.setitem(PartialState._shared_state, "distributed_type", DistributedType.MULTI_CPU)
+    state.wait_for_everyone()
+    wait_for_everyone()
+    assert named == [[0], None]
 
 
 # torch

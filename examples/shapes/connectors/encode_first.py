@@ -26,7 +26,9 @@ def tower_features(model: LlavaSTFForConditionalGeneration, pixels: torch.Tensor
 def encode_first(model: LlavaSTFForConditionalGeneration, inputs: dict[str, Any], encode: Encode) -> BatchFeature:
     """Returns the inputs with the pictures' tokens in place of the pixels; every prompt has one picture.
 
-    Placeholders that its tokens do not fill are cut out, and the prompts are padded again on the left.
+    Placeholders that its tokens do not fill are cut out, and the prompts are padded again: on the left for an answer,
+    and on the right for a training (with labels), where padding attends to the text before it. On Hopper cuDNN's
+    attention has NaN gradients where a token attends to none (torch 2.11 and 2.13, pytorch/pytorch#196678).
 
     Raises:
         ValueError: if a prompt has fewer placeholders than its picture has tokens, or transformers is older than 5.18.
@@ -43,7 +45,9 @@ def encode_first(model: LlavaSTFForConditionalGeneration, inputs: dict[str, Any]
             "prompt needs one picture, and at least as many placeholders as it has tokens."
         )
     left = mask & ~(is_image & (is_image.cumsum(1) > counts))
-    order = left.long().argsort(dim=1, stable=True)[:, -int(left.sum(1).max()) :]  # what is cut out comes first
+    trained, length = inputs.get("labels") is not None, int(left.sum(1).max())
+    order = (left ^ trained).long().argsort(dim=1, stable=True)  # what is cut out comes first, in a training last
+    order = order[:, :length] if trained else order[:, -length:]
     gone = ~left.gather(1, order)
     fill = {"input_ids": model.config.text_config.pad_token_id or 0, "labels": -100}
     shorter = {
