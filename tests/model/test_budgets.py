@@ -28,6 +28,7 @@ from modeling_llava_stf.modeling_llava_stf import CACHE
 
 ONE = "USER: <image>\nWhich color does the circle have? ASSISTANT:"
 TWO = "USER: <image> and <image>\nWhat differs? ASSISTANT:"
+TEXT_PART = {"type": "text", "text": "What is it?"}
 TEXT = "USER: Name a city. ASSISTANT:"
 VIDEO = "USER: <video> after <image>\nWhat happens? ASSISTANT:"
 EIGHT = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
@@ -171,6 +172,33 @@ def test_the_model_refuses_other_budgets(numbers, small, inputs_of):
         small.get_image_features(inputs["pixel_values"], numbers)
     with pytest.raises(ValueError, match=r"image_tokens.*2 images.*\[16, 4, 1\]"):
         small(**inputs | {"image_tokens": numbers})
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [[4.0, 4.0], torch.tensor([4.0, 4.0]), np.array([4.0, 4.0]), [True, 4], [[[4], [4]]], iter([4, 4]), "44", 4],
+    ids=str,
+)
+def test_the_model_refuses_what_are_no_whole_numbers(numbers, small, inputs_of):
+    """A collator of torch puts the first pictures of all prompts into one tensor: that is another order."""
+    inputs = inputs_of(TWO, max_soft_tokens=4)
+    for call in (small, small.generate):
+        for wrong in (numbers, [torch.tensor([4, 4])]):
+            with pytest.raises(
+                ValueError, match=r"(?s)image_tokens.*2 images.*one whole number for each.*\[16, 4, 1\]"
+            ):
+                call(**inputs | {"image_tokens": wrong})
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_budgets_may_be_in_a_list_for_each_prompt(kwargs, small, inputs_of):
+    inputs = inputs_of(TWO, TEXT, ONE, max_soft_tokens=[1, 16, 4])
+    for numbers in ([[1, 16], [], [4]], ([1, 16], (4,)), [np.int64(1), 16, 4], np.array([1, 16, 4])):
+        nested = inputs | {"image_tokens": numbers}
+        assert torch.equal(small(**nested).logits, small(**inputs).logits)
+        assert torch.equal(generate(small, nested, **kwargs), generate(small, inputs, **kwargs))
+    with pytest.raises(ValueError, match="in runs of"):
+        small(**inputs | {"image_tokens": [[16, 1], [4]]})
 
 
 def test_pixels_without_their_budget_are_refused(small, inputs_of):
@@ -459,6 +487,20 @@ def test_pipeline(small, small_processor, pictures):
     answer = piped(text=chat, processor_kwargs=options, **kwargs)[0]["generated_text"]
     assert answer.strip() == small_processor.decode(tokens[0], skip_special_tokens=True).strip()
     assert answer != piped(text=chat, **kwargs)[0]["generated_text"]
+
+
+def test_pipeline_of_batches(small, small_processor, pictures):
+    """Its batch has a list of numbers for each prompt."""
+    chats = [
+        [{"role": "user", "content": [*({"type": "image", "image": picture} for picture in images), TEXT_PART]}]
+        for images in (pictures[:1], pictures[1:])
+    ]
+    piped = pipeline("image-text-to-text", model=small, processor=small_processor)
+    options = {"processor_kwargs": {"max_soft_tokens": 4, "padding": True}, "generate_kwargs": EIGHT}
+    answers = piped(text=chats, batch_size=2, **options)
+    assert [answer[0]["generated_text"] for answer in answers] == [
+        piped(text=chat, **options)[0]["generated_text"] for chat in chats
+    ]
 
 
 # Training and compiling
