@@ -298,6 +298,26 @@ def test_a_default_that_is_not_allowed_is_refused_when_loaded(saved_default):
         LlavaSTFProcessor.from_pretrained(saved_default)
 
 
+@pytest.mark.parametrize("number", [4, np.int64(4), torch.tensor(4)], ids=["int", "numpy", "torch"])
+def test_a_default_given_when_loading_is_saved_in_one_place(number, tmp_path):
+    processor = LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL, max_soft_tokens=number, alpha_background="white")
+    assert processor.tokens_per_image == 4
+    processor.save_pretrained(tmp_path)
+    assert LlavaSTFProcessor.from_pretrained(tmp_path).tokens_per_image == 4
+    settings = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.json")}
+    for name in ("max_soft_tokens", "alpha_background"):
+        assert [file for file, text in settings.items() if f'"{name}"' in text] == ["processor_config.json"]
+
+
+def test_the_error_says_what_was_given_and_what_its_pictures_allow(small_processor, pictures, picture):
+    small = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    with pytest.raises(ValueError, match=r"is 16 for 1 pictures or frames, expected one of \[4, 1\]"):
+        small_processor(images=pictures[0], max_soft_tokens=16, **small)
+    frames = [picture("frame_0.png"), picture("frame_1.png")]
+    with pytest.raises(ValueError, match=r"is \[\[4, 1\], \[4\]\] for 3 pictures or frames"):
+        small_processor(videos=[frames, frames[:1]], text="<video><video>", max_soft_tokens=[[4, 1], [4]])
+
+
 def test_nothing_about_budgets_is_saved_by_default(small_processor, tmp_path):
     small_processor.save_pretrained(tmp_path)
     assert "max_soft_tokens" not in (tmp_path / "processor_config.json").read_text(encoding="utf-8")
