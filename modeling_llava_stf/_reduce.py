@@ -94,8 +94,9 @@ def reduce_image_tokens(
     Raises:
         ValueError: if the inputs have labels, are no tensors, or their placeholders do not fit the pictures; if a
             count is not between 1 and the picture's tokens, or not that of square windows; if an argument is unknown;
-            if `score` returns anything but such indices; if flash attention would take the gaps of original positions
-            for the borders of packed sequences.
+            if `score` returns anything but such indices, or is "question" and there are no words; if the features of a
+            picture are not finite; if flash attention would take the gaps of original positions for the borders of
+            packed sequences.
     """
     _check(model, inputs, score, positions, seed)
     ids = inputs["input_ids"]
@@ -155,7 +156,13 @@ def _encoded(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) ->
     if inputs.get("pixel_values") is None:
         return []
     taken = {name: inputs[name] for name in ENCODER_INPUTS if inputs.get(name) is not None}
-    return list(model.get_image_features(**taken, return_dict=True).pooler_output)
+    pictures = list(model.get_image_features(**taken, return_dict=True).pooler_output)
+    if not all(tokens.isfinite().all() for tokens in pictures):
+        raise ValueError(
+            f"The features of a picture are not finite in {pictures[0].dtype}: nothing can be chosen among them. Check "
+            "its pixels; if they are right, load the model with `dtype=torch.bfloat16` or `torch.float32`."
+        )
+    return pictures
 
 
 def _places(
@@ -184,6 +191,8 @@ def _words(
     behind = ids[row, last:][text[row, last:]]
     behind = behind[behind != model.config.image_token_id]
     words = behind if len(behind) else ids[row][text[row] & (ids[row] != model.config.image_token_id)]
+    if not len(words):
+        raise ValueError(f"`score` is 'question', but prompt {row} has no words: choose another score.")
     return model.get_input_embeddings()(words).float()
 
 

@@ -433,6 +433,17 @@ def test_mistakes(stock, model, inputs_of):
     ):
         with pytest.raises(ValueError, match=message):
             reduce_image_tokens(stock, inputs | changed, keep=4)
+    for value in (float("nan"), float("inf")):
+        for score in SCORES:
+            with pytest.raises(ValueError, match="not finite in torch.float32"):
+                reduce_image_tokens(
+                    stock,
+                    inputs | {"pixel_values": torch.full_like(inputs["pixel_values"], value)},
+                    keep=4,
+                    score=score,
+                )
+    with pytest.raises(ValueError, match="prompt 1 has no words"):
+        reduce_image_tokens(stock, prompt([1, 0, 7], [0]), keep=4, score="question")
     for wrong, message in (
         ({"score": "best"}, "'salience'"),
         ({"positions": "gaps"}, "'compact'"),

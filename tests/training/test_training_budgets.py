@@ -377,6 +377,9 @@ def test_an_empty_list_in_a_recipe_is_refused():
         LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=[])
     with pytest.raises(ValueError, match="`token_budgets` has 4.0, expected whole numbers"):
         LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=[4.0])
+    for wrong in (4, "41"):
+        with pytest.raises(ValueError, match=f"`token_budgets` is {wrong!r}, expected a list"):
+            LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=wrong)
 
 
 def test_a_collator_of_one_s_own_is_refused(trainer, tmp_path):
