@@ -220,7 +220,7 @@ def read_all(names: list[str], budgets: list[int]) -> dict[str, Config]:
     configs: dict[str, Config] = {}
     found = {name: read(name) for name in names}
     if budgets and not any(isinstance(config, LlavaSTFConfig) for config in found.values()):
-        raise SystemExit(f"error: --max-soft-tokens is for LLaVA-STF, but not for {', '.join(names)}: leave it out.")
+        raise SystemExit(f"error: --max-soft-tokens is for LLaVA-STF, found only {', '.join(names)}: leave it out.")
     for name, config in found.items():
         if not (budgets and isinstance(config, LlavaSTFConfig)):
             configs[name] = config

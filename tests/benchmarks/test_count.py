@@ -163,7 +163,7 @@ def test_more_devices_need_less_memory_where_they_share():
 def test_budgets_of_models_that_have_none_are_refused():
     named = count.read_all(["llava-1.5-7b", "stf-7b"], [36, 1])
     assert [*named] == ["llava-1.5-7b", "stf-7b, 36 tokens", "stf-7b, 1 tokens"]
-    with pytest.raises(SystemExit, match="--max-soft-tokens is for LLaVA-STF, but not for llava-1.5-7b, llava-1.5-13b"):
+    with pytest.raises(SystemExit, match="--max-soft-tokens is for LLaVA-STF, found only llava-1.5-7b, llava-1.5-13b"):
         count.read_all(["llava-1.5-7b", "llava-1.5-13b"], [36])
 
 
