@@ -452,7 +452,9 @@ def suggest_budgets(
     if not choice or not right:
         raise ValueError(f"`budgets` is {choice!r}, expected numbers from {allowed}, in a list.")
     choice = sorted(choice)
-    states: Any = model.get_image_features(pixel_values, return_dict=True).last_hidden_state  # type: ignore[union-attr]
+    largest = choice[-1:] * pixel_values.shape[:-3].numel()  # no state depends on it; all tokens may be untrained
+    encoded: Any = model.get_image_features(pixel_values, largest, return_dict=True)
+    states = encoded.last_hidden_state
     groups = (_groups(image[1:].float(), threshold) for image in states)  # without the class token
     return [next((budget for budget in choice if budget >= count), choice[-1]) for count in groups]
 

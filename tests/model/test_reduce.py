@@ -1,5 +1,7 @@
 """Fewer image tokens without training: the shorter prompt means what it should, alone and in a batch."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
@@ -509,6 +511,20 @@ def test_groups_are_those_of_the_greedy_cover():
     assert _reduce._groups(patches, 0.98) == 4
     assert _reduce._groups(patches, 0.9999) == 7 and _reduce._groups(patches, -1.1) == 1
     assert _reduce._groups(torch.ones(5, 3), 0.99) == 1
+
+
+def test_suggestions_ask_for_no_untrained_number(model, picture, processor, caplog):
+    pixels = processor(images=[picture("shapes.png")] * 2, return_tensors="pt")["pixel_values"]
+    allowed = model.config.allowed_token_budgets
+    expected = suggest_budgets(model, pixels, budgets=allowed[1:])
+    module = importlib.import_module(type(model).__module__)
+    type(module.logger).warning_once.cache_clear()
+    caplog.clear()
+    model.config.token_budgets = allowed[1:]
+    assert suggest_budgets(model, pixels) == suggest_budgets(model, pixels[None]) == expected
+    assert "expect worse answers" not in caplog.text
+    model.get_image_features(pixels)
+    assert "expect worse answers" in caplog.text
 
 
 def test_suggestions_that_are_refused(stock, model):
