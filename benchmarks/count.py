@@ -218,8 +218,10 @@ def _sum(parts: list[Part], name: str) -> float:
 def read_all(names: list[str], budgets: list[int]) -> dict[str, Config]:
     """Returns the configs by their names; LLaVA-STF's once for each number of tokens that it allows."""
     configs: dict[str, Config] = {}
-    for name in names:
-        config = read(name)
+    found = {name: read(name) for name in names}
+    if budgets and not any(isinstance(config, LlavaSTFConfig) for config in found.values()):
+        raise SystemExit(f"error: --max-soft-tokens is for LLaVA-STF, found only {', '.join(names)}: leave it out.")
+    for name, config in found.items():
         if not (budgets and isinstance(config, LlavaSTFConfig)):
             configs[name] = config
             continue

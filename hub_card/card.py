@@ -16,7 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from packaging.requirements import Requirement
 from tqdm import tqdm
 
-from conversion.checkpoints.folders import QUANTISATION_FILE, name_auto_class
+from conversion.checkpoints.folders import QUANTISATION_FILE, TOKEN_BUDGETS, name_auto_class
 from conversion.checkpoints.weights import Weights, read_file, read_folder
 from conversion.fusion import token_grid
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
@@ -63,6 +63,7 @@ class Card:
     facts: Facts
     processor: LlavaSTFProcessor
     tokens_per_image: int
+    token_budgets: list[int]  # that the weights were trained for
     parameters: int
     dtypes: str
     size: str  # size of the weights
@@ -168,6 +169,7 @@ def gather(
         facts=facts,
         processor=processor,
         tokens_per_image=processor.tokens_per_image,
+        token_budgets=about.pop("token_budgets") or processor.allowed_token_budgets[:1],
         parameters=count_parameters(weights, about),
         dtypes=" and ".join(sorted({str(weight.dtype).removeprefix("torch.") for weight in weights.values()})),
         size=tqdm.format_sizeof(sum(weight.nbytes for weight in weights.values()), "B"),
@@ -187,7 +189,8 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"The adapter's base is {base!r}, which others do not have: give its Hub id (--base USER/NAME)."
         )
-    return {"base": base, "base_revision": base_revision}
+    trained = read_object(folder / ADAPTER_CONFIG_FILE).get("auto_mapping") or {}
+    return {"base": base, "base_revision": base_revision, "token_budgets": trained.get(TOKEN_BUDGETS)}
 
 
 def _about_model(folder: Path) -> dict[str, Any]:
@@ -196,6 +199,7 @@ def _about_model(folder: Path) -> dict[str, Any]:
     made = folder / QUANTISATION_FILE
     return {
         "config": config,
+        "token_budgets": config.token_budgets,
         "quantisation": quantisation.get("quant_method", ""),
         "quantised": read_object(made) if made.exists() else {},
     }

@@ -37,6 +37,7 @@ def is_our_snippet(frozen: Frozen, card: str) -> bool:
         facts=Facts(license=""),
         processor=LlavaSTFProcessor.from_pretrained(frozen.folder),
         tokens_per_image=0,
+        token_budgets=[0],
         parameters=0,
         dtypes="",
         size="",

@@ -9,6 +9,7 @@ model.generate(**reduce_image_tokens(model, inputs, keep=72))
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils.generic import is_flash_attention_requested
 
 from .modeling_llava_stf import TAKES_ENCODED_PICTURES, LlavaSTFForConditionalGeneration
+from .processing_llava_stf import _python_numbers
 
 # The encoder takes these of the processor's outputs.
 ENCODER_INPUTS = (
@@ -92,9 +94,11 @@ def reduce_image_tokens(
     Raises:
         ValueError: if the inputs have labels, are no tensors, or their placeholders do not fit the pictures; if a
             count is not between 1 and the picture's tokens, or not that of square windows; if an argument is unknown;
-            if flash attention would take the gaps of original positions for the borders of packed sequences.
+            if `score` returns anything but such indices, or is "question" and there are no words; if the features of a
+            picture are not finite; if flash attention would take the gaps of original positions for the borders of
+            packed sequences.
     """
-    _check(model, inputs, score, positions)
+    _check(model, inputs, score, positions, seed)
     ids = inputs["input_ids"]
     given = inputs.get("attention_mask")
     mask = torch.ones_like(ids).bool() if given is None else _along("attention_mask", given, ids).bool()
@@ -113,7 +117,9 @@ def reduce_image_tokens(
     return _shortened(model, inputs, mask, left, positions, kept)
 
 
-def _check(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any], score: str | Score, positions: str) -> None:
+def _check(
+    model: LlavaForConditionalGeneration, inputs: Mapping[str, Any], score: str | Score, positions: str, seed: Any
+) -> None:
     if model.config.model_type not in ("llava_stf", "llava"):
         raise ValueError(
             f"The model is a `{model.config.model_type}`, expected a `llava_stf` or a `llava`: others place their "
@@ -131,6 +137,8 @@ def _check(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any], scor
         raise ValueError(f"`score` is {score!r}, expected a function or one of {[*SELECT, *MERGE]}.")
     if positions not in POSITIONS:
         raise ValueError(f"`positions` is {positions!r}, expected one of {list(POSITIONS)}.")
+    if not isinstance(seed, Integral):
+        raise ValueError(f"`seed` is {seed!r}, expected a whole number.")
 
 
 def _refuse_flash_attention(model: LlavaForConditionalGeneration) -> None:
@@ -148,7 +156,13 @@ def _encoded(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) ->
     if inputs.get("pixel_values") is None:
         return []
     taken = {name: inputs[name] for name in ENCODER_INPUTS if inputs.get(name) is not None}
-    return list(model.get_image_features(**taken, return_dict=True).pooler_output)
+    pictures = list(model.get_image_features(**taken, return_dict=True).pooler_output)
+    if not all(tokens.isfinite().all() for tokens in pictures):
+        raise ValueError(
+            f"The features of a picture are not finite in {pictures[0].dtype}: nothing can be chosen among them. Check "
+            "its pixels; if they are right, load the model with `dtype=torch.bfloat16` or `torch.float32`."
+        )
+    return pictures
 
 
 def _places(
@@ -177,13 +191,14 @@ def _words(
     behind = ids[row, last:][text[row, last:]]
     behind = behind[behind != model.config.image_token_id]
     words = behind if len(behind) else ids[row][text[row] & (ids[row] != model.config.image_token_id)]
+    if not len(words):
+        raise ValueError(f"`score` is 'question', but prompt {row} has no words: choose another score.")
     return model.get_input_embeddings()(words).float()
 
 
 def _counts(keep: Any, pictures: list[torch.Tensor], min_tokens: int) -> list[int]:
-    keep = keep.tolist() if hasattr(keep, "tolist") else keep  # of numpy or torch
-    one_for_all = keep is None or isinstance(keep, (int, float, str))
-    wishes = [keep] * len(pictures) if one_for_all else list(keep)
+    keep, min_tokens = _python_numbers(keep), _python_numbers(min_tokens)
+    wishes = list(keep) if isinstance(keep, (list, tuple, range)) else [keep] * len(pictures)
     if len(wishes) != len(pictures):
         raise ValueError(f"`keep` has {len(wishes)} entries, but there are {len(pictures)} pictures or frames.")
     return [_count(wish, tokens, min_tokens) for wish, tokens in zip(wishes, pictures, strict=True)]
@@ -191,8 +206,8 @@ def _counts(keep: Any, pictures: list[torch.Tensor], min_tokens: int) -> list[in
 
 def _count(wish: Any, tokens: torch.Tensor, min_tokens: int) -> int:
     size = len(tokens)
-    if not 1 <= min_tokens <= size:
-        raise ValueError(f"`min_tokens` is {min_tokens}, expected 1 to {size}, the tokens of a picture.")
+    if not (type(min_tokens) is int and 1 <= min_tokens <= size):
+        raise ValueError(f"`min_tokens` is {min_tokens!r}, expected 1 to {size}, the tokens of a picture.")
     if wish == "adaptive":
         return max(min_tokens, min(size, 4 * _outliers(_salience(tokens.float()))))
     if isinstance(wish, float) and 0 < wish <= 1:
@@ -222,16 +237,22 @@ def _fewer(
     if isinstance(score, str):
         chosen = SELECT[score](tokens.float(), count, words, seed)
     else:
-        chosen = _checked(score(tokens.float(), count), count, len(tokens))
+        # A copy: the function may change it.
+        chosen = _checked(score(tokens.to(torch.float32, copy=True), count), count, len(tokens))
     chosen = chosen.to(tokens.device).sort().values
     return tokens[chosen], chosen
 
 
 def _checked(chosen: Any, count: int, size: int) -> torch.Tensor:
-    chosen = torch.as_tensor(chosen)
-    if chosen.shape != (count,) or len(chosen.unique()) != count or chosen.min() < 0 or chosen.max() >= size:
-        raise ValueError(f"`score` returned {chosen.tolist()}, expected {count} different indices below {size}.")
-    return chosen.long()
+    try:
+        indices = torch.as_tensor(chosen).long()
+        whole = torch.equal(indices.double(), torch.as_tensor(chosen).double())  # not if one is NaN
+        right = whole and indices.shape == (count,) and {*indices.tolist()} <= {*range(size)}
+    except (RuntimeError, TypeError, ValueError):  # torch makes no tensor of it
+        right = False
+    if not right or len(indices.unique()) != count:
+        raise ValueError(f"`score` returned {chosen!r:.200}, expected {count} different indices below {size}.")
+    return indices
 
 
 def _salience(tokens: torch.Tensor) -> torch.Tensor:
@@ -290,7 +311,7 @@ def _even(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> t
 
 
 def _random(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> torch.Tensor:
-    return torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))[:count]
+    return torch.randperm(len(tokens), generator=torch.Generator().manual_seed(int(seed)))[:count]
 
 
 def _pooled(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -353,7 +374,7 @@ def _shortened(
     if positions == "compact":
         position_ids = left.cumsum(1) - 1
     else:
-        position_ids = (mask.cumsum(1) - 1 if given is None else given.expand_as(ids)).gather(1, columns)
+        position_ids = (mask.cumsum(1) - 1 if given is None else _positions(given, ids)).gather(1, columns)
     padding = model.config.get_text_config().pad_token_id
     data = {
         "input_ids": ids.gather(1, columns).masked_fill(~left, 0 if padding is None else padding),
@@ -364,6 +385,12 @@ def _shortened(
         if values is not None and name not in (*data, *ENCODER_INPUTS):
             data[name] = _along(name, values, ids).gather(1, columns).masked_fill(~left, 0)
     return _Reduced(data | _pictures(model, data["input_ids"], kept))
+
+
+def _positions(given: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the caller's positions as (batch, sequence); one row of them may be given for all prompts."""
+    one_row = isinstance(given, torch.Tensor) and given.shape in (ids.shape[1:], (1, *ids.shape[1:]))
+    return _along("position_ids", given.expand_as(ids) if one_row else given, ids)
 
 
 def _along(name: str, values: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -416,13 +443,18 @@ def suggest_budgets(
     pixel_values = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
     if not isinstance(pixel_values, torch.Tensor):
         raise ValueError("The inputs have no `pixel_values`: pass what the processor returned for the pictures.")
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"`threshold` is {threshold}, expected a cosine, from -1 to 1.")
+    threshold, budgets = _python_numbers(threshold), _python_numbers(budgets)
+    if not (isinstance(threshold, (int, float)) and -1 <= threshold <= 1):
+        raise ValueError(f"`threshold` is {threshold!r}, expected a cosine, from -1 to 1.")
     allowed = model.config.allowed_token_budgets
-    choice = sorted(budgets or model.config.token_budgets or allowed)
-    if not set(choice) <= set(allowed):
-        raise ValueError(f"`budgets` is {list(choice)}, expected numbers from {allowed}.")
-    states: Any = model.get_image_features(pixel_values, return_dict=True).last_hidden_state  # type: ignore[union-attr]
+    choice = model.config.token_budgets or allowed if budgets is None else budgets
+    right = isinstance(choice, (list, tuple)) and all(type(number) is int and number in allowed for number in choice)
+    if not choice or not right:
+        raise ValueError(f"`budgets` is {choice!r}, expected numbers from {allowed}, in a list.")
+    choice = sorted(choice)
+    largest = choice[-1:] * pixel_values.shape[:-3].numel()  # no state depends on it; all tokens may be untrained
+    encoded: Any = model.get_image_features(pixel_values, largest, return_dict=True)
+    states = encoded.last_hidden_state
     groups = (_groups(image[1:].float(), threshold) for image in states)  # without the class token
     return [next((budget for budget in choice if budget >= count), choice[-1]) for count in groups]
 

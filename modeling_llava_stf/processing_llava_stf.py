@@ -116,6 +116,10 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     alpha_background = None
     max_soft_tokens = None
 
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.max_soft_tokens = _python_numbers(self.max_soft_tokens)  # numpy's cannot be saved
+
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens paths, URLs and bytes, in any nesting; does not rotate or convert them."""
         if isinstance(image_url_or_urls, (list, tuple)):
@@ -321,8 +325,9 @@ class LlavaSTFProcessor(LlavaProcessor):
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         processor.check_settings()
-        # This says how the tokenizer was loaded, not what it is; if saved, it would differ from load to load.
-        for name in ("dtype", "is_local", "local_files_only"):
+        # This says how the tokenizer was loaded, not what it is; if saved, it would differ from load to load, and name
+        # settings of pictures that may have changed since.
+        for name in ("dtype", "is_local", "local_files_only", *LlavaSTFImagesKwargs.__annotations__):
             processor.tokenizer.init_kwargs.pop(name, None)
         return loaded
 
@@ -475,13 +480,13 @@ class LlavaSTFProcessor(LlavaProcessor):
         if asked is None:
             return [self.num_image_tokens(*size) for size in sizes]
         numbers = [*asked] if isinstance(asked, (list, tuple)) else [asked] * len(sizes)
-        allowed = [self._allowed_tokens(*size) for size in sizes]
         # Without pictures it is the number itself that is checked, by the budgets of the configured size.
-        checked = zip(numbers or _as_list(asked), allowed or [self.allowed_token_budgets], strict=False)
+        allowed = [self._allowed_tokens(*size) for size in sizes] or [self.allowed_token_budgets]
+        checked = zip(numbers or _as_list(asked), allowed, strict=False)
         if len(numbers) != len(sizes) or not all(type(number) is int and number in ok for number, ok in checked):
             raise ValueError(
-                f"`max_soft_tokens` is {asked!r} for {len(sizes)} pictures or frames, expected one of "
-                f"{self.allowed_token_budgets}, or a list with one of them for each picture."
+                f"`max_soft_tokens` is {asked!r} for {len(sizes)} pictures or frames, expected one of {allowed[0]}, or "
+                "a list with one of them for each picture."
             )
         return numbers
 
@@ -1042,8 +1047,10 @@ def _as_list(numbers: Any) -> list:
 
 def _for_each_frame(max_soft_tokens: Any, frames: list[int]) -> Any:
     """Returns the option with one number for each frame, if it is a list with one for each video."""
-    if not isinstance(max_soft_tokens, (list, tuple)) or len(max_soft_tokens) != len(frames):
+    if not isinstance(max_soft_tokens, list) or len(max_soft_tokens) != len(frames):
         return max_soft_tokens
+    if not all(isinstance(number, int) for number in max_soft_tokens):
+        return max_soft_tokens  # for the error
     return [number for number, count in zip(max_soft_tokens, frames, strict=True) for _ in range(count)]
 
 

@@ -8,7 +8,7 @@ same step: the loss of Matryoshka Multimodal Models (M3, arXiv 2405.17430), whic
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,8 +70,10 @@ class TokenBudgets:
         return self.copies(vision) * mean
 
 
-def check_budgets(budgets: Sequence[Any]) -> None:
+def check_budgets(budgets: Any) -> None:
     """Raises a `ValueError` if these are no budgets of any model: none at all, one twice, or no whole number."""
+    if isinstance(budgets, str) or not isinstance(budgets, Iterable):
+        raise ValueError(f"`token_budgets` is {budgets!r}, expected a list of whole numbers.")
     for budget in budgets:
         if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
             raise ValueError(f"`token_budgets` has {budget!r}, expected whole numbers of tokens, 1 or more.")

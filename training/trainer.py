@@ -237,9 +237,9 @@ class LlavaSTFTrainer(SavingTrainer):
                 f"The checkpoint was trained for {before} tokens per picture. This run trains {now}, and its config "
                 f"will name no others. To keep them: --token_budgets {both}"
             )
-        if full not in now and self.args.should_log:
+        if default not in now and self.args.should_log:
             logger.warning(
-                f"This run trains {now} tokens per picture, and not {full}: a call that does not pass "
+                f"This run trains {now} tokens per picture, and not {default}: a call that does not pass "
                 "`max_soft_tokens` will have a number of tokens that the model was not trained for."
             )
 

@@ -112,9 +112,14 @@ def compare(
         ValueError: if an argument is wrong, or `out` has rows of other questions or another model.
     """
     out, data = Path(out), Path(data)
+    for name, number, least in (("questions", questions, 1), ("batch-size", batch_size, 1), ("timed", timed, 0)):
+        if number is not None and number < least:
+            raise ValueError(f"--{name} is {number}, expected {least} or more.")
     rows, truth = read_rows(data / "test.json")[:questions], read_rows(data / "truth.jsonl")[:questions]
     loaded = {system.model: Loaded(system.model) for system in _further(models)}
     systems = list(_systems(models, loaded, keep, scores))
+    for system in systems:
+        _check_counts(system, loaded[system.model].network.config)
     (out / "rows").mkdir(parents=True, exist_ok=True)
     results = []
     for system in systems:
@@ -166,13 +171,26 @@ def _systems(
     if budgets:
         yield System("suggested budgets", first.model, "suggested")
     for name in SCORES if scores is None else scores:
-        for count in keep or [every // 2, every // 4, every // 8, every // 16]:
+        for count in keep or [every // share for share in (2, 4, 8, 16) if share <= every]:
             if name != "pool" or count in (budgets or [count]):
                 yield System(f"{name} {count}", first.model, None, count, name, "original")
             if name == "salience":
                 yield System(f"{name} {count}, compact", first.model, None, count, name, "compact")
     yield System("adaptive", first.model, None, "adaptive", "salience", "original")
     yield from others
+
+
+def _check_counts(system: System, config: Any) -> None:
+    """Raises a `ValueError` if the model cannot have the system's tokens, before hours of other rows."""
+    every = config.image_seq_length
+    allowed = getattr(config, "allowed_token_budgets", [every])
+    if isinstance(system.budget, int) and system.budget not in allowed:
+        raise ValueError(
+            f"{system.model}@{system.budget}: a picture cannot have {system.budget} tokens in this model, expected one "
+            f"of {allowed}."
+        )
+    if isinstance(system.keep, int) and not 1 <= system.keep <= every:
+        raise ValueError(f"--keep is {system.keep}, expected 1 to {every}, the tokens of a picture.")
 
 
 def _row(system: System, loaded: Loaded, data: Path, rows: list[dict], truth: list[dict], batch_size: int) -> dict:

@@ -160,6 +160,13 @@ def test_more_devices_need_less_memory_where_they_share():
     assert training_needs.memory(config, training_needs.WAYS[3], 8, 200) > 80e9  # the full model, not shared
 
 
+def test_budgets_of_models_that_have_none_are_refused():
+    named = count.read_all(["llava-1.5-7b", "stf-7b"], [36, 1])
+    assert [*named] == ["llava-1.5-7b", "stf-7b, 36 tokens", "stf-7b, 1 tokens"]
+    with pytest.raises(SystemExit, match="--max-soft-tokens is for LLaVA-STF, found only llava-1.5-7b, llava-1.5-13b"):
+        count.read_all(["llava-1.5-7b", "llava-1.5-13b"], [36])
+
+
 def test_what_token_budgets_cost():
     config = count.NAMED["stf-7b"]()
     lines = [line.split("|") for line in training_needs.lines(config, 0.4) if line.startswith(("| 144 only", "| `"))]

@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig
 
-from conversion import to_hub
+from conversion import convert, to_hub
+from conversion.checkpoints.folders import name_auto_class
 from hub_card import Facts, check, freeze, gather
 from hub_card.__main__ import main
 from hub_card.card import ROOT, name_base, pinned_versions
@@ -24,7 +25,7 @@ from hub_card.fresh_process import use
 from hub_card.picture import draw_method
 from hub_card.results import read_evaluation, read_speed
 from hub_card.snippet import snippet_of
-from modeling_llava_stf import LlavaSTFConfig
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
 
 LMMS_EVAL = ROOT / "tests" / "hub" / "lmms_eval_results.json"
 AUTHORS = ROOT / "hub_card" / "results" / "authors_7b.json"
@@ -533,6 +534,22 @@ def test_the_command_that_serves_needs_no_other_file(card_folder):
     (serve,) = re.findall(r"^- \*\*Serve\*\*.*?(?=^- )", card, re.MULTILINE | re.DOTALL)
     (command,) = re.findall(r"`([^`]+)`", serve)
     assert shlex.split(command) == ["vllm", "serve", "some/tiny", "--revision", "v1", "--trust-remote-code"]
+
+
+def test_card_of_a_processor_whose_default_was_not_trained(folder):
+    processor = LlavaSTFProcessor.from_pretrained(folder, max_soft_tokens=1)
+    processor.save_pretrained(folder)
+    text = gather(folder, "some/tiny", CARD_FACTS).render()
+    assert "**1 vision tokens**" in text and "trained for 4 tokens" in text and '{"max_soft_tokens": 4}' in text
+
+
+def test_card_of_an_adapter_names_its_budgets(tmp_path):
+    folder = convert(GOLDENS / "lora", tmp_path / "lora", base=GOLDENS / "base", keep_adapter=True)
+    name_base(folder, "some/base", "v1")
+    before = gather(folder, "some/lora", CARD_FACTS).render()
+    assert "**4 vision tokens**" in before and "max_soft_tokens" not in before
+    name_auto_class(folder, [4, 1])
+    assert "The model was trained for 4, 1 tokens" in gather(folder, "some/lora", CARD_FACTS).render()
 
 
 def test_card_names_the_budgets_that_the_model_was_trained_for(folder):

@@ -28,6 +28,7 @@ from modeling_llava_stf.modeling_llava_stf import CACHE
 
 ONE = "USER: <image>\nWhich color does the circle have? ASSISTANT:"
 TWO = "USER: <image> and <image>\nWhat differs? ASSISTANT:"
+TEXT_PART = {"type": "text", "text": "What is it?"}
 TEXT = "USER: Name a city. ASSISTANT:"
 VIDEO = "USER: <video> after <image>\nWhat happens? ASSISTANT:"
 EIGHT = {"min_new_tokens": 8, "max_new_tokens": 8, "do_sample": False}
@@ -173,6 +174,33 @@ def test_the_model_refuses_other_budgets(numbers, small, inputs_of):
         small(**inputs | {"image_tokens": numbers})
 
 
+@pytest.mark.parametrize(
+    "numbers",
+    [[4.0, 4.0], torch.tensor([4.0, 4.0]), np.array([4.0, 4.0]), [True, 4], [[[4], [4]]], iter([4, 4]), "44", 4],
+    ids=str,
+)
+def test_the_model_refuses_what_are_no_whole_numbers(numbers, small, inputs_of):
+    """A collator of torch puts the first pictures of all prompts into one tensor: that is another order."""
+    inputs = inputs_of(TWO, max_soft_tokens=4)
+    for call in (small, small.generate):
+        for wrong in (numbers, [torch.tensor([4, 4])]):
+            with pytest.raises(
+                ValueError, match=r"(?s)image_tokens.*2 images.*one whole number for each.*\[16, 4, 1\]"
+            ):
+                call(**inputs | {"image_tokens": wrong})
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"num_beams": 2}], ids=["greedy", "beams"])
+def test_budgets_may_be_in_a_list_for_each_prompt(kwargs, small, inputs_of):
+    inputs = inputs_of(TWO, TEXT, ONE, max_soft_tokens=[1, 16, 4])
+    for numbers in ([[1, 16], [], [4]], ([1, 16], (4,)), [np.int64(1), 16, 4], np.array([1, 16, 4])):
+        nested = inputs | {"image_tokens": numbers}
+        assert torch.equal(small(**nested).logits, small(**inputs).logits)
+        assert torch.equal(generate(small, nested, **kwargs), generate(small, inputs, **kwargs))
+    with pytest.raises(ValueError, match="in runs of"):
+        small(**inputs | {"image_tokens": [[16, 1], [4]]})
+
+
 def test_pixels_without_their_budget_are_refused(small, inputs_of):
     inputs = inputs_of(ONE, max_soft_tokens=4)
     del inputs["image_tokens"]
@@ -268,6 +296,26 @@ def test_a_default_that_is_not_allowed_is_refused_when_loaded(saved_default):
     file.write_text(file.read_text(encoding="utf-8").replace('"max_soft_tokens": 4', '"max_soft_tokens": 5'))
     with pytest.raises(ValueError, match=r"max_soft_tokens.*\[16, 4, 1\]"):
         LlavaSTFProcessor.from_pretrained(saved_default)
+
+
+@pytest.mark.parametrize("number", [4, np.int64(4), torch.tensor(4)], ids=["int", "numpy", "torch"])
+def test_a_default_given_when_loading_is_saved_in_one_place(number, tmp_path):
+    processor = LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL, max_soft_tokens=number, alpha_background="white")
+    assert processor.tokens_per_image == 4
+    processor.save_pretrained(tmp_path)
+    assert LlavaSTFProcessor.from_pretrained(tmp_path).tokens_per_image == 4
+    settings = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.json")}
+    for name in ("max_soft_tokens", "alpha_background"):
+        assert [file for file, text in settings.items() if f'"{name}"' in text] == ["processor_config.json"]
+
+
+def test_the_error_says_what_was_given_and_what_its_pictures_allow(small_processor, pictures, picture):
+    small = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    with pytest.raises(ValueError, match=r"is 16 for 1 pictures or frames, expected one of \[4, 1\]"):
+        small_processor(images=pictures[0], max_soft_tokens=16, **small)
+    frames = [picture("frame_0.png"), picture("frame_1.png")]
+    with pytest.raises(ValueError, match=r"is \[\[4, 1\], \[4\]\] for 3 pictures or frames"):
+        small_processor(videos=[frames, frames[:1]], text="<video><video>", max_soft_tokens=[[4, 1], [4]])
 
 
 def test_nothing_about_budgets_is_saved_by_default(small_processor, tmp_path):
@@ -459,6 +507,20 @@ def test_pipeline(small, small_processor, pictures):
     answer = piped(text=chat, processor_kwargs=options, **kwargs)[0]["generated_text"]
     assert answer.strip() == small_processor.decode(tokens[0], skip_special_tokens=True).strip()
     assert answer != piped(text=chat, **kwargs)[0]["generated_text"]
+
+
+def test_pipeline_of_batches(small, small_processor, pictures):
+    """Its batch has a list of numbers for each prompt."""
+    chats = [
+        [{"role": "user", "content": [*({"type": "image", "image": picture} for picture in images), TEXT_PART]}]
+        for images in (pictures[:1], pictures[1:])
+    ]
+    piped = pipeline("image-text-to-text", model=small, processor=small_processor)
+    options = {"processor_kwargs": {"max_soft_tokens": 4, "padding": True}, "generate_kwargs": EIGHT}
+    answers = piped(text=chats, batch_size=2, **options)
+    assert [answer[0]["generated_text"] for answer in answers] == [
+        piped(text=chat, **options)[0]["generated_text"] for chat in chats
+    ]
 
 
 # Training and compiling

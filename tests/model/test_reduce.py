@@ -1,5 +1,8 @@
 """Fewer image tokens without training: the shorter prompt means what it should, alone and in a batch."""
 
+import importlib
+
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -351,6 +354,38 @@ def test_a_score_of_one_s_own(stock):
             reduce_image_tokens(stock, inputs, keep=2, score=lambda tokens, count, wrong=wrong: wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [0.5, 3],
+        torch.tensor([float("nan"), 3]),
+        [-1, 3],
+        None,
+        "03",
+        {0, 3},
+        torch.zeros(16),
+        torch.ones(2, device="meta"),
+    ],
+    ids=str,
+)
+def test_a_score_that_returns_no_indices(stock, wrong):
+    with pytest.raises(ValueError, match="(?s)`score` returned .*expected 2 different indices below 16"):
+        reduce_image_tokens(stock, prompt([1, 0, 7]), keep=2, score=lambda tokens, count: wrong)
+
+
+def test_a_score_may_change_the_tokens_that_it_gets(stock):
+    def centred(tokens, count):
+        tokens -= tokens.mean(0)
+        return tokens.norm(dim=-1).argsort(descending=True)[:count]
+
+    def kept(score):
+        reduced = reduce_image_tokens(stock, prompt([1, 0, 7]), keep=2, score=score)
+        encoded = reduced.get("mm_encoder_outputs")
+        return encoded["image"].pooler_output[0] if encoded else reduced["inputs_embeds"]
+
+    assert torch.equal(kept(centred), kept("salience"))
+
+
 def test_right_padding_position_ids_and_types_of_the_caller(stock):
     left = prompt([1, 0, 7, 8], [1, 0, 7, 8, 9, 10])
     right = dict(left)
@@ -376,6 +411,14 @@ def test_counts_that_are_refused(stock, keep):
         reduce_image_tokens(stock, prompt([1, 0, 0, 7]), keep=keep)
 
 
+def test_numbers_of_numpy_and_torch(stock):
+    inputs = prompt([1, 0, 0, 7])
+    for keep in ([np.int64(8), torch.tensor(4)], np.array([8, 4]), torch.tensor([8, 4]), [np.float64(0.5), 0.25]):
+        assert int((reduce_image_tokens(stock, inputs, keep=keep)["input_ids"] == IMAGE).sum()) == 12
+    few = {"keep": 0.1, "min_tokens": np.int64(3), "score": "random", "seed": np.int64(1)}
+    assert int((reduce_image_tokens(stock, inputs, **few)["input_ids"] == IMAGE).sum()) == 6
+
+
 def test_mistakes(stock, model, inputs_of):
     inputs = prompt([1, 0, 7])
     for changed, message in (
@@ -386,14 +429,33 @@ def test_mistakes(stock, model, inputs_of):
         ({"pixel_values": None}, "do not match.*text has 16"),
         ({"unknown": torch.ones(3)}, "`unknown`"),
         ({"attention_mask": torch.ones(1, 3)}, "`attention_mask`"),
+        ({"position_ids": torch.arange(5)[None]}, "`position_ids`"),
+        ({"position_ids": [*range(18)]}, "`position_ids`"),
+        ({"position_ids": torch.zeros(3, 1, 18)}, "`position_ids`"),
     ):
         with pytest.raises(ValueError, match=message):
             reduce_image_tokens(stock, inputs | changed, keep=4)
+    for value in (float("nan"), float("inf")):
+        for score in SCORES:
+            with pytest.raises(ValueError, match="not finite in torch.float32"):
+                reduce_image_tokens(
+                    stock,
+                    inputs | {"pixel_values": torch.full_like(inputs["pixel_values"], value)},
+                    keep=4,
+                    score=score,
+                )
+    with pytest.raises(ValueError, match="prompt 1 has no words"):
+        reduce_image_tokens(stock, prompt([1, 0, 7], [0]), keep=4, score="question")
     for wrong, message in (
         ({"score": "best"}, "'salience'"),
         ({"positions": "gaps"}, "'compact'"),
         ({"score": "pool", "keep": 5}, r"it can make \[16, 4, 1\]"),
         ({"min_tokens": 0}, "min_tokens"),
+        ({"min_tokens": 2.5, "keep": 0.1}, "`min_tokens` is 2.5, expected 1 to 16"),
+        ({"min_tokens": "4"}, "`min_tokens` is '4', expected 1 to 16"),
+        ({"seed": 1.5, "score": "random"}, "`seed` is 1.5"),
+        ({"seed": None}, "`seed` is None"),
+        ({"keep": {4}}, r"`keep` is \{4\}"),
     ):
         with pytest.raises(ValueError, match=message):
             reduce_image_tokens(stock, inputs, **{"keep": 4} | wrong)
@@ -429,6 +491,8 @@ def test_suggested_budgets_grow_with_the_picture_and_its_threshold(model, proces
     for lower, higher in zip(by_threshold, by_threshold[1:], strict=False):
         assert all(few <= many for few, many in zip(lower, higher, strict=True))
     assert suggest_budgets(model, pixels, 1.0, budgets=[1]) == [1] * 3  # the largest there is
+    for budgets in (np.array(allowed), torch.tensor(allowed), tuple(allowed)):
+        assert suggest_budgets(model, pixels, np.float64(0.65), budgets) == suggested
     model.config.token_budgets = [max(allowed)]
     assert suggest_budgets(model, pixels) == [max(allowed)] * 3
     text = "USER: <image>\nWhat is this? ASSISTANT:"
@@ -449,6 +513,20 @@ def test_groups_are_those_of_the_greedy_cover():
     assert _reduce._groups(torch.ones(5, 3), 0.99) == 1
 
 
+def test_suggestions_ask_for_no_untrained_number(model, picture, processor, caplog):
+    pixels = processor(images=[picture("shapes.png")] * 2, return_tensors="pt")["pixel_values"]
+    allowed = model.config.allowed_token_budgets
+    expected = suggest_budgets(model, pixels, budgets=allowed[1:])
+    module = importlib.import_module(type(model).__module__)
+    type(module.logger).warning_once.cache_clear()
+    caplog.clear()
+    model.config.token_budgets = allowed[1:]
+    assert suggest_budgets(model, pixels) == suggest_budgets(model, pixels[None]) == expected
+    assert "expect worse answers" not in caplog.text
+    model.get_image_features(pixels)
+    assert "expect worse answers" in caplog.text
+
+
 def test_suggestions_that_are_refused(stock, model):
     pixels = torch.zeros(1, 3, *[model.config.vision_config.image_size] * 2)
     for arguments, message in (
@@ -456,6 +534,12 @@ def test_suggestions_that_are_refused(stock, model):
         ((model, {"input_ids": pixels}), "no `pixel_values`"),
         ((model, pixels, 1.5), "`threshold` is 1.5"),
         ((model, pixels, 0.5, [7]), r"`budgets` is \[7\], expected numbers from"),
+        ((model, pixels, 0.5, []), r"`budgets` is \[\], expected numbers from"),
+        ((model, pixels, 0.5, 1), "`budgets` is 1, expected numbers from"),
+        ((model, pixels, 0.5, [1.0]), r"`budgets` is \[1.0\], expected numbers from"),
+        ((model, pixels, 0.5, [True]), r"`budgets` is \[True\], expected numbers from"),
+        ((model, pixels, "0.5"), "`threshold` is '0.5'"),
+        ((model, pixels, None), "`threshold` is None"),
     ):
         with pytest.raises(ValueError, match=message):
             suggest_budgets(*arguments)

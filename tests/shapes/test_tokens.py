@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import LlavaConfig
 
 from examples.shapes.generate import generate
-from examples.shapes.tokens import compare, difference, table
+from examples.shapes.tokens import System, _check_counts, compare, difference, table
 
 MODEL = str(Path(__file__).parents[2] / "examples" / "shapes" / "model")
 
@@ -74,6 +75,26 @@ def test_models_that_are_refused(data, tmp_path):
     for models, message in (
         (["nowhere"], "nowhere names no folder"),
         ([MODEL, MODEL], "Several models have the name model"),
+        ([MODEL, f"five={MODEL}@5"], r"cannot have 5 tokens in this model, expected one of \[16, 4, 1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(tmp_path / "out", data, models)
+    for keep in (0, 17):
+        with pytest.raises(ValueError, match=f"--keep is {keep}, expected 1 to 16"):
+            compare(tmp_path / "out", data, [MODEL], keep=[8, keep])
+    for wrong, message in (
+        ({"questions": 0}, "--questions is 0, expected 1 or more"),
+        ({"questions": -1}, "--questions is -1, expected 1 or more"),
+        ({"batch_size": 0}, "--batch-size is 0, expected 1 or more"),
+        ({"timed": -1}, "--timed is -1, expected 0 or more"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(tmp_path / "out", data, [MODEL], **wrong)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stock_model_has_no_budgets():
+    config = LlavaConfig(image_seq_length=64)
+    _check_counts(System("stock", "folder"), config)
+    with pytest.raises(ValueError, match=r"folder@4: a picture cannot have 4 tokens .* of \[64\]"):
+        _check_counts(System("stock", "folder", 4), config)

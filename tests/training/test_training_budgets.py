@@ -298,8 +298,8 @@ def test_a_run_without_budgets_saves_none(checkpoint, tmp_path, caplog):
     assert settings["auto_mapping"].keys() == {"base_model_class", "parent_library"}
 
 
-def test_a_processor_with_a_default_of_its_own(checkpoint, tmp_path):
-    """Without `token_budgets` it is what is trained, and so what the config says."""
+def test_a_processor_with_a_default_of_its_own(checkpoint, tmp_path, caplog):
+    """Without `token_budgets` it is what is trained, and so what the config says. A call that passes none has it."""
     model = shutil.copytree(checkpoint, tmp_path / "one")
     processor = LlavaSTFProcessor.from_pretrained(model)
     processor.image_processor.max_soft_tokens = 1
@@ -308,6 +308,9 @@ def test_a_processor_with_a_default_of_its_own(checkpoint, tmp_path):
     assert run.model.config.token_budgets == [1]
     assert collate(run, [0])["image_tokens"] == [1]
     assert int(collate(run, [0])["attention_mask"].sum()) == run.train_dataset[0]["length"]
+    assert "a call that does not pass" not in caplog.text
+    trainer_of("finetune", model, CONVERSATIONS, tmp_path / "full", token_budgets=[4])
+    assert "This run trains [4] tokens per picture, and not 1: a call that does not pass" in caplog.text
 
 
 def test_a_run_below_the_full_number_has_no_warning(trainer, caplog):
@@ -374,6 +377,9 @@ def test_an_empty_list_in_a_recipe_is_refused():
         LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=[])
     with pytest.raises(ValueError, match="`token_budgets` has 4.0, expected whole numbers"):
         LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=[4.0])
+    for wrong in (4, "41"):
+        with pytest.raises(ValueError, match=f"`token_budgets` is {wrong!r}, expected a list"):
+            LlavaSTFTrainingArguments(output_dir="none", use_cpu=True, bf16=False, token_budgets=wrong)
 
 
 def test_a_collator_of_one_s_own_is_refused(trainer, tmp_path):

@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from itertools import accumulate, groupby, islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -255,8 +256,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
             pixel_values (`torch.Tensor` of shape `(B, 3, image_size, image_size)`):
                 Normalised pixels. A batch of videos may have the shape `(videos, frames, 3, image_size, image_size)`.
             image_tokens (`list[int]` or integer `torch.Tensor` of shape `(B,)`, *optional*):
-                The number of tokens of each image or frame, as the processor returns it; `None` is T for all. A list is
-                a constant of a compiled graph; a tensor is copied to the CPU.
+                The number of tokens of each image or frame, as the processor returns it, or a list with such a list for
+                each prompt; `None` is T for all. A list is a constant of a compiled graph; a tensor is copied to the
+                CPU.
 
         Returns:
             The tower's output. Its `pooler_output` is a list with the fused tokens of each image, `(T, D)` each, or
@@ -284,15 +286,15 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         if image_tokens is None:
             self._warn_of_untrained({full})
             return None
-        if isinstance(image_tokens, torch.Tensor):
-            image_tokens = image_tokens.flatten().tolist()
-        if isinstance(image_tokens, int) or len(image_tokens) != images or not {*image_tokens} <= {*allowed}:
+        numbers = _numbers_in(image_tokens)
+        whole = all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+        if len(numbers) != images or not whole or not {*numbers} <= {*allowed}:
             raise ValueError(
-                f"`image_tokens` is {image_tokens} for {images} images or frames, expected one number for each, and "
-                f"each one of {allowed}. The processor returns it with the pixels."
+                f"`image_tokens` is {image_tokens} for {images} images or frames, expected one whole number for each, "
+                f"and each one of {allowed}. The processor returns it with the pixels."
             )
-        self._warn_of_untrained({*image_tokens})
-        return None if {*image_tokens} == {full} else [*image_tokens]
+        self._warn_of_untrained({*numbers})
+        return None if {*numbers} == {full} else numbers
 
     def _warn_of_untrained(self, budgets: set[int]) -> None:
         trained = self.config.token_budgets or [self.config.tokens_per_image]
@@ -605,16 +607,24 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         images: dict[str, Any] = {}
         if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
             placeholders = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
-            pixels, numbers = model_kwargs.pop("pixel_values").flatten(0, -4), model_kwargs.pop("image_tokens", None)
-            each = torch.full((len(pixels),), self.config.tokens_per_image) if numbers is None else numbers
-            order = _repeated(placeholders.tolist(), torch.as_tensor(each).tolist(), expand_size)
+            pixels, given = model_kwargs.pop("pixel_values").flatten(0, -4), model_kwargs.pop("image_tokens", None)
+            numbers = self.model._checked_tokens(given, len(pixels)) or [self.config.tokens_per_image] * len(pixels)
+            order = _repeated(placeholders.tolist(), numbers, expand_size)
             images["pixel_values"] = pixels[order]
-            if numbers is not None:
-                images["image_tokens"] = [int(numbers[index]) for index in order]
+            if given is not None:
+                images["image_tokens"] = [numbers[index] for index in order]
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **images}
+
+
+def _numbers_in(image_tokens: Any) -> list:
+    """Returns a tensor or list as a flat list. A pipeline of transformers makes a batch of the lists of its prompts."""
+    if hasattr(image_tokens, "tolist"):
+        return image_tokens.flatten().tolist()
+    prompts = image_tokens if isinstance(image_tokens, (list, tuple)) else []
+    return [number for prompt in prompts for number in (prompt if isinstance(prompt, (list, tuple)) else [prompt])]
 
 
 def _repeated(placeholders: list[int], image_tokens: list[int], times: int) -> list[int]:
