@@ -755,6 +755,31 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert main() == 2 and "make the data first" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "least"),
+    [
+        ("generate DATA", "--scenes", 1),
+        ("generate DATA --scenes 1", "--test-scenes", 0),
+        ("generate DATA --scenes 1", "--turns", 1),
+        ("generate DATA --scenes 1", "--seed", 0),
+        ("clip DATA OUT", "--steps", 1),
+        ("evaluate MODEL DATA", "--batch-size", 1),
+        ("shrink MODEL DATA --output FILE", "--questions", 1),
+        ("make WORK OUT", "--clip-steps", 1),
+        ("ablation WORK OUT", "--seeds", 1),
+        ("tokens OUT DATA MODEL", "--questions", 1),
+        ("tokens OUT DATA MODEL", "--timed", 0),
+    ],
+)
+def test_a_number_that_is_too_small_is_refused(command, option, least, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["shapes", *command.split(), option, str(least - 1)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    expected = f"error: argument {option}: found {least - 1}, expected {least} or more\n"
+    assert capsys.readouterr().err.endswith(expected) and not [*tmp_path.iterdir()]
+
+
 def test_the_new_kind_asks_for_an_object_that_is_alone_on_the_left():
     asked = {scene: furthest_left(scene) for scene in scenes("train", 200)}
     assert len([question for question in asked.values() if question]) > 50
