@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
+from conversion.checkpoints.folders import complete_or_absent
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 
 from .scenes import GROUPS
@@ -43,10 +44,10 @@ def evaluate(
         What [`score`] returns, and the same for a model card (`python -m hub_card render --results FILE`).
 
     Raises:
-        ValueError: if files are missing or do not belong together, or if `output` exists.
+        ValueError: if files are missing or do not belong together, or if `output` exists or cannot be written.
     """
-    if output is not None and Path(output).exists():
-        raise ValueError(f"{output} exists. Choose another file; nothing was asked.")
+    if output is not None:
+        require_new(output)
     prefix = "new-" if new else ""
     rows, truth = read_rows(Path(data) / f"{prefix}test.json"), read_rows(Path(data) / f"{prefix}truth.jsonl")
     processor = LlavaSTFProcessor.from_pretrained(model)
@@ -55,8 +56,21 @@ def evaluate(
     print(accuracy_table(scores["kinds"]))
     result = card_results(scores["kinds"], name or str(model)) | scores
     if output is not None:
-        Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(output, result)
     return result
+
+
+def require_new(output: str | Path) -> None:
+    """Raises a `ValueError` if a file of results exists, or if there is no folder for it."""
+    if Path(output).exists():
+        raise ValueError(f"{output} exists. Choose another file; nothing was asked.")
+    if not Path(output).absolute().parent.is_dir():
+        raise ValueError(f"There is no folder for {output}. Make it, or choose another file; nothing was asked.")
+
+
+def write_result(output: str | Path, result: dict) -> None:
+    with complete_or_absent(Path(output), file=True) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def ask(
