@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("out", metavar="DATA", help="folder to write; must not exist, or be empty")
     data.add_argument("--scenes", type=_at_least(1), required=True, metavar="N", help="number of training scenes")
     data.add_argument(
-        "--test-scenes", type=_at_least(0), default=500, metavar="N", help="number of test scenes (default: 500)"
+        "--test-scenes", type=_at_least(1), default=500, metavar="N", help="number of test scenes (default: 500)"
     )
     data.add_argument(
         "--turns", type=_at_least(1), default=8, metavar="N", help="maximum of questions about a scene (default: 8)"

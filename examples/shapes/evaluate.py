@@ -13,10 +13,10 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
 from conversion.checkpoints.folders import complete_or_absent
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf._folder import load_checkpoint
 
 from .scenes import GROUPS
-from .text import messages_of, read_rows
+from .text import messages_of, read_test
 from .training import DEVICE
 
 LONGEST_ANSWER = 80  # tokens; the longest caption has about 60
@@ -48,10 +48,8 @@ def evaluate(
     """
     if output is not None:
         require_new(output)
-    prefix = "new-" if new else ""
-    rows, truth = read_rows(Path(data) / f"{prefix}test.json"), read_rows(Path(data) / f"{prefix}truth.jsonl")
-    processor = LlavaSTFProcessor.from_pretrained(model)
-    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=DEVICE).eval()
+    rows, truth = read_test(Path(data), "new-" if new else "")
+    processor, network = load_checkpoint(str(model), None, dtype="auto", device_map=DEVICE)
     scores = score(ask(network, processor, Path(data), rows, batch_size), rows, truth)
     print(accuracy_table(scores["kinds"]))
     result = card_results(scores["kinds"], name or str(model)) | scores

@@ -18,9 +18,10 @@ import torch
 from conversion import ConversionError, quantise
 from conversion.quantise import SCHEMES
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf._folder import checked_config
 
 from .evaluate import ask, require_new, score, write_result
-from .text import read_rows
+from .text import read_test
 from .training import DEVICE
 
 REFERENCE = "bfloat16"  # the whole model that the others are compared with
@@ -54,7 +55,8 @@ def shrink(
         ValueError: if a file is missing, or `output` exists or cannot be written.
     """
     require_new(output)
-    rows, truth = read_rows(Path(data) / "test.json"), read_rows(Path(data) / "truth.jsonl")
+    checked_config(str(model), None)
+    rows, truth = read_test(Path(data))
     chosen = {row["id"] for row in Random(0).sample(rows, min(questions, len(rows)))}
     rows, truth = ([row for row in part if row["id"] in chosen] for part in (rows, truth))
     table: dict[str, dict[str, Any]] = {}

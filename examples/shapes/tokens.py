@@ -30,7 +30,7 @@ from modeling_llava_stf import reduce_image_tokens, suggest_budgets
 
 from .evaluate import ask, prompts, score
 from .questions import KINDS
-from .text import messages_of, read_rows
+from .text import messages_of, read_test
 from .training import DEVICE
 
 SCORES = ("salience", "diverse", "merging", "question", "even", "random", "pool")
@@ -112,7 +112,7 @@ def compare(
         ValueError: if an argument is wrong, or `out` has rows of other questions or another model.
     """
     out, data = Path(out), Path(data)
-    rows, truth = read_rows(data / "test.json")[:questions], read_rows(data / "truth.jsonl")[:questions]
+    rows, truth = (part[:questions] for part in read_test(data))
     loaded = {system.model: Loaded(system.model) for system in _further(models)}
     systems = list(_systems(models, loaded, keep, scores))
     (out / "rows").mkdir(parents=True, exist_ok=True)

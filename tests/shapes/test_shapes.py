@@ -68,7 +68,9 @@ from examples.shapes.scenes import GROUPS, RADII, SIDE, Print, Scene, Thing, dra
 from examples.shapes.shrink import shrink
 from examples.shapes.task import write_task
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
+from examples.shapes.tokens import compare
 from examples.shapes.training import train
+from examples.shapes.warm_up import warm_up
 from hub_card.results import read_evaluation
 from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
 
@@ -241,8 +243,9 @@ def test_a_pictogram_that_shows_no_object_is_named(change, message, tmp_path):
         read_pictograms(tmp_path)
 
 
-def test_too_few_objects_for_a_scene_are_refused():
+def test_too_few_objects_for_a_scene_are_refused(monkeypatch):
     """One object has no pair, so that an unseen pair would be searched for ever."""
+    monkeypatch.setattr("examples.shapes.scenes.SCENES_TRIED", 500)
     few = {family: [one for one in of_family if one.object.name == "cat"] for family, of_family in SAMPLES.items()}
     with pytest.raises(ValueError, match=r"No test scene .*\(unseen pair\) .* with 1 different pictograms: add some"):
         for index in range(20):
@@ -796,6 +799,37 @@ def test_score_refuses_files_of_different_data(data):
         score(given, rows, truth[1:])
 
 
+ASKING = {
+    "evaluate": lambda model, data, out: evaluate(model, data, out),
+    "shrink": lambda model, data, out: shrink(model, data, out),
+    "task": lambda model, data, out: write_task(data, out),
+    "tokens": lambda model, data, out: compare(out, data, [str(model)]),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [("[{", "test.json is no JSON"), ("[]", "test.json has no question"), ('[{"id": "a"}]', "must come from one run")],
+)
+def test_a_damaged_test_is_named_before_the_questions(ask, rows, message, data, checkpoint, tmp_path):
+    (tmp_path / "test.json").write_text(rows)
+    shutil.copyfile(data / "truth.jsonl", tmp_path / "truth.jsonl")
+    with pytest.raises(ValueError, match=message):
+        ask(checkpoint, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_a_model_that_is_not_there_is_named(data, tmp_path):
+    for step in (
+        lambda model: evaluate(model, data),
+        lambda model: shrink(model, data, tmp_path / "result.json"),
+        lambda model: warm_up(data, model, tmp_path / "warm", steps=1),
+    ):
+        with pytest.raises(ValueError, match="There is no folder '/nowhere/model'"):
+            step("/nowhere/model")
+
+
 def test_evaluates_a_checkpoint(data, checkpoint, tmp_path, capsys):
     """The golden model knows nothing: what counts is that each question is asked and counted."""
     output = tmp_path / "result.json"
@@ -830,7 +864,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     ("command", "option", "least"),
     [
         ("generate DATA", "--scenes", 1),
-        ("generate DATA --scenes 1", "--test-scenes", 0),
+        ("generate DATA --scenes 1", "--test-scenes", 1),
         ("generate DATA --scenes 1", "--turns", 1),
         ("generate DATA --scenes 1", "--seed", 0),
         ("clip DATA OUT", "--steps", 1),
