@@ -180,10 +180,17 @@ def read_pictograms(folder: str | Path) -> dict[str, list[Pictogram]]:
     """Returns the pictograms of each family in a folder that `fetch` wrote.
 
     Raises:
-        ValueError: if a family is missing, a picture is damaged, empty or of another size, or the table of objects is
-            wrong.
+        ValueError: if a family is missing, a picture is damaged, empty, of another size or of an unknown object, or the
+            table of objects is wrong.
     """
     check_objects(OBJECTS)
+    known = {f"{family}/{one.name}.png" for family in FAMILIES for one in OBJECTS}
+    for file in sorted(Path(folder).glob("*/*.png")):
+        if file.relative_to(folder).as_posix() not in known:
+            raise ValueError(
+                f"{file} is of no known object or family: add its row to {TABLE}, or its family to FAMILIES in "
+                f"{Path(__file__).name}, or remove it."
+            )
     pictograms = {family: list(_read_family(Path(folder) / family)) for family in FAMILIES}
     for family, of_family in pictograms.items():
         if not of_family:

@@ -243,6 +243,15 @@ def test_a_pictogram_that_shows_no_object_is_named(change, message, tmp_path):
         read_pictograms(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["noto/catt.png", "me/cat.png"])
+def test_a_pictogram_that_no_scene_would_have_is_named(name, tmp_path):
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(SAMPLE / "noto" / "cat.png", tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is of no known object or family: add its row to .*objects.csv"):
+        read_pictograms(tmp_path)
+
+
 def test_too_few_objects_for_a_scene_are_refused(monkeypatch):
     """One object has no pair, so that an unseen pair would be searched for ever."""
     monkeypatch.setattr("examples.shapes.scenes.SCENES_TRIED", 500)
