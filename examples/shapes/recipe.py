@@ -49,9 +49,9 @@ LOGS |= {stage.name: "trainer_state.json" for stage in STAGES}
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = (
     "A small model that was trained from nothing: it knows about 300 objects as artists draw them for emoji, and "
-    "nothing else. Do not ask it about photographs. It learned from scenes of Noto Emoji (Google, Apache-2.0), Twemoji "
-    "(Twitter and others, CC BY 4.0), Emoji One 2.3 (CC BY 4.0) and Firefox OS Emoji (Mozilla, Apache-2.0), and was "
-    "tested with Fluent Emoji Flat (Microsoft, MIT), too."
+    "nothing else. Do not ask it about photographs. It learned from scenes of Noto Emoji and its first version "
+    "(Google, Apache-2.0), Twemoji (Twitter and others, CC BY 4.0), Emoji One 2.3 (CC BY 4.0) and Firefox OS Emoji "
+    "(Mozilla, Apache-2.0), and was tested with Fluent Emoji Flat (Microsoft, MIT), too."
 )
 RESULTS = ("evaluation.json", "lmms_eval.json")  # of `evaluate`, and of lmms-eval if it was run
 CARD = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
