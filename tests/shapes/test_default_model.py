@@ -134,6 +134,17 @@ def test_the_page_s_numbers_are_those_of_the_results():
     assert rows_of_tables(accuracy_table(kinds)) <= page
 
 
+@pytest.mark.parametrize(("step", "entries"), [("language-model", "log"), ("warm-up", "imitation")])
+def test_the_page_s_losses_are_those_of_the_logs(step, entries):
+    page = (ROOT / "docs" / "small_model.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"\| the {step.replace('-m', ' m')} \|(.*)", page)
+    log = json.loads((MODEL / f"log_{step}.json").read_text(encoding="utf-8"))[entries]
+    losses = {entry["step"]: entry["loss"] for entry in log}
+    first, last = re.findall(r"(\d\.\d+) after (\d+)", row)
+    for loss, after in (first, last):
+        assert float(loss) == round(losses[int(after)], 2)
+
+
 def test_the_folder_is_small_and_complete():
     assert (MODEL / "model.safetensors").stat().st_size < 8e6
     assert check(MODEL) == []
