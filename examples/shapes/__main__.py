@@ -18,6 +18,7 @@ python -m examples.shapes tokens OUT DATA MODEL                measures what few
 """
 
 import argparse
+import inspect
 import sys
 from collections.abc import Callable
 
@@ -59,12 +60,14 @@ def _parser() -> argparse.ArgumentParser:
 
     data = commands.add_parser("generate", help="draw pictures, ask and answer questions")
     data.add_argument("out", metavar="DATA", help="folder to write; must not exist, or be empty")
-    data.add_argument("--scenes", type=int, required=True, metavar="N", help="number of training scenes")
-    data.add_argument("--test-scenes", type=int, default=500, metavar="N", help="number of test scenes (default: 500)")
+    data.add_argument("--scenes", type=_at_least(1), required=True, metavar="N", help="number of training scenes")
     data.add_argument(
-        "--turns", type=int, default=8, metavar="N", help="maximum of questions about a scene (default: 8)"
+        "--test-scenes", type=_at_least(1), default=500, metavar="N", help="number of test scenes (default: 500)"
     )
-    data.add_argument("--seed", type=int, default=0, help="the same seed gives the same files (default: 0)")
+    data.add_argument(
+        "--turns", type=_at_least(1), default=8, metavar="N", help="maximum of questions about a scene (default: 8)"
+    )
+    data.add_argument("--seed", type=_at_least(0), default=0, help="the same seed gives the same files (default: 0)")
     _add_pictograms(data)
     data.set_defaults(step=generate)
 
@@ -91,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         "--new", action="store_true", help="ask the kind of question that the model has not learned"
     )
     evaluation.add_argument(
-        "--batch-size", type=int, default=100, metavar="N", help="questions of a batch (default: 100)"
+        "--batch-size", type=_at_least(1), default=100, metavar="N", help="questions of a batch (default: 100)"
     )
     evaluation.set_defaults(step=evaluate)
 
@@ -99,8 +102,12 @@ def _parser() -> argparse.ArgumentParser:
     shrinking.add_argument("model", metavar="MODEL", help="folder of a checkpoint")
     shrinking.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     shrinking.add_argument("--output", metavar="FILE", required=True, help="write the result as JSON; must not exist")
-    shrinking.add_argument("--questions", type=int, default=1100, metavar="N", help="number of them (default: 1100)")
-    shrinking.add_argument("--workers", type=int, default=2, metavar="N", help="models asked at a time (default: 2)")
+    shrinking.add_argument(
+        "--questions", type=_at_least(1), default=1100, metavar="N", help="number of them (default: 1100)"
+    )
+    shrinking.add_argument(
+        "--workers", type=_at_least(1), default=2, metavar="N", help="models asked at a time (default: 2)"
+    )
     shrinking.add_argument("--also", metavar="DIR", nargs="+", default=(), help="folders that were quantised elsewhere")
     shrinking.set_defaults(step=shrink)
     task = commands.add_parser("task", help="write the questions of the test set as a task of lmms-eval")
@@ -113,18 +120,12 @@ def _parser() -> argparse.ArgumentParser:
     warming.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     warming.add_argument("start", metavar="START", help="checkpoint with new fusion modules")
     _add_training(warming, warm_up)
-    warming.add_argument(
-        "--imitation-steps",
-        type=int,
-        default=argparse.SUPPRESS,
-        metavar="N",
-        help="steps of the fusion modules alone, on ideal tokens (default: 8000)",
-    )
+    _add_numbers(warming, warm_up, imitation_steps="steps of the fusion modules alone, on ideal tokens")
 
     untold = commands.add_parser("untold", help="draw marks that the tower is not told, and ask about them")
     untold.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     untold.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    untold.add_argument("--seed", type=int, default=0, help="seed of the marks and questions (default: 0)")
+    untold.add_argument("--seed", type=_at_least(0), default=0, help="seed of the marks and questions (default: 0)")
     untold.set_defaults(step=add_untold)
 
     recipe = commands.add_parser("make", help="generate, train every part, and write a Hub folder")
@@ -132,16 +133,33 @@ def _parser() -> argparse.ArgumentParser:
         "work", metavar="WORK", help="folder for data and intermediate models; a stopped run continues there"
     )
     recipe.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    steps = ("clip-steps", "language-model-steps", "imitation-steps", "warm-up-steps")
-    for name in ("scenes", "test-scenes", *steps, "seed"):
-        recipe.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
+    _add_numbers(
+        recipe,
+        make,
+        scenes="training scenes",
+        test_scenes="test scenes",
+        clip_steps="steps of the vision tower",
+        language_model_steps="steps of the language model",
+        imitation_steps="steps of the fusion modules alone, on ideal tokens",
+        warm_up_steps="steps of fusion modules and language model, before the stages",
+    )
+    recipe.add_argument("--seed", type=_at_least(0), default=0, help="seed of data, weights and order (default: 0)")
     recipe.set_defaults(step=make)
 
     ablation = commands.add_parser("ablation", help="train and test with other connectors")
     ablation.add_argument("work", metavar="WORK", help="WORK folder of `make`")
     ablation.add_argument("out", metavar="OUT", help="folder for the results; a stopped run continues there")
-    for name in ("seeds", "captions", "rows", "questions", "workers"):
-        ablation.add_argument(f"--{name}", type=int, metavar="N", default=argparse.SUPPRESS)
+    _add_numbers(
+        ablation,
+        ablate,
+        seeds="trainings of each system",
+        captions="rows of stage 1",
+        rows="rows of stage 2",
+        questions="test questions of each kind in each group of pictures",
+    )
+    ablation.add_argument(
+        "--workers", type=_at_least(1), metavar="N", help="trainings at a time (default: the number of cores)"
+    )
     ablation.add_argument("--equal", choices=("rows", "time"), default="rows", help="default: rows")
     ablation.add_argument("--systems", nargs="+", metavar="NAME", help="train only these (default: all)")
     ablation.set_defaults(step=ablate)
@@ -164,14 +182,20 @@ def _parser() -> argparse.ArgumentParser:
         "other one row, such as a model that was trained for one budget, or a stock LLaVA",
     )
     tokens.add_argument(
-        "--keep", type=int, nargs="+", metavar="N", help="tokens that the reducers keep (default: 1/2 to 1/16 of all)"
+        "--keep",
+        type=_at_least(1),
+        nargs="+",
+        metavar="N",
+        help="tokens that the reducers keep (default: 1/2 to 1/16 of all)",
     )
     tokens.add_argument("--scores", nargs="+", choices=SCORES, help="reducers (default: all)")
-    tokens.add_argument("--questions", type=int, metavar="N", help="ask only the first N (default: all)")
-    tokens.add_argument("--batch-size", type=int, default=100, metavar="N", help="questions of a batch (default: 100)")
+    tokens.add_argument("--questions", type=_at_least(1), metavar="N", help="ask only the first N (default: all)")
+    tokens.add_argument(
+        "--batch-size", type=_at_least(1), default=100, metavar="N", help="questions of a batch (default: 100)"
+    )
     tokens.add_argument(
         "--timed",
-        type=int,
+        type=_at_least(0),
         default=0,
         metavar="N",
         help="also time the first token of N questions, one at a time, the systems in turns (default: 0)",
@@ -180,10 +204,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _at_least(least: int) -> Callable[[str], int]:
+    """Returns the type of an option that is a whole number and not below `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {least} or more")
+        return int(text)
+
+    return number
+
+
+def _add_numbers(parser: argparse.ArgumentParser, step: Callable, **helps: str) -> None:
+    """Adds an option for arguments of `step`: whole numbers with its defaults, 1 or more."""
+    for name, text in helps.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=_at_least(1),
+            default=inspect.signature(step).parameters[name].default,
+            metavar="N",
+            help=f"{text} (default: %(default)s)",
+        )
+
+
 def _add_training(parser: argparse.ArgumentParser, step: Callable) -> None:
     parser.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--steps", type=int, required=True, metavar="N")
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and batches (default: 0)")
+    parser.add_argument("--steps", type=_at_least(1), required=True, metavar="N", help="number of batches")
+    parser.add_argument("--seed", type=_at_least(0), default=0, help="seed of weights and batches (default: 0)")
     parser.set_defaults(step=step)
 
 

@@ -98,19 +98,22 @@ def ablate(
             another start.
     """
     work, out = Path(work).resolve(), Path(out).resolve()
-    (out / "runs").mkdir(parents=True, exist_ok=True)
-    chosen = [system_of(name) for name in systems or [system.name for system in SYSTEMS]]
+    chosen = [system_of(name) for name in dict.fromkeys(systems or [system.name for system in SYSTEMS])]
     if questions < 1:
         raise ValueError(f"`questions` is {questions}, expected 1 or more of each kind in each group.")
     if not (work / "start").exists():
         raise ValueError(f"There is no {work / 'start'}: run `python -m examples.shapes make {work} OUT` first.")
+    (out / "runs").mkdir(parents=True, exist_ok=True)
+    start = _digest(work / "start" / "model.safetensors")
+    for file in sorted((out / "runs").glob("*.json")):  # the table has all of them
+        _check(file, {"start": start, "questions": questions}, {"captions": captions, "rows": rows})
     todo = [
         Run(system.name, seed, *_amounts(out, system.name, captions, rows, equal), questions, equal)
         for seed in range(seeds)
         for system in chosen
         if equal == "rows" or system.name != REFERENCE
     ]
-    todo = [run for run in todo if not _is_done(work, out, run)]
+    todo = [run for run in todo if not (out / "runs" / run.file).exists()]
 
     def launch(run: Run) -> int:
         words = ("examples.shapes", "ablation-run", work, out, *astuple(run))
@@ -151,21 +154,17 @@ def _training_seconds(out: Path, system: str) -> float:
     return statistics.median(sum(run["seconds"].values()) for run in runs)
 
 
-def _is_done(work: Path, out: Path, run: Run) -> bool:
-    """Returns whether a run has a result; raises a `ValueError` if that has other settings or another start."""
-    file = out / "runs" / run.file
-    if not file.exists():
-        return False
+def _check(file: Path, settings: dict[str, object], amounts: dict[str, int]) -> None:
+    """Raises a `ValueError` if a result has other settings, or, for equal rows, other amounts of them.
+
+    For equal time the amounts depend on a median, which later results may change.
+    """
     found = json.loads(file.read_text(encoding="utf-8"))
-    expected: dict[str, object] = {"start": _digest(work / "start" / "model.safetensors"), "questions": run.questions}
-    if run.equal == "rows":  # for equal time, later results may change the median
-        expected |= {"captions": run.captions, "rows": run.rows}
-    for name, value in expected.items():
+    for name, value in (settings | amounts if found["equal"] == "rows" else settings).items():
         if found.get(name) != value:
             raise ValueError(
                 f"{file} has {name} {found.get(name)}, expected {value}: name another folder, or remove it."
             )
-    return True
 
 
 def _digest(file: Path) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel, ProcessorMixin
 
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from conversion.checkpoints.folders import complete_or_absent
+from modeling_llava_stf._folder import load_checkpoint
 
 from .scenes import GROUPS
-from .text import messages_of, read_rows
+from .text import messages_of, read_test
 from .training import DEVICE
 
 LONGEST_ANSWER = 80  # tokens; the longest caption has about 60
@@ -43,20 +44,31 @@ def evaluate(
         What [`score`] returns, and the same for a model card (`python -m hub_card render --results FILE`).
 
     Raises:
-        ValueError: if files are missing or do not belong together, or if `output` exists.
+        ValueError: if files are missing or do not belong together, or if `output` exists or cannot be written.
     """
-    if output is not None and Path(output).exists():
-        raise ValueError(f"{output} exists. Choose another file; nothing was asked.")
-    prefix = "new-" if new else ""
-    rows, truth = read_rows(Path(data) / f"{prefix}test.json"), read_rows(Path(data) / f"{prefix}truth.jsonl")
-    processor = LlavaSTFProcessor.from_pretrained(model)
-    network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=DEVICE).eval()
+    if output is not None:
+        require_new(output)
+    rows, truth = read_test(Path(data), "new-" if new else "")
+    processor, network = load_checkpoint(str(model), None, dtype="auto", device_map=DEVICE)
     scores = score(ask(network, processor, Path(data), rows, batch_size), rows, truth)
     print(accuracy_table(scores["kinds"]))
     result = card_results(scores["kinds"], name or str(model)) | scores
     if output is not None:
-        Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_result(output, result)
     return result
+
+
+def require_new(output: str | Path) -> None:
+    """Raises a `ValueError` if a file of results exists, or if there is no folder for it."""
+    if Path(output).exists():
+        raise ValueError(f"{output} exists. Choose another file; nothing was asked.")
+    if not Path(output).absolute().parent.is_dir():
+        raise ValueError(f"There is no folder for {output}. Make it, or choose another file; nothing was asked.")
+
+
+def write_result(output: str | Path, result: dict) -> None:
+    with complete_or_absent(Path(output), file=True) as unfinished:
+        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def ask(

@@ -13,7 +13,8 @@ import json
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -90,17 +91,34 @@ def fetch(out: str | Path) -> Path:
     `out` must not exist or be empty; it appears complete or not at all.
 
     Raises:
-        ValueError: if npm fails, or resvg-py is missing.
+        ValueError: if npm fails, resvg-py is missing, the table of objects is wrong, or a family lacks a picture that
+            it names.
     """
     out = require_empty(out)
+    check_objects(OBJECTS)
     with complete_or_absent(out) as folder:
         for family, version in tqdm(FAMILIES.items(), desc="families"):
             icons = _download(family, version)
             (folder / family).mkdir()
             for row in _rows():
                 if row[family]:
-                    render(_svg(icons, row[family])).save(folder / family / f"{row['name']}.png")
+                    _draw(icons, family, row[family]).save(folder / family / f"{row['name']}.png")
     return out
+
+
+def check_objects(objects: Sequence[Object]) -> None:
+    """Raises a `ValueError` if a name of the table is there twice, or if `also` has a word that nothing else has."""
+    names = Counter(one.name for one in objects)
+    known = names.keys() | {one.category for one in objects}
+    for one in objects:
+        if names[one.name] > 1:
+            raise ValueError(f"{TABLE} has {names[one.name]} rows of {one.name!r}, expected one: remove or rename it.")
+        for word in one.also:
+            if word not in known:
+                raise ValueError(
+                    f"{TABLE} has {word!r} in `also` of {one.name!r}, expected names and categories of the table, "
+                    "with '; ' between them."
+                )
 
 
 def _download(family: str, version: str) -> dict:
@@ -120,6 +138,15 @@ def _download(family: str, version: str) -> dict:
             return json.load(files.extractfile("package/icons.json"))  # type: ignore[arg-type]
 
 
+def _draw(icons: dict, family: str, name: str) -> Image.Image:
+    if name not in icons["icons"]:
+        raise ValueError(f"{family} has no picture {name!r}: correct its name in {TABLE}, or leave it empty.")
+    try:
+        return render(_svg(icons, name))
+    except ValueError as error:
+        raise ValueError(f"The picture {name!r} of {family} could not be drawn: {error}") from error
+
+
 def _svg(icons: dict, name: str) -> str:
     icon = icons["icons"][name]
     width, height = (icon.get(side, icons.get(side, 16)) for side in ("width", "height"))
@@ -129,13 +156,19 @@ def _svg(icons: dict, name: str) -> str:
 
 
 def render(svg: str) -> Image.Image:
-    """Returns a picture of RENDERED pixels a side, with what is drawn in its middle and up to two of its edges."""
+    """Returns a picture of RENDERED pixels a side, with what is drawn in its middle and up to two of its edges.
+
+    Raises:
+        ValueError: if resvg-py is missing, or the SVG is damaged or shows nothing.
+    """
     try:
         import resvg_py  # here because only this command needs it
     except ImportError:
         raise ValueError("resvg-py is missing: pip install resvg-py") from None
     data = resvg_py.svg_to_bytes(svg_string=svg, width=2 * RENDERED, height=2 * RENDERED)
     drawn = Image.open(io.BytesIO(bytes(data))).convert("RGBA")
+    if drawn.getbbox() is None:
+        raise ValueError("it shows nothing.")
     drawn = drawn.crop(drawn.getbbox())
     side = max(drawn.size)
     square = Image.new("RGBA", (side, side))
@@ -147,8 +180,17 @@ def read_pictograms(folder: str | Path) -> dict[str, list[Pictogram]]:
     """Returns the pictograms of each family in a folder that `fetch` wrote.
 
     Raises:
-        ValueError: if a family is missing.
+        ValueError: if a family is missing, a picture is damaged, empty, of another size or of an unknown object, or the
+            table of objects is wrong.
     """
+    check_objects(OBJECTS)
+    known = {f"{family}/{one.name}.png" for family in FAMILIES for one in OBJECTS}
+    for file in sorted(Path(folder).glob("*/*.png")):
+        if file.relative_to(folder).as_posix() not in known:
+            raise ValueError(
+                f"{file} is of no known object or family: add its row to {TABLE}, or its family to FAMILIES in "
+                f"{Path(__file__).name}, or remove it."
+            )
     pictograms = {family: list(_read_family(Path(folder) / family)) for family in FAMILIES}
     for family, of_family in pictograms.items():
         if not of_family:
@@ -163,8 +205,21 @@ def _read_family(folder: Path) -> Iterator[Pictogram]:
     for one in OBJECTS:
         file = folder / f"{one.name}.png"
         if file.exists():
-            with Image.open(file) as picture:
-                yield Pictogram(one, folder.name, picture.convert("RGBA"))
+            yield Pictogram(one, folder.name, _read_picture(file))
+
+
+def _read_picture(file: Path) -> Image.Image:
+    try:
+        with Image.open(file) as opened:
+            picture = opened.convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow has all three for damaged PNG
+        raise ValueError(f"{file} could not be read as a picture ({error}): fetch or draw it again.") from error
+    if picture.size != (RENDERED, RENDERED):
+        width, height = picture.size
+        raise ValueError(f"{file} has {width} x {height} pixels, expected {RENDERED} x {RENDERED}: resize it.")
+    if picture.getbbox() is None:
+        raise ValueError(f"{file} is transparent everywhere, expected a drawn object: draw it again, or remove it.")
+    return picture
 
 
 def certain_colour(picture: Image.Image) -> str | None:

@@ -49,9 +49,9 @@ LOGS |= {stage.name: "trainer_state.json" for stage in STAGES}
 REPO_ID = "YOUR-NAME/llava-stf-shapes"  # used on the card until the model is published
 NOTE = (
     "A small model that was trained from nothing: it knows about 300 objects as artists draw them for emoji, and "
-    "nothing else. Do not ask it about photographs. It learned from scenes of Noto Emoji (Google, Apache-2.0), Twemoji "
-    "(Twitter and others, CC BY 4.0), Emoji One 2.3 (CC BY 4.0) and Firefox OS Emoji (Mozilla, Apache-2.0), and was "
-    "tested with Fluent Emoji Flat (Microsoft, MIT), too."
+    "nothing else. Do not ask it about photographs. It learned from scenes of Noto Emoji and its first version "
+    "(Google, Apache-2.0), Twemoji (Twitter and others, CC BY 4.0), Emoji One 2.3 (CC BY 4.0) and Firefox OS Emoji "
+    "(Mozilla, Apache-2.0), and was tested with Fluent Emoji Flat (Microsoft, MIT), too."
 )
 RESULTS = ("evaluation.json", "lmms_eval.json")  # of `evaluate`, and of lmms-eval if it was run
 CARD = ("--repo-id", REPO_ID, "--license", "apache-2.0", "--language", "en", "--note", NOTE)
@@ -81,9 +81,24 @@ def make(
         imitation_steps, warm_up_steps: steps of the fusion modules alone, and of them and the language model, before
             the paper's stages.
         seed: seed of data, weights and order.
+
+    Raises:
+        ValueError: if a step fails, `work` was begun with other settings, or is in `out`.
     """
+    settings = {
+        "scenes": scenes,
+        "test_scenes": test_scenes,
+        "clip_steps": clip_steps,
+        "language_model_steps": language_model_steps,
+        "imitation_steps": imitation_steps,
+        "warm_up_steps": warm_up_steps,
+        "seed": seed,
+    }
     out, work = require_empty(out), Path(work).resolve()
+    if out in (work, *work.parents):
+        raise ValueError(f"{work} is in the folder of the model, {out}: name another WORK or OUT.")
     work.mkdir(parents=True, exist_ok=True)
+    keep_settings(work / "settings.json", settings)
     pictograms, data, tokenizer, clip, language_model = (
         work / name for name in ("pictograms", "data", "tokenizer", "clip", "language-model")
     )
@@ -113,6 +128,20 @@ def make(
     evaluate(out, data, out / "evaluation.json", name=REPO_ID)
     render_card(out)
     return out
+
+
+def keep_settings(file: Path, settings: dict[str, int]) -> None:
+    """Writes the settings of a folder's first run; raises a `ValueError` if those of a later run differ."""
+    if not file.exists():
+        with complete_or_absent(file, file=True) as unfinished:
+            unfinished.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    begun = json.loads(file.read_text(encoding="utf-8"))
+    for name, value in settings.items():
+        if begun.get(name) != value:
+            raise ValueError(
+                f"{file.parent} was begun with {name} {begun.get(name)}, and not {value}: give the same settings to "
+                "continue, or name another WORK."
+            )
 
 
 def begin(work: Path, timer: "Timer", seed: int) -> Path:
@@ -182,7 +211,8 @@ class Timer:
             seconds = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
             name = " + ".join(folder.name for folder in todo)
             seconds[name] = round(time.perf_counter() - started, 1)
-            self.file.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+            with complete_or_absent(self.file, file=True) as unfinished:
+                unfinished.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
 
 
 def _complete(folder: Path) -> bool:

@@ -30,6 +30,7 @@ PLACES = (
     ("at the bottom left", "at the bottom", "at the bottom right"),
 )
 ATTEMPTS = 50  # attempts to place an object before another scene is drawn
+SCENES_TRIED = 10_000  # scenes that are drawn in search of one for a split; with 20 objects a few hundred suffice
 
 # Each group of the test asks for something that training never shows. All groups have contents that are not trained.
 GROUPS = ("seen", "unseen pair", "unseen artist")
@@ -120,6 +121,9 @@ def draw_scene(pictograms: dict[str, list[Pictogram]], split: str, rng: Random) 
         pictograms: the pictograms of each family.
         split: "train" or "test".
         rng: source of randomness.
+
+    Raises:
+        ValueError: if the split is another, or these pictograms give no such scene, because they are too few.
     """
     if split not in ("train", "test"):
         raise ValueError(f"The split is {split!r}, expected train or test.")
@@ -129,10 +133,14 @@ def draw_scene(pictograms: dict[str, list[Pictogram]], split: str, rng: Random) 
     for pictogram in (pictogram for family in families for pictogram in pictograms[family]):
         by_name.setdefault(pictogram.object.name, []).append(pictogram)
     count = rng.randint(2 if group == "unseen pair" else 1, 5)
-    while True:
+    for _ in range(SCENES_TRIED):
         scene = _random_scene(list(by_name.values()), count, rng)
         if scene is not None and (scene.split, scene.group) == (split, group):
             return scene
+    raise ValueError(
+        f"No {split} scene of {count} objects ({group}) was found in {SCENES_TRIED} attempts with {len(by_name)} "
+        "different pictograms: add some."
+    )
 
 
 def _random_scene(objects: list[list[Pictogram]], count: int, rng: Random) -> Scene | None:

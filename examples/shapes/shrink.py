@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from random import Random
@@ -17,12 +18,14 @@ import torch
 from conversion import ConversionError, quantise
 from conversion.quantise import SCHEMES
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf._folder import checked_config
 
-from .evaluate import ask, score
-from .text import read_rows
+from .evaluate import ask, require_new, score, write_result
+from .text import read_test
 from .training import DEVICE
 
 REFERENCE = "bfloat16"  # the whole model that the others are compared with
+LIBRARIES = ("torch", "transformers", "torchao", "bitsandbytes")  # some schemes need the last two
 Z = 1.96  # normal quantile of a 95 % interval
 
 
@@ -49,11 +52,11 @@ def shrink(
         in bfloat16; or why the scheme is refused.
 
     Raises:
-        ValueError: if a file is missing, or `output` exists.
+        ValueError: if a file is missing, or `output` exists or cannot be written.
     """
-    if Path(output).exists():
-        raise ValueError(f"{output} exists. Choose another file; nothing was asked.")
-    rows, truth = read_rows(Path(data) / "test.json"), read_rows(Path(data) / "truth.jsonl")
+    require_new(output)
+    checked_config(str(model), None)
+    rows, truth = read_test(Path(data))
     chosen = {row["id"] for row in Random(0).sample(rows, min(questions, len(rows)))}
     rows, truth = ([row for row in part if row["id"] in chosen] for part in (rows, truth))
     table: dict[str, dict[str, Any]] = {}
@@ -73,10 +76,10 @@ def shrink(
         "command": f"python -m examples.shapes shrink MODEL DATA --output FILE --questions {questions}",
         "device": DEVICE,
         "questions": len(chosen),
-        "versions": {name: version(name) for name in ("torch", "transformers", "torchao", "bitsandbytes")},
+        "versions": {name: version(name) for name in LIBRARIES if find_spec(name)},
         "rows": table,
     }
-    Path(output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_result(output, result)
     print("\n".join(shrink_table(result)))
     return result
 

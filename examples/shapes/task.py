@@ -9,7 +9,7 @@ from typing import Any
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty
 
-from .text import PLACEHOLDER, read_rows
+from .text import PLACEHOLDER, read_test
 
 SHIPPED = Path(__file__).parent / "lmms_eval"
 FILES = ("shapes.yaml", "utils.py")
@@ -27,7 +27,7 @@ def write_task(data: str | Path, out: str | Path, questions: int | None = None) 
         ValueError: if there are fewer questions, or files are missing.
     """
     out, data = require_empty(out), Path(data)
-    rows, truth = read_rows(data / "test.json"), read_rows(data / "truth.jsonl")
+    rows, truth = read_test(data)
     if questions is not None and not 0 < questions <= len(rows):
         raise ValueError(f"--questions is {questions}, expected 1 to {len(rows)}: {data} has no more.")
     kinds = {row["id"]: row["kind"] for row in truth}

@@ -26,12 +26,32 @@ def read_rows(file: Path) -> list[dict]:
     """Returns the rows of a JSON list or of JSON lines.
 
     Raises:
-        ValueError: if there is no such file.
+        ValueError: if there is no such file, or it is damaged.
     """
     if not file.is_file():
         raise ValueError(f"There is no {file}: make the data first (python -m examples.shapes generate OUT).")
     text = file.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+    try:
+        return [json.loads(line) for line in text.splitlines()] if file.suffix == ".jsonl" else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}): make the data again.") from error
+
+
+def read_test(data: Path, prefix: str = "") -> tuple[list[dict], list[dict]]:
+    """Returns the questions of the test, and kind and group of each.
+
+    Raises:
+        ValueError: if there are none, or the two files do not belong together.
+    """
+    rows, truth = read_rows(data / f"{prefix}test.json"), read_rows(data / f"{prefix}truth.jsonl")
+    if not rows:
+        raise ValueError(f"{data / f'{prefix}test.json'} has no question: make the data with more test scenes.")
+    if {row["id"] for row in rows} != {row["id"] for row in truth}:
+        raise ValueError(
+            f"{data} has {len(rows)} test questions and {len(truth)} rows of truth, or their ids differ: "
+            f"{prefix}test.json and {prefix}truth.jsonl must come from one run of `generate`."
+        )
+    return rows, truth
 
 
 def messages_of(row: dict, folder: Path | None = None) -> list[dict]:

@@ -30,7 +30,7 @@ from modeling_llava_stf import reduce_image_tokens, suggest_budgets
 
 from .evaluate import ask, prompts, score
 from .questions import KINDS
-from .text import messages_of, read_rows
+from .text import messages_of, read_test
 from .training import DEVICE
 
 SCORES = ("salience", "diverse", "merging", "question", "even", "random", "pool")
@@ -112,10 +112,14 @@ def compare(
         ValueError: if an argument is wrong, or `out` has rows of other questions or another model.
     """
     out, data = Path(out), Path(data)
+<<<<<<< HEAD
     for name, number, least in (("questions", questions, 1), ("batch-size", batch_size, 1), ("timed", timed, 0)):
         if number is not None and number < least:
             raise ValueError(f"--{name} is {number}, expected {least} or more.")
     rows, truth = read_rows(data / "test.json")[:questions], read_rows(data / "truth.jsonl")[:questions]
+=======
+    rows, truth = (part[:questions] for part in read_test(data))
+>>>>>>> eyes18
     loaded = {system.model: Loaded(system.model) for system in _further(models)}
     systems = list(_systems(models, loaded, keep, scores))
     for system in systems:

@@ -31,6 +31,7 @@ DIGITS = "123456789"
 STEP = 4  # pixels between two widths of frames; a size that is told has three or more of them
 DASH = 3  # pixels of a dash, and of the gap behind it
 FRAME = (200, 0, 200)
+MARKS = "marks.jsonl"  # the file with all marks
 NO_TEXT = "There is no text."  # an answer that a small digit makes wrong
 UNTOLD = ("outline", "width", "arrow", "small digit")  # kinds of questions
 TURNS = 2  # questions of these kinds about a training picture
@@ -52,8 +53,13 @@ def add_untold(data: str | Path, out: str | Path, seed: int = 0) -> Path:
     dialogues.json has two more questions a picture, test.json and truth.jsonl one more of each kind, and marks.jsonl
     has the truth. Only stage 2 asks about marks; all other files are as they were. Questions whose answer is that there
     is no text are left out.
+
+    Raises:
+        ValueError: if files are missing, or `data` has marks already.
     """
     data, out = Path(data), require_empty(out)
+    if (data / MARKS).exists():
+        raise ValueError(f"{data} has marks already: name a folder that `generate` wrote.")
     scenes = read_scenes(data, "train") | read_scenes(data, "test")
     marks = {name: draw_marks(scene, Random(f"{seed}/marks/{name}")) for name, scene in scenes.items()}
     with complete_or_absent(out) as folder:
@@ -69,7 +75,7 @@ def add_untold(data: str | Path, out: str | Path, seed: int = 0) -> Path:
         _write(folder / "dialogues.json", json.dumps(dialogues, indent=1) + "\n")
         _add_test(folder, read_scenes(data, "test"), marks, seed)
         lines = ({"id": name, "marks": [vars(one) for one in several]} for name, several in marks.items())
-        _write(folder / "marks.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        _write(folder / MARKS, "".join(json.dumps(line) + "\n" for line in lines))
     return out
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf._folder import checked_config
 
 from .clip import normalised, read_pictures, scaled
 from .connectors.encode_first import tower_features
@@ -57,6 +58,7 @@ def warm_up(
         pictures: number of training pictures; the tower's output for one takes 64 KiB of memory.
     """
     out = require_empty(out)
+    checked_config(str(start), None)
     rng = Random(seed)
     torch.manual_seed(seed)
     model = LlavaSTFForConditionalGeneration.from_pretrained(start, dtype=torch.float32).to(DEVICE)

@@ -7,6 +7,7 @@ import statistics
 import pytest
 from PIL import Image
 
+from examples.shapes import ablation
 from examples.shapes.ablation_report import (
     STUDENT,
     Difference,
@@ -19,6 +20,7 @@ from examples.shapes.ablation_report import (
     table,
 )
 from examples.shapes.ablation_report import Results as Raw
+from examples.shapes.connectors import REFERENCE
 
 # Two pictures; in the mean over the kinds a "count" weighs half of a "where".
 ROWS = [("test-000000-count", "count"), ("test-000000-where", "where"), ("test-000001-count", "count")]
@@ -160,3 +162,18 @@ def test_marks_of_other_questions_are_refused(tmp_path):
     out, data = folder_of(tmp_path, [run("LLaVA-1.5", 0, "10")])
     with pytest.raises(ValueError, match="has marks of 2 questions, but .* has 3 for the test"):
         report(out, data, 9)
+
+
+@pytest.mark.parametrize("changed", ["captions", "rows", "questions", "start"])
+def test_a_system_joins_only_results_of_the_same_settings(changed, tmp_path, monkeypatch):
+    """The table has all results of the folder, those of other systems, too."""
+    monkeypatch.setattr(ablation, "start_module", lambda *_, **__: pytest.fail("A run was started."))
+    (tmp_path / "work" / "start").mkdir(parents=True)
+    (tmp_path / "work" / "start" / "model.safetensors").write_bytes(b"weights")
+    settings = {"captions": 32, "rows": 64, "questions": 9}
+    found = {"equal": "rows", "start": ablation._digest(tmp_path / "work" / "start" / "model.safetensors"), **settings}
+    file = tmp_path / "out" / "runs" / ablation.Run(REFERENCE, seed=0, **settings).file
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(found | {changed: "another"}))
+    with pytest.raises(ValueError, match=f"has {changed} another, expected .*: name another folder, or remove it"):
+        ablation.ablate(tmp_path / "work", tmp_path / "out", systems=["STF"], **settings)

@@ -13,6 +13,7 @@ from examples.shapes.ablation import build
 from examples.shapes.connectors import SYSTEMS
 from examples.shapes.evaluate import accuracy_table, ask, score
 from examples.shapes.generate import generate
+from examples.shapes.pictograms import FAMILIES
 from examples.shapes.scenes import SIDE
 from examples.shapes.text import CHAT_TEMPLATE, read_rows
 from hub_card.check import check
@@ -133,9 +134,38 @@ def test_the_page_s_numbers_are_those_of_the_results():
     assert rows_of_tables(accuracy_table(kinds)) <= page
 
 
+@pytest.mark.parametrize(("step", "entries"), [("language-model", "log"), ("warm-up", "imitation")])
+def test_the_page_s_losses_are_those_of_the_logs(step, entries):
+    page = (ROOT / "docs" / "small_model.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"\| the {step.replace('-m', ' m')} \|(.*)", page)
+    log = json.loads((MODEL / f"log_{step}.json").read_text(encoding="utf-8"))[entries]
+    losses = {entry["step"]: entry["loss"] for entry in log}
+    first, last = re.findall(r"(\d\.\d+) after (\d+)", row)
+    for loss, after in (first, last):
+        assert float(loss) == round(losses[int(after)], 2)
+
+
 def test_the_folder_is_small_and_complete():
     assert (MODEL / "model.safetensors").stat().st_size < 8e6
     assert check(MODEL) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "on_the_card", "in_the_notice"),
+    [
+        ("noto", "Noto Emoji", "Noto Emoji,"),
+        ("noto-v1", "and its first version (Google, Apache-2.0)", "Noto Emoji (v1), by Google"),
+        ("twemoji", "Twemoji (Twitter and others, CC BY 4.0)", "(Twemoji) by Twitter"),
+        ("emojione", "Emoji One 2.3 (CC BY 4.0)", "Emoji One 2.3 by Emoji One"),
+        ("fxemoji", "Firefox OS Emoji (Mozilla, Apache-2.0)", "Firefox OS Emoji (FxEmojis) by Mozilla"),
+        ("fluent-emoji-flat", "Fluent Emoji Flat (Microsoft, MIT)", "Fluent Emoji Flat by Microsoft"),
+    ],
+)
+def test_card_and_notice_name_the_artists(family, on_the_card, in_the_notice):
+    assert family in FAMILIES and len(FAMILIES) == 6
+    assert on_the_card in (MODEL / "README.md").read_text(encoding="utf-8")
+    for notice in (MODEL / "NOTICE", ROOT / "NOTICE"):
+        assert in_the_notice in notice.read_text(encoding="utf-8")
 
 
 def test_its_code_is_this_package_s():

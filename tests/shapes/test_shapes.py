@@ -45,8 +45,10 @@ from examples.shapes.pictograms import (
     OBJECTS,
     RENDERED,
     SAMPLE,
+    Object,
     Pictogram,
     certain_colour,
+    check_objects,
     fetch,
     read_pictograms,
 )
@@ -61,11 +63,14 @@ from examples.shapes.questions import (
     one_of_each,
     plural,
 )
-from examples.shapes.recipe import Timer
+from examples.shapes.recipe import Timer, make
 from examples.shapes.scenes import GROUPS, RADII, SIDE, Print, Scene, Thing, draw_picture, draw_scene
+from examples.shapes.shrink import shrink
 from examples.shapes.task import write_task
 from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
+from examples.shapes.tokens import compare
 from examples.shapes.training import train
+from examples.shapes.warm_up import warm_up
 from hub_card.results import read_evaluation
 from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor
 
@@ -211,6 +216,66 @@ def test_a_family_without_pictures_is_named(tmp_path):
         read_pictograms(tmp_path)
 
 
+def damaged(file):
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def enlarged(file):
+    Image.new("RGBA", (2 * RENDERED, RENDERED), "red").save(file)
+
+
+def emptied(file):
+    Image.new("RGBA", (RENDERED, RENDERED)).save(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damaged, r"could not be read as a picture \(.*\): fetch or draw it again"),
+        (enlarged, "has 128 x 64 pixels, expected 64 x 64: resize it"),
+        (emptied, "is transparent everywhere, expected a drawn object"),
+    ],
+)
+def test_a_pictogram_that_shows_no_object_is_named(change, message, tmp_path):
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "noto" / "cat.png")
+    with pytest.raises(ValueError, match=f"noto/cat.png {message}"):
+        read_pictograms(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["noto/catt.png", "me/cat.png"])
+def test_a_pictogram_that_no_scene_would_have_is_named(name, tmp_path):
+    shutil.copytree(SAMPLE, tmp_path, dirs_exist_ok=True)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copyfile(SAMPLE / "noto" / "cat.png", tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is of no known object or family: add its row to .*objects.csv"):
+        read_pictograms(tmp_path)
+
+
+def test_too_few_objects_for_a_scene_are_refused(monkeypatch):
+    """One object has no pair, so that an unseen pair would be searched for ever."""
+    monkeypatch.setattr("examples.shapes.scenes.SCENES_TRIED", 500)
+    few = {family: [one for one in of_family if one.object.name == "cat"] for family, of_family in SAMPLES.items()}
+    with pytest.raises(ValueError, match=r"No test scene .*\(unseen pair\) .* with 1 different pictograms: add some"):
+        for index in range(20):
+            draw_scene(few, "test", Random(index))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "cat"}, "has 2 rows of 'cat', expected one"),
+        ({"also": ("fruit", "anmal")}, "has 'anmal' in `also` of 'hen', expected names and categories"),
+    ],
+)
+def test_a_wrong_row_of_the_table_is_named(change, message):
+    table = [Object("cat", "animal", ()), Object("tomato", "fruit", ()), Object("hen", "animal", ("fruit",))]
+    check_objects(table)
+    table[2] = replace(table[2], **change)
+    with pytest.raises(ValueError, match=f"objects.csv {message}"):
+        check_objects(table)
+
+
 def test_the_table_of_objects():
     names = [one.name for one in OBJECTS]
     assert len(set(names)) == len(names) > 300
@@ -294,6 +359,18 @@ def test_fetch_says_what_is_missing_and_writes_nothing(lacking, offline, tmp_pat
     with pytest.raises(ValueError, match=messages[lacking]):
         fetch(tmp_path / "pictograms")
     assert not (tmp_path / "pictograms").exists()
+
+
+def test_fetch_names_a_picture_that_a_family_lacks_or_that_shows_nothing(offline, tmp_path, monkeypatch):
+    empty = io.BytesIO()
+    Image.new("RGBA", (2 * RENDERED, 2 * RENDERED)).save(empty, "PNG")
+    monkeypatch.setattr(sys.modules["resvg_py"], "svg_to_bytes", lambda **_: empty.getvalue())
+    with pytest.raises(ValueError, match="picture 'cat-a' of noto could not be drawn: it shows nothing"):
+        fetch(tmp_path / "pictograms")
+    monkeypatch.setattr("examples.shapes.pictograms._rows", lambda: [{"name": "ox", **dict.fromkeys(FAMILIES, "ox")}])
+    with pytest.raises(ValueError, match="noto has no picture 'ox': correct its name in .*objects.csv"):
+        fetch(tmp_path / "pictograms")
+    assert not [*tmp_path.iterdir()]
 
 
 def test_objects_lie_inside_the_picture_and_apart():
@@ -731,6 +808,37 @@ def test_score_refuses_files_of_different_data(data):
         score(given, rows, truth[1:])
 
 
+ASKING = {
+    "evaluate": lambda model, data, out: evaluate(model, data, out),
+    "shrink": lambda model, data, out: shrink(model, data, out),
+    "task": lambda model, data, out: write_task(data, out),
+    "tokens": lambda model, data, out: compare(out, data, [str(model)]),
+}
+
+
+@pytest.mark.parametrize("ask", ASKING.values(), ids=ASKING)
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [("[{", "test.json is no JSON"), ("[]", "test.json has no question"), ('[{"id": "a"}]', "must come from one run")],
+)
+def test_a_damaged_test_is_named_before_the_questions(ask, rows, message, data, checkpoint, tmp_path):
+    (tmp_path / "test.json").write_text(rows)
+    shutil.copyfile(data / "truth.jsonl", tmp_path / "truth.jsonl")
+    with pytest.raises(ValueError, match=message):
+        ask(checkpoint, tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_a_model_that_is_not_there_is_named(data, tmp_path):
+    for step in (
+        lambda model: evaluate(model, data),
+        lambda model: shrink(model, data, tmp_path / "result.json"),
+        lambda model: warm_up(data, model, tmp_path / "warm", steps=1),
+    ):
+        with pytest.raises(ValueError, match="There is no folder '/nowhere/model'"):
+            step("/nowhere/model")
+
+
 def test_evaluates_a_checkpoint(data, checkpoint, tmp_path, capsys):
     """The golden model knows nothing: what counts is that each question is asked and counted."""
     output = tmp_path / "result.json"
@@ -746,6 +854,12 @@ def test_evaluates_a_checkpoint(data, checkpoint, tmp_path, capsys):
         evaluate(checkpoint, data, output)
 
 
+@pytest.mark.parametrize("ask", [evaluate, shrink])
+def test_a_result_that_could_not_be_written_is_refused_before_the_questions(ask, data, tmp_path):
+    with pytest.raises(ValueError, match="There is no folder for .*missing/result.json. Make it, or choose another"):
+        ask("not loaded", data, output=tmp_path / "missing" / "result.json")
+
+
 def test_command_line(tmp_path, capsys, monkeypatch):
     out = tmp_path / "data"
     monkeypatch.setattr("sys.argv", ["shapes", "generate", str(out), "--scenes", "2", "--test-scenes", "1"])
@@ -753,6 +867,31 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert main() == 2 and "not empty" in capsys.readouterr().err
     monkeypatch.setattr("sys.argv", ["shapes", "tokenizer", str(tmp_path), str(tmp_path / "tokenizer")])
     assert main() == 2 and "make the data first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "least"),
+    [
+        ("generate DATA", "--scenes", 1),
+        ("generate DATA --scenes 1", "--test-scenes", 1),
+        ("generate DATA --scenes 1", "--turns", 1),
+        ("generate DATA --scenes 1", "--seed", 0),
+        ("clip DATA OUT", "--steps", 1),
+        ("evaluate MODEL DATA", "--batch-size", 1),
+        ("shrink MODEL DATA --output FILE", "--questions", 1),
+        ("make WORK OUT", "--clip-steps", 1),
+        ("ablation WORK OUT", "--seeds", 1),
+        ("tokens OUT DATA MODEL", "--questions", 1),
+        ("tokens OUT DATA MODEL", "--timed", 0),
+    ],
+)
+def test_a_number_that_is_too_small_is_refused(command, option, least, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["shapes", *command.split(), option, str(least - 1)])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    expected = f"error: argument {option}: found {least - 1}, expected {least} or more\n"
+    assert capsys.readouterr().err.endswith(expected) and not [*tmp_path.iterdir()]
 
 
 def test_the_new_kind_asks_for_an_object_that_is_alone_on_the_left():
@@ -785,6 +924,25 @@ def test_steps_that_are_complete_are_not_done_again_and_failed_ones_are_named(tm
     (tmp_path / "stage1").mkdir()  # of a training that was interrupted
     with pytest.raises(ValueError, match="stage1 failed"):
         timer.run({tmp_path / "a": ("touch", tmp_path / "a"), tmp_path / "stage1": ("touch", tmp_path / "stage1")})
+
+
+def test_a_folder_of_other_settings_is_not_continued(tmp_path, monkeypatch):
+    """Otherwise a model would have the data of one command, and its name and log the settings of another."""
+    steps = []
+    monkeypatch.setattr(Timer, "run", lambda self, commands: steps.append(commands) or sys.exit("stopped"))
+    for _ in range(2):  # a stopped run goes on
+        with pytest.raises(SystemExit):
+            make(tmp_path / "work", tmp_path / "out", scenes=40)
+    with pytest.raises(ValueError, match="work was begun with scenes 40, and not 41: give the same settings"):
+        make(tmp_path / "work", tmp_path / "out", scenes=41)
+    assert len(steps) == 2
+
+
+@pytest.mark.parametrize("out", [".", "work"])
+def test_a_model_is_not_written_around_its_own_steps(out, tmp_path):
+    """Its folder would not be empty at the end, after all trainings."""
+    with pytest.raises(ValueError, match="work is in the folder of the model"):
+        make(tmp_path / "work", tmp_path / out)
 
 
 def test_a_training_shows_progress_under_its_own_name(monkeypatch):

@@ -95,3 +95,10 @@ def test_a_folder_that_is_not_empty_is_refused(folders):
     with pytest.raises(ValueError, match="empty"):
         add_untold(data, out)
     assert json.loads((out / "dialogues.json").read_text())
+
+
+def test_marks_are_not_drawn_over_marks(folders, tmp_path):
+    """The test would have two answers to a question, and a picture both marks."""
+    with pytest.raises(ValueError, match="has marks already: name a folder that `generate` wrote"):
+        add_untold(folders[1], tmp_path / "twice", seed=1)
+    assert not (tmp_path / "twice").exists()
