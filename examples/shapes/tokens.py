@@ -112,14 +112,7 @@ def compare(
         ValueError: if an argument is wrong, or `out` has rows of other questions or another model.
     """
     out, data = Path(out), Path(data)
-<<<<<<< HEAD
-    for name, number, least in (("questions", questions, 1), ("batch-size", batch_size, 1), ("timed", timed, 0)):
-        if number is not None and number < least:
-            raise ValueError(f"--{name} is {number}, expected {least} or more.")
-    rows, truth = read_rows(data / "test.json")[:questions], read_rows(data / "truth.jsonl")[:questions]
-=======
     rows, truth = (part[:questions] for part in read_test(data))
->>>>>>> eyes18
     loaded = {system.model: Loaded(system.model) for system in _further(models)}
     systems = list(_systems(models, loaded, keep, scores))
     for system in systems:

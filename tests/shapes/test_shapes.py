@@ -882,6 +882,7 @@ def test_command_line(tmp_path, capsys, monkeypatch):
         ("make WORK OUT", "--clip-steps", 1),
         ("ablation WORK OUT", "--seeds", 1),
         ("tokens OUT DATA MODEL", "--questions", 1),
+        ("tokens OUT DATA MODEL", "--batch-size", 1),
         ("tokens OUT DATA MODEL", "--timed", 0),
     ],
 )
