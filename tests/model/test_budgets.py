@@ -177,7 +177,7 @@ def test_the_model_refuses_other_budgets(numbers, small, inputs_of):
 @pytest.mark.parametrize(
     "numbers",
     [[4.0, 4.0], torch.tensor([4.0, 4.0]), np.array([4.0, 4.0]), [True, 4], [[[4], [4]]], iter([4, 4]), "44", 4],
-    ids=str,
+    ids=["floats", "tensor", "array", "true", "nested twice", "iterator", "text", "one number"],
 )
 def test_the_model_refuses_what_are_no_whole_numbers(numbers, small, inputs_of):
     """A collator of torch puts the first pictures of all prompts into one tensor: that is another order."""
