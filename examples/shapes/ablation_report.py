@@ -153,7 +153,7 @@ def write(out: Path, results: dict) -> Path:
     questions = Questions(tuple(results["questions"]), tuple(results["questions"].values()))
     for name, text in (
         ("results.json", json.dumps(results)),
-        ("results.md", table(Results(questions, results["runs"]))),
+        ("results.md", "\n\n".join(part(Results(questions, results["runs"])) for part in (table, pairs))),
     ):
         (out / name).unlink(missing_ok=True)  # of fewer runs
         with complete_or_absent(out / name, file=True) as unfinished:
@@ -195,6 +195,28 @@ def table(results: Results) -> str:
         cells += _equal_time(results, row, kinds)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def pairs(results: Results) -> str:
+    """Returns a Markdown table of the trained systems: each row's points above each column's, on equal rows."""
+    kinds, names = told(results), _trained(results)
+    weights = results.questions.weights(kinds)
+    lines = [f"| points above | {' | '.join(names)} |", "| --- |" + " --: |" * len(names)]
+    for row in names:
+        found = (
+            difference(results.marks(row), results.marks(name), weights, results.questions.pictures)
+            for name in names
+            if name != row
+        )
+        cells = [str(one or "no common seed") for one in found]
+        cells.insert(names.index(row), "")
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _trained(results: Results) -> list[str]:
+    """Returns the rows that have runs of their own; others are further ways of asking."""
+    return [row for row in rows_of(results) if any(run["system"] == row for run in results.runs["rows"])]
 
 
 def _equal_time(results: Results, row: str, kinds: Sequence[str]) -> list[str]:
@@ -249,7 +271,7 @@ def draw(results: Results, path: Path) -> None:
     left.set_yticks([-place for place in range(len(others))], [row for row, _ in others])
     left.axvline(0, color="k", linewidth=0.8)
     left.set(xlabel=f"points against {REFERENCE}, 95 % interval", title="Same tower, language model, rows and order")
-    for index, row in enumerate(row for row in rows if any(run["system"] == row for run in results.runs["rows"])):
+    for index, row in enumerate(_trained(results)):
         points = curve(results, row)
         right.plot(*zip(*points, strict=True), "o-" if index < 10 else "s--", markersize=3, label=row)
     right.set(xlabel="share of stage 2", ylabel="right answers, %", title="Learning curves, mean of the seeds")

@@ -112,7 +112,8 @@ def test_the_table_has_a_row_for_each_way_of_asking(tmp_path):
     runs += [run("STF", 0, "", "time", asked=reduced | {"STF": reduced["STF"] | {"right": "110"}})]
     out, data = folder_of(tmp_path, runs)
     report(out, data, 9)
-    header, _, *rows = (line.split(" | ") for line in (out / "results.md").read_text().splitlines())
+    whole, between = (out / "results.md").read_text().split("\n\n")
+    header, _, *rows = (line.split(" | ") for line in whole.splitlines())
     assert header[:8] == ["| system", "tokens", "parameters", "seeds", "all", "against LLaVA-1.5", "count", "where"]
     assert header[8:12] == ["last quarter", "training, s", "answering, s", "equal time: all"]
     llava, stf, fewer = (dict(zip(header[:-1], row[:-1], strict=True)) for row in rows)
@@ -126,6 +127,12 @@ def test_the_table_has_a_row_for_each_way_of_asking(tmp_path):
     )
     assert (stf["training, s"], stf["equal time: all"], stf["seeds"]) == ("30", "75.0", "2")
     assert (fewer["tokens"], fewer["last quarter"], fewer["answering, s"]) == ("4.5", "", "1")
+    assert between.splitlines() == [
+        "| points above | LLaVA-1.5 | STF |",
+        "| --- | --: | --: |",
+        f"| LLaVA-1.5 |  | {stf['against LLaVA-1.5'].replace('+', '-')} |",
+        f"| STF | {stf['against LLaVA-1.5']} |  |",
+    ]
     assert Image.open(out / "results.png").width > 500
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
 
