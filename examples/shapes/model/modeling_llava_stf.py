@@ -358,15 +358,14 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         tokens differ in number, or if the features are not finite in float16: the answers would be wrong in silence.
         """
         if image_features.dtype == torch.float16 and not self.training:  # in training a scaler skips such steps
-            torch_compilable_check(
-                image_features.isfinite().all().item(),
+            _check(
+                image_features.isfinite().all(),
                 "The features of an image are not finite in float16, whose largest number is 65504. Load the model "
                 "with `dtype=torch.bfloat16` or `torch.float32`.",
             )
         mask = self.find_placeholders(input_ids, inputs_embeds)
         features = image_features.numel() // image_features.shape[-1]
-        # torch 2.11 cannot compile this check of transformers (5.16 to 5.24) for a tensor; torch 2.13 can.
-        torch_compilable_check(mask.sum().item() == features, lambda: self._mismatch(int(mask.sum()), features))
+        _check(mask.sum() == features, lambda: self._mismatch(int(mask.sum()), features))
         return mask.unsqueeze(-1).to(inputs_embeds.device)
 
     def _mismatch(self, in_text: int, of_images: int) -> str:
@@ -617,6 +616,11 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
         return input_ids, {**model_kwargs, **images}
+
+
+def _check(holds: torch.Tensor, message: str | Callable[[], str]) -> None:
+    # torch 2.11 cannot compile this check of transformers (5.16 to 5.24) for a tensor; torch 2.13 can.
+    torch_compilable_check(holds.item() if is_tracing() else holds, message)
 
 
 def _numbers_in(image_tokens: Any) -> list:

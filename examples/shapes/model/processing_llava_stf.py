@@ -616,7 +616,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         limit = self.tokenizer.model_max_length
         rows = input_ids if isinstance(input_ids[0], (list, tuple, np.ndarray, torch.Tensor)) else [input_ids]
         for index, row in enumerate(rows):
-            vision = int((torch.as_tensor(row, device="cpu") == self.image_token_id).sum())
+            vision = (row.tolist() if hasattr(row, "tolist") else row).count(self.image_token_id)
             if vision and len(row) > limit:
                 raise ValueError(
                     f"Prompt {index} has {len(row)} tokens, {vision} of them of images or frames, but the context "
