@@ -619,7 +619,11 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
 
 def _check(holds: torch.Tensor, message: str | Callable[[], str]) -> None:
-    # torch 2.11 cannot compile this check of transformers (5.16 to 5.24) for a tensor; torch 2.13 can.
+    """Raises a `ValueError` with the message if a condition, a tensor with one element, does not hold.
+
+    torch 2.11 cannot trace `torch_compilable_check` (transformers 5.16 to 5.24) of a tensor; torch 2.13 can. Call that
+    directly when no older torch is supported. The tests of `benchmarks` compile this model with the check.
+    """
     torch_compilable_check(holds.item() if is_tracing() else holds, message)
 
 

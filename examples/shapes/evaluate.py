@@ -54,7 +54,7 @@ def evaluate(
     print(accuracy_table(scores["kinds"]))
     result = card_results(scores["kinds"], name or str(model)) | scores
     if output is not None:
-        write_result(output, result)
+        write_json(output, result)
     return result
 
 
@@ -66,9 +66,10 @@ def require_new(output: str | Path) -> None:
         raise ValueError(f"There is no folder for {output}. Make it, or choose another file; nothing was asked.")
 
 
-def write_result(output: str | Path, result: dict) -> None:
-    with complete_or_absent(Path(output), file=True) as unfinished:
-        unfinished.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def write_json(file: str | Path, value: dict) -> None:
+    """Writes a JSON file, which appears complete or not at all."""
+    with complete_or_absent(Path(file), file=True) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def ask(

@@ -16,7 +16,7 @@ from conversion.checkpoints.folders import complete_or_absent, require_empty, sa
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 from .clip import LAYERS
-from .evaluate import evaluate
+from .evaluate import evaluate, write_json
 from .processes import start_module
 
 # As in the paper, the first is LLaVA's, the last block but one; shallower ones follow.
@@ -133,8 +133,7 @@ def make(
 def keep_settings(file: Path, settings: dict[str, int]) -> None:
     """Writes the settings of a folder's first run; raises a `ValueError` if those of a later run differ."""
     if not file.exists():
-        with complete_or_absent(file, file=True) as unfinished:
-            unfinished.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+        write_json(file, settings)
     begun = json.loads(file.read_text(encoding="utf-8"))
     for name, value in settings.items():
         if begun.get(name) != value:
@@ -211,8 +210,7 @@ class Timer:
             seconds = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
             name = " + ".join(folder.name for folder in todo)
             seconds[name] = round(time.perf_counter() - started, 1)
-            with complete_or_absent(self.file, file=True) as unfinished:
-                unfinished.write_text(json.dumps(seconds, indent=1) + "\n", encoding="utf-8")
+            write_json(self.file, seconds)
 
 
 def _complete(folder: Path) -> bool:

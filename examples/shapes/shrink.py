@@ -20,7 +20,7 @@ from conversion.quantise import SCHEMES
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf._folder import checked_config
 
-from .evaluate import ask, require_new, score, write_result
+from .evaluate import ask, require_new, score, write_json
 from .text import read_test
 from .training import DEVICE
 
@@ -79,7 +79,7 @@ def shrink(
         "versions": {name: version(name) for name in LIBRARIES if find_spec(name)},
         "rows": table,
     }
-    write_result(output, result)
+    write_json(output, result)
     print("\n".join(shrink_table(result)))
     return result
 

@@ -1050,7 +1050,7 @@ def _for_each_frame(max_soft_tokens: Any, frames: list[int]) -> Any:
     if not isinstance(max_soft_tokens, list) or len(max_soft_tokens) != len(frames):
         return max_soft_tokens
     if not all(isinstance(number, int) for number in max_soft_tokens):
-        return max_soft_tokens  # for the error
+        return max_soft_tokens  # so that the error names what was given
     return [number for number, count in zip(max_soft_tokens, frames, strict=True) for _ in range(count)]
 
 
