@@ -15,10 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from conversion.checkpoints.folders import complete_or_absent
 
-from .connectors import REFERENCE, SYSTEMS
+from .connectors import ELASTIC, REFERENCE, SYSTEMS, Asked
 from .text import read_rows
 from .untold import UNTOLD
 
@@ -26,7 +27,8 @@ from .untold import UNTOLD
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 STUDENT += (2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)
 NORMAL = 1.96
-AGAINST = f"against {REFERENCE}"
+AGAINST, NO_SEED = f"against {REFERENCE}", "no common seed"
+MARKERS = {"salience": "v", "diverse": "D", "merging": "^", "pool": "s"}  # of the reducers' scores, in the plot
 CURVE_PICTURES = 5  # the questions about one in so many pictures make the learning curves
 
 
@@ -121,9 +123,14 @@ class Results:
         weights = self.questions.weights(kinds)
         return statistics.mean(accuracy(right, weights) for right in self.marks(row, equal).values())
 
-    def difference(self, row: str, kinds: Sequence[str], equal: str = "rows") -> Difference | None:
+    def difference(
+        self, row: str, kinds: Sequence[str], equal: str = "rows", other: str = REFERENCE
+    ) -> Difference | None:
         weights = self.questions.weights(kinds)
-        return difference(self.marks(row, equal), self.marks(REFERENCE), weights, self.questions.pictures)
+        return difference(self.marks(row, equal), self.marks(other), weights, self.questions.pictures)
+
+    def tokens(self, row: str) -> float:
+        return self.median(row, lambda run: run["asked"][row]["tokens"])
 
     def median(self, row: str, value: Callable[[dict], float]) -> float:
         return statistics.median(value(run) for run in self.runs["rows"] if row in run["asked"])
@@ -151,21 +158,29 @@ def report(out: str | Path, data: str | Path, number: int) -> Path:
 def write(out: Path, results: dict) -> Path:
     """Writes results.json, and from it the table and the plot."""
     questions = Questions(tuple(results["questions"]), tuple(results["questions"].values()))
-    for name, text in (
-        ("results.json", json.dumps(results)),
-        ("results.md", "\n\n".join(part(Results(questions, results["runs"])) for part in (table, pairs))),
-    ):
+    found = Results(questions, results["runs"])
+    for name, text in (("results.json", json.dumps(results)), ("results.md", tables(found))):
         (out / name).unlink(missing_ok=True)  # of fewer runs
         with complete_or_absent(out / name, file=True) as unfinished:
             unfinished.write_text(text + "\n", encoding="utf-8")
-    draw(Results(questions, results["runs"]), out / "results.png")
+    draw(found, out / "results.png")
     return out
 
 
-def rows_of(results: Results) -> list[str]:
-    """Returns the rows of the table in the order of the systems, as far as there are results."""
+def tables(results: Results) -> str:
+    """Returns all tables of the results as Markdown."""
+    return "\n\n".join(filter(None, (table(results), pairs(results), budgets(results))))
+
+
+def ways_of(results: Results) -> dict[str, tuple[str, Asked]]:
+    """Returns system and way of asking of each row of the table, in its order, as far as there are results."""
     found = {row for run in results.runs["rows"] for row in run["asked"]}
-    return [way.name for system in SYSTEMS for way in system.asked if way.name in found]
+    return {way.name: (system.name, way) for system in SYSTEMS for way in system.asked if way.name in found}
+
+
+def rows_of(results: Results) -> list[str]:
+    """Returns the rows of the table."""
+    return list(ways_of(results))
 
 
 def told(results: Results) -> list[str]:
@@ -185,8 +200,7 @@ def table(results: Results) -> str:
     heads += ["training, s", "answering, s", *(["equal time: all", AGAINST] if results.runs["time"] else [])]
     lines = [f"| {' | '.join(heads)} |", "| --- |" + " --: |" * (len(heads) - 1)]
     for row in rows_of(results):
-        tokens = results.median(row, lambda run, row=row: run["asked"][row]["tokens"])
-        cells = [row, f"{tokens:.1f}".removesuffix(".0"), f"{results.median(row, lambda run: run['parameters']):.0f}"]
+        cells = [row, _number(results.tokens(row)), f"{results.median(row, lambda run: run['parameters']):.0f}"]
         cells += [str(len(results.marks(row))), f"{results.accuracy(row, kinds):.1f}", _against(results, row, kinds)]
         cells += [f"{results.accuracy(row, untold):.1f}", _against(results, row, untold)] if untold else []
         cells += [f"{results.accuracy(row, [kind]):.0f}" for kind in [*kinds, *untold]]
@@ -200,18 +214,39 @@ def table(results: Results) -> str:
 def pairs(results: Results) -> str:
     """Returns a Markdown table of the trained systems: each row's points above each column's, on equal rows."""
     kinds, names = told(results), _trained(results)
-    weights = results.questions.weights(kinds)
     lines = [f"| points above | {' | '.join(names)} |", "| --- |" + " --: |" * len(names)]
     for row in names:
-        found = (
-            difference(results.marks(row), results.marks(name), weights, results.questions.pictures)
-            for name in names
-            if name != row
-        )
-        cells = [str(one or "no common seed") for one in found]
+        found = (results.difference(row, kinds, other=name) for name in names if name != row)
+        cells = [str(one or NO_SEED) for one in found]
         cells.insert(names.index(row), "")
         lines.append(f"| {row} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def budgets(results: Results) -> str:
+    """Returns a Markdown table of the elastic model at each budget against all else with as many tokens.
+
+    It is empty without the elastic model. Answers about films are left out: they are about other pictures.
+    """
+    heads = ("tokens", "elastic", "all", "with as many tokens", "all", "elastic is above by")
+    lines = [f"| {' | '.join(heads)} |", "| --: | --- | --: | --- | --: | --: |"]
+    kinds, ways = told(results), ways_of(results)
+    pairs_of_rows = [
+        (row, other)
+        for row, (system, way) in ways.items()
+        for other, (_, another) in ways.items()
+        if system == ELASTIC and row != other and results.tokens(row) == results.tokens(other)
+        if not way.film and not another.film
+    ]
+    for row, other in pairs_of_rows:
+        cells = [_number(results.tokens(row)), row, f"{results.accuracy(row, kinds):.1f}", other]
+        cells += [f"{results.accuracy(other, kinds):.1f}", str(results.difference(row, kinds, other=other) or NO_SEED)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) if pairs_of_rows else ""
+
+
+def _number(tokens: float) -> str:
+    return f"{tokens:.1f}".removesuffix(".0")
 
 
 def _trained(results: Results) -> list[str]:
@@ -231,7 +266,7 @@ def _against(results: Results, row: str, kinds: Sequence[str], equal: str = "row
     if row == REFERENCE:
         return ""
     found = results.difference(row, kinds, equal)
-    return "no common seed" if found is None else str(found)
+    return str(found or NO_SEED)
 
 
 def curve(results: Results, row: str) -> list[tuple[float, float]]:
@@ -259,23 +294,49 @@ def _rise(results: Results, row: str) -> str:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draws the differences with their intervals, and the learning curves."""
+    """Draws the differences with their intervals, the answers by tokens, and the learning curves."""
     from matplotlib.figure import Figure  # imported here because only this command needs it
 
-    kinds, rows = told(results), rows_of(results)
-    figure = Figure(figsize=(15, 2 + 0.25 * len(rows)), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    others = [(row, found) for row in rows if row != REFERENCE and (found := results.difference(row, kinds))]
-    for place, (_, found) in enumerate(others):
-        left.errorbar(found.mean, -place, xerr=found.half or 0, fmt="o", color="tab:blue", capsize=3)
-    left.set_yticks([-place for place in range(len(others))], [row for row, _ in others])
-    left.axvline(0, color="k", linewidth=0.8)
-    left.set(xlabel=f"points against {REFERENCE}, 95 % interval", title="Same tower, language model, rows and order")
+    figure = Figure(figsize=(15, max(9, 2 + 0.25 * len(rows_of(results)))), layout="constrained")
+    axes = figure.subplot_mosaic([["differences", "tokens"], ["differences", "curves"]])
+    _draw_differences(results, axes["differences"])
+    _draw_tokens(results, axes["tokens"])
     for index, row in enumerate(_trained(results)):
         points = curve(results, row)
-        right.plot(*zip(*points, strict=True), "o-" if index < 10 else "s--", markersize=3, label=row)
-    right.set(xlabel="share of stage 2", ylabel="right answers, %", title="Learning curves, mean of the seeds")
-    right.legend(fontsize="small")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+        axes["curves"].plot(*zip(*points, strict=True), "o-" if index < 10 else "s--", markersize=3, label=row)
+    axes["curves"].set(xlabel="share of stage 2", ylabel="right answers, %", title="Learning curves, mean of the seeds")
+    axes["curves"].legend(fontsize="small")
+    for one in axes.values():
+        one.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def _draw_differences(results: Results, axes: Any) -> None:
+    kinds = told(results)
+    others = [
+        (row, found) for row in rows_of(results) if row != REFERENCE and (found := results.difference(row, kinds))
+    ]
+    for place, (_, found) in enumerate(others):
+        axes.errorbar(found.mean, -place, xerr=found.half or 0, fmt="o", color="tab:blue", capsize=3)
+    axes.set_yticks([-place for place in range(len(others))], [row for row, _ in others])
+    axes.axvline(0, color="k", linewidth=0.8)
+    axes.set(xlabel=f"points against {REFERENCE}, 95 % interval", title="Same tower, language model, rows and order")
+
+
+def _draw_tokens(results: Results, axes: Any) -> None:
+    """Draws what a system was trained for as full points, and other ways of asking it hollow, in the same colour."""
+    kinds, ways = told(results), ways_of(results)
+    places = {row: (results.tokens(row), results.accuracy(row, kinds)) for row in ways}
+    for index, name in enumerate(_trained(results)):
+        color = f"C{index % 10}"
+        own = {row: way for row, (system, way) in ways.items() if system == name and not way.film}
+        full = [row for row, way in own.items() if not way.changed]
+        axes.plot(*zip(*(places[row] for row in full), strict=True), "o-", color=color, label=name)
+        for row in own.keys() - full:
+            axes.plot(*places[row], MARKERS.get(own[row].score, "o"), color=color, fillstyle="none", alpha=0.7)
+    for score, marker in MARKERS.items():
+        axes.plot([], [], marker, color="gray", fillstyle="none", label=score)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(xlabel="vision tokens of a picture", ylabel="right answers, %", title="Hollow: not trained for it")
+    axes.legend(fontsize="small", ncols=2)

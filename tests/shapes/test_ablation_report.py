@@ -13,6 +13,7 @@ from examples.shapes.ablation_report import (
     Difference,
     Questions,
     accuracy,
+    budgets,
     curve,
     difference,
     questions_of,
@@ -135,6 +136,27 @@ def test_the_table_has_a_row_for_each_way_of_asking(tmp_path):
     ]
     assert Image.open(out / "results.png").width > 500
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 5
+
+
+def test_the_elastic_model_is_compared_at_each_budget_with_what_has_as_many_tokens():
+    def asked(**marks):
+        return {row: {"tokens": tokens, "seconds": 1.0, "right": right} for row, (tokens, right) in marks.items()}
+
+    elastic = {"elastic MBTF + STF": (16, "111"), "elastic MBTF + STF at 4": (4, "110")}
+    elastic |= {
+        "elastic MBTF + STF, film in 4 clusters": (4, "000"),
+        "elastic MBTF + STF, film at 4 a frame": (16, "0" * 3),
+    }
+    systems = {"LLaVA-1.5": {"LLaVA-1.5": (64, "111"), "LLaVA-1.5, pool 4": (4, "100")}}
+    systems |= {"elastic MBTF + STF": elastic, "MBTF + STF for 4": {"MBTF + STF for 4": (4, "111")}}
+    runs = [run(name, seed, "", asked=asked(**rows)) for name, rows in systems.items() for seed in (0, 1)]
+    between = f"± {12.706 * math.sqrt(2 * statistics.variance([50, 0])):.1f}, not distinguishable"
+    assert budgets(Raw(QUESTIONS, runs)).splitlines()[2:] == [
+        f"| 4 | elastic MBTF + STF at 4 | 75.0 | LLaVA-1.5, pool 4 | 25.0 | +50.0 {between} |",
+        "| 4 | elastic MBTF + STF at 4 | 75.0 | MBTF + STF for 4 | 100.0 | -25.0 "
+        f"± {12.706 * math.sqrt(2 * statistics.variance([0, 25])):.1f}, not distinguishable |",
+    ]
+    assert budgets(Raw(QUESTIONS, runs[:2])) == ""
 
 
 def test_what_the_tower_was_not_told_is_reported_apart():

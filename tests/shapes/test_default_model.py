@@ -10,7 +10,7 @@ from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGen
 
 from conversion import convert, convert_back
 from examples.shapes.ablation import build
-from examples.shapes.ablation_report import Questions, Results, pairs, table, told
+from examples.shapes.ablation_report import Questions, Results, tables, told
 from examples.shapes.connectors import SYSTEMS
 from examples.shapes.evaluate import accuracy_table, ask, score
 from examples.shapes.generate import generate
@@ -157,7 +157,7 @@ def test_the_page_of_connectors_has_its_results():
     assert len(rows_of_tables(results)) > 8 and rows_of_tables(results) <= rows_of_tables(page)
     raw = json.loads((ROOT / "examples" / "shapes" / "ablation" / "results.json").read_text(encoding="utf-8"))
     found = Results(Questions(tuple(raw["questions"]), tuple(raw["questions"].values())), raw["runs"])
-    assert "\n\n".join((table(found), pairs(found))) == results.strip()
+    assert tables(found) == results.strip()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in ("MBTF + STF", "average pooling", "LLaVA-1.5, picture halved"):
         assert str(found.difference(row, told(found))) in readme

@@ -46,6 +46,11 @@ class Asked:
     # counts right answers to training questions.
     inside: Schedule | Callable[[LlavaSTFForConditionalGeneration, Callable[[Schedule], int]], Schedule] | None = None
 
+    @property
+    def changed(self) -> bool:
+        """Returns whether the model was not trained for it; it was trained for its budgets."""
+        return self.keep is not None or self.encode is not None or self.inside is not None
+
 
 @dataclass(frozen=True)
 class System:
@@ -92,7 +97,7 @@ def _elastic(mode: str, *budgets: int) -> dict[str, Any]:
     return {"token_budgets": list(budgets), "token_budget_mode": mode}
 
 
-REFERENCE = "LLaVA-1.5"
+REFERENCE, ELASTIC = "LLaVA-1.5", "elastic MBTF + STF"
 ONE, HALVED = TAPS[:1], Asked(f"{REFERENCE}, picture halved", encode=downsampling.encode)
 INSIDE = (
     Asked(f"{REFERENCE}, FastV (simulated)", inside=FAST_V),
@@ -106,12 +111,12 @@ SYSTEMS = (
     System("MBTF", TAPS, 1, MixedProjector),
     System("MBTF + STF", TAPS, 2, LlavaSTFMultiModalProjector, others=_reduced("MBTF + STF", 4)),
     System(
-        "elastic MBTF + STF",
+        ELASTIC,
         TAPS,
         2,
         LlavaSTFMultiModalProjector,
         _elastic("sample", 16, 4, 1),
-        (*_budgets("elastic MBTF + STF", 4, 1), *_films("elastic MBTF + STF", 4, 1)),
+        (*_budgets(ELASTIC, 4, 1), *_films(ELASTIC, 4, 1)),
     ),
     System("MBTF + STF for 4", TAPS, 2, LlavaSTFMultiModalProjector, _elastic("sample", 4), budget=4),
     System("MBTF + STF for 1", TAPS, 2, LlavaSTFMultiModalProjector, _elastic("sample", 1), budget=1),
