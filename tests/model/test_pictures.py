@@ -11,6 +11,7 @@ import zlib
 from contextlib import suppress
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -707,6 +708,107 @@ def test_a_nearly_black_frame_is_no_mask(processor):
     dark = np.stack([np.full((20, 20, 3), value, np.uint8) for value in (0, 1, 200)])
     for video in (dark, list(dark), torch.from_numpy(dark)):
         assert shades(processor, [video]) == [0, 0, 10]
+
+
+# Video files
+
+# How a point (x, y) of a frame is shown: at (ax + cy, bx + dy).
+SHOWN = [(1, 0, 0, 1), (-1, 0, 0, 1), (-1, 0, 0, -1), (1, 0, 0, -1), (0, 1, 1, 0), (0, 1, -1, 0), (0, -1, -1, 0)]
+SHOWN += [(0, -1, 1, 0)]
+
+
+def film(path, frames=SHADES, rate=4, matrix=None, codec="libx264", **options):
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        if matrix:
+            a, b, c, d = (number * 2**16 for number in matrix)
+            stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 2**30])
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
+        container.mux(stream.encode())
+    return str(path)
+
+
+def shown(frame, matrix):
+    """The frame with each point where the matrix says."""
+    a, b, c, d = matrix
+    pixels = np.asarray(frame)
+    y, x = np.mgrid[: pixels.shape[0], : pixels.shape[1]]
+    columns, rows = a * x + c * y, b * x + d * y
+    moved = np.zeros((np.ptp(rows) + 1, np.ptp(columns) + 1, 3), np.uint8)
+    moved[rows - rows.min(), columns - columns.min()] = pixels
+    return moved
+
+
+@pytest.mark.parametrize("matrix", SHOWN)
+def test_a_video_is_shown_as_its_file_says(matrix, photo, processor, tmp_path):
+    """Phones film sideways, and name the rotation in the file."""
+    path = film(tmp_path / "a.mp4", [photo] * 4, matrix=matrix)
+    with av.open(film(tmp_path / "plain.mp4", [photo] * 4)) as container:
+        frame = next(container.decode(video=0)).to_ndarray(format="rgb24")
+    chat = [{"role": "user", "content": [{"type": "video", "path": path}]}]
+    for turn, expected in ((True, shown(frame, matrix)), (False, frame)):
+        expected = processor(videos=[expected[None]], text="<video>", return_tensors="pt")["pixel_values"]
+        found = processor(videos=path, text="<video>", do_exif_transpose=turn, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, expected)
+        settings = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+        found = processor.apply_chat_template(chat, **settings, processor_kwargs={"do_exif_transpose": turn})
+        assert torch.equal(found["pixel_values"], expected)
+
+
+@pytest.mark.parametrize(
+    ("ending", "settings"),
+    [
+        ("mp4", {}),
+        ("mov", {}),
+        ("avi", {"codec": "mpeg4"}),
+        ("flv", {}),
+        ("mkv", {}),
+        ("webm", {"codec": "libvpx-vp9"}),
+        ("mpg", {"codec": "mpeg2video", "rate": 24}),
+        ("ts", {}),
+        ("mp4", {"movflags": "frag_keyframe+empty_moov"}),
+    ],
+)
+def test_every_container_gives_the_same_frames(ending, settings, processor, tmp_path):
+    """The headers of some have no number of frames."""
+    if settings.get("rate"):  # MPEG-2 has no 4 frames a second
+        path = film(tmp_path / f"a.{ending}", [shade for shade in SHADES for _ in range(6)], **settings)
+    else:
+        path = film(tmp_path / f"a.{ending}", **settings)
+    assert shades(processor, path) == [0, 4, 8]
+    assert shades(processor, path, num_frames=5) == [0, 2, 4, 7, 9]
+    assert shades(processor, path, fps=2) == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("ending", ["mp4", "avi", "mkv"])
+def test_a_video_that_was_cut_off_is_refused(ending, photo, processor, tmp_path):
+    """Its first frames can be decoded, and would be taken for all."""
+    noise = [
+        Image.fromarray(np.random.default_rng(index).integers(0, 256, (48, 64, 3), np.uint8)) for index in range(24)
+    ]
+    whole = Path(film(tmp_path / f"a.{ending}", noise, codec="mpeg4", movflags="faststart"))
+    assert len(processor(videos=str(whole), text="<video>")["pixel_values"]) == 6
+    cut = tmp_path / f"cut.{ending}"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"cut.{ending}.*ends after .* of .* seconds. The file is damaged"):
+        processor(videos=str(cut), text="<video>")
+
+
+def test_what_a_video_file_cannot_give_is_refused(processor, tmp_path):
+    short = film(tmp_path / "short.mp4", SHADES[:3])
+    assert shades(processor, short) == [0]
+    for sampling in ({"num_frames": 4}, {"fps": 8}):
+        with pytest.raises(ValueError, match="short.mp4.*it has 3 frames, but `num_frames` or `fps` asks for [46]"):
+            processor(videos=short, text="<video>", **sampling)
+    with av.open(str(tmp_path / "sound.mp4"), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.rate = 16000
+        container.mux([*stream.encode(frame), *stream.encode()])
+    with pytest.raises(ValueError, match="sound.mp4.*it has no pictures"):
+        processor(videos=str(tmp_path / "sound.mp4"), text="<video>")
 
 
 def test_the_goldens_pictures_do_not_move(processor):

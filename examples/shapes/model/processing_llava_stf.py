@@ -34,7 +34,6 @@ from transformers.image_utils import ChannelDimension
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
 from transformers.utils import cached_file
-from transformers.video_utils import load_video
 
 from .configuration_llava_stf import LlavaSTFConfig, allowed_token_budgets
 
@@ -46,6 +45,9 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 STAGE_1 = "{#- The conversation `plain` of the original's stage 1"
 PLAIN = Path(__file__).with_name("plain.jinja")  # that template; only the installed package has it
 ORIENTATION = PIL.ExifTags.Base.Orientation
+# EXIF's orientations by the display matrix of a video, (a, b), (c, d): it shows the point (x, y) at (ax + cy, bx + dy).
+ORIENTATIONS = {(1, 0, 0, 1): 1, (-1, 0, 0, 1): 2, (-1, 0, 0, -1): 3, (1, 0, 0, -1): 4}
+ORIENTATIONS |= {(0, 1, 1, 0): 5, (0, 1, -1, 0): 6, (0, -1, -1, 0): 7, (0, -1, 1, 0): 8}
 # A video file is read at this many frames per second, as in the original's evaluation.
 VIDEO_FPS = 1
 # Files of these formats may be animations; a frame without a duration is shown this long, as in browsers.
@@ -76,7 +78,8 @@ UNREADABLE = (
 class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg] # transformers is not typed
     """
     do_exif_transpose (`bool`, *optional*, defaults to `True`):
-        Whether to rotate a photo upright by its EXIF orientation. The original does not.
+        Whether to rotate a photo upright by its EXIF orientation, and the frames of a video file by its display matrix.
+        The original does not rotate photos.
     alpha_background (`str`, *optional*):
         Colour behind transparent pixels, as PIL names it: `"white"`, `"#7a7468"`. By default transparency is dropped,
         as in the original.
@@ -1023,15 +1026,77 @@ def _animation_frames(animation: PIL.Image.Image, num_frames: int | None, fps: f
 
 def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
     try:
-        if video.startswith(("http://", "https://")) and "youtube.com" not in urlparse(video).netloc:
+        if video.startswith(("http://", "https://")):
             with tempfile.NamedTemporaryFile() as file:
                 file.write(_downloaded(video))
                 file.flush()
                 return _file_frames(file.name, num_frames, fps)
-        frames = load_video(video, num_frames=num_frames, fps=fps, backend="pyav")[0]
+        return _decoded_frames(video, num_frames, fps)
     except (OSError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"Cannot read the video {video!r}: {error}") from error
-    return [PIL.Image.fromarray(frame) for frame in frames]
+
+
+def _decoded_frames(path: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
+    """Decodes evenly spread frames of a file. They have its rotation as EXIF orientation, which turns them later."""
+    found, frames = _number_of_frames(path), []
+    with _opened_video(path) as container:
+        rate = container.streams.video[0].average_rate
+        if not num_frames and not rate:
+            raise ValueError("it has no frame rate. Use `num_frames`.")
+        count = num_frames or max(1, int(found / rate * fps))
+        if count > found:
+            raise ValueError(f"it has {found} frames, but `num_frames` or `fps` asks for {count}.")
+        wanted = {index * found // count for index in range(count)}
+        for index, frame in enumerate(container.decode(video=0)):
+            if index in wanted:
+                frames.append(PIL.Image.fromarray(frame.to_ndarray(format="rgb24")))
+                frames[-1].getexif()[ORIENTATION] = _orientation(frame)
+            if len(frames) == count:
+                return frames
+    raise ValueError(f"{len(frames)} of {count} frames can be decoded. The file is damaged or not complete.")
+
+
+def _opened_video(path: str) -> Any:
+    try:
+        import av
+    except ImportError as error:
+        raise ImportError("A video file is decoded by PyAV, which is not installed: `pip install av`.") from error
+    if not os.path.isfile(path):  # PyAV would open other protocols, too
+        raise FileNotFoundError("there is no such file.")
+    container = av.open(path)
+    if not container.streams.video:
+        raise ValueError("it has no pictures.")
+    return container
+
+
+def _number_of_frames(path: str) -> int:
+    """Counts the frames of a file without decoding them: the headers of WebM, Matroska and MPEG do not name a number.
+
+    Raises:
+        ValueError: if it ends before the time that its header names.
+    """
+    with _opened_video(path) as container:
+        stream, number, end = container.streams.video[0], 0, 0.0
+        for packet in container.demux():
+            if packet.pts is not None:
+                end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+            number += packet.stream == stream and packet.size > 0 and not packet.is_discard
+        # Other formats have no seconds in their header, and what PyAV then says is a guess.
+        named = container.format.name.split(",")[0] in ("asf", "avi", "flv", "matroska", "mov")
+        seconds = (container.duration or 0) / 1e6 if named else 0
+        last = float(1 / stream.average_rate) if stream.average_rate else 0  # the last frame may not say how long it is
+        if end + last + 0.5 < seconds:
+            raise ValueError(f"it ends after {end:.1f} of {seconds:.1f} seconds. The file is damaged or not complete.")
+    return number
+
+
+def _orientation(frame: Any) -> int:
+    """Returns how a decoded frame is to be turned, as an EXIF orientation; phones film sideways and say so."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return 1
+    (a, b, _), (c, d, _), _ = np.frombuffer(bytes(matrix), np.int32).reshape(3, 3) // 2**16
+    return ORIENTATIONS.get((a, b, c, d), 1)
 
 
 def _python_numbers(numbers: Any) -> Any:
