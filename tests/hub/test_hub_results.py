@@ -585,7 +585,7 @@ def test_card_has_the_vocabulary_and_what_does_not_work(card_folder, processor):
     words = " ".join(text.split())
     assert "A long answer at batch 1 gains little" in words
     assert "GGUF and llama.cpp are not supported: they have no projector that fuses windows of tokens" in words
-    assert "fusion modules export to ONNX" in words
+    assert "fusion modules can be exported to ONNX" in words
     assert "without bfloat16 (NVIDIA's before Ampere) load the model with `dtype=torch.float16`" in words
 
 
