@@ -65,7 +65,7 @@ LLAMA = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="scratch folder (default: a temporary one)")
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default: 2)")
     parser.add_argument("--layers", type=int, default=32, help="layers of the language model (32: the 7B)")
     parser.add_argument("--output", type=Path, default=RESULT, help="JSON to write; must not exist")
     arguments = parser.parse_args()

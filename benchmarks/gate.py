@@ -165,9 +165,11 @@ def checked(outcome: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--device", choices=SIZES, default="cpu", help="default: cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on cpu, 7b on cuda")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="default: bfloat16"
+    )
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
     output.require_absent(options.output, parser)

@@ -91,7 +91,7 @@ def outcome_of_tests(report: Path) -> dict[str, list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25, help="time for all steps together (default: 25)")
-    parser.add_argument("--device", choices=SIZES, default="cuda")
+    parser.add_argument("--device", choices=SIZES, default="cuda", help="default: cuda")
     parser.add_argument("--size", choices=["tiny", "slice", "7b"], help="default: 7b on cuda, slice on cpu")
     parser.add_argument(
         "--output", type=Path, default=RESULTS, help="folder of the results (default: benchmarks/results)"

@@ -60,11 +60,11 @@ def choose(rows: list[Case], metric: str, batch: int, text: int | None, system: 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("metric", choices=METRICS)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("metric", choices=METRICS, help="what is profiled")
+    parser.add_argument("--batch", type=int, default=1, help="batch size of the row (default: 1)")
     parser.add_argument("--text", type=int, help="text tokens of the row (default: those of the first row)")
-    parser.add_argument("--system", choices=(*SYSTEMS, *WHOLE), default=OURS)
-    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--system", choices=(*SYSTEMS, *WHOLE), default=OURS, help=f"default: {OURS}")
+    parser.add_argument("--device", choices=SIZES, default="cpu", help="default: cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rows", type=int, default=12, help="number of operators to print (default: 12)")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")

@@ -47,7 +47,7 @@ def main() -> None:
         "--size", choices=["tiny", "slice", "7b"], default="7b", help="widths of the model; tiny is for a rehearsal"
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device to load to (default: cpu)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()
     output.require_absent(options.output, parser)

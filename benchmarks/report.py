@@ -268,7 +268,7 @@ def across_rows(result: dict[str, Any], batch: int) -> Iterator[str]:
     if all(times[metric] for times in (theirs, mine) for metric in ("first token", "decode")):
         their_long, my_long = (times["first token"] + (LONG_ANSWER - 1) * times["decode"] for times in (theirs, mine))
         yield (
-            f"- An answer of {LONG_ANSWER} tokens, batch {batch}, reckoned from the rows of first token and decode: "
+            f"- An answer of {LONG_ANSWER} tokens, batch {batch}, computed from the rows of first token and decode: "
             f"{their_long / my_long:.2f}x ({ours} against {stock})."
         )
 

@@ -195,7 +195,7 @@ def conditions(device: str, size: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=SIZES, default="cpu")
+    parser.add_argument("--device", choices=SIZES, default="cpu", help="default: cpu")
     parser.add_argument("--size", choices=PLANS, help="default: slice on a CPU, 7b on CUDA")
     parser.add_argument("--rounds", type=int, help="turns of each system (default: set by the size)")
     parser.add_argument("--metrics", nargs="+", choices=METRICS, default=METRICS, help="metrics to time (default: all)")

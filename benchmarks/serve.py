@@ -35,11 +35,11 @@ PROMPT = "USER: <image>\n" + "a " * 40 + "ASSISTANT:"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="slice")
+    parser.add_argument("--size", choices=["tiny", "slice", "7b"], default="slice", help="default: slice")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="device that this vLLM is built for")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="bfloat16", help="dtype of the models (default: bfloat16)")
+    parser.add_argument("--requests", type=int, default=32, help="requests of a turn (default: 32)")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)  # one turn, which runs in its own process
     options = parser.parse_args()

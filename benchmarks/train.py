@@ -180,17 +180,17 @@ def data(options: argparse.Namespace) -> Dataset:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: cpu")
     parser.add_argument(
         "--size", choices=["tiny", "slice", "7b"], default="7b", help="widths of the model; tiny is for a rehearsal"
     )
     parser.add_argument("--layers", type=int, default=2, help="layers of the language model (7B: 32)")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=1, help="rows of a step (default: 1)")
     parser.add_argument("--text", type=int, default=100, help="text tokens of a row")
     parser.add_argument("--steps", type=int, default=2, help="measured steps of each turn")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default: 3)")
     parser.add_argument("--optim", default="sgd", help="optimizer of the Trainer, such as adamw_torch")
-    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES), help="default: all")
     parser.add_argument("--peak-tflops", type=float, help="peak of the device in bfloat16 (default: measured)")
     parser.add_argument("--output", type=Path, help="JSON to write; must not exist")
     options = parser.parse_args()

@@ -8,7 +8,7 @@ python -m conversion SOURCE DESTINATION --init-fusion          a plain LLaVA-1.5
 python -m conversion OURS DESTINATION --to-original --vision-tower CLIP
 python -m conversion quantise OURS DESTINATION --scheme int8   8 or 4 bit for the language model (quantise --help)
 
-SOURCE is a folder or a Hub id; what it holds is told from its files. DESTINATION appears complete or not at all.
+SOURCE is a folder or a Hub id; its files say which kind it is. DESTINATION appears complete or not at all.
 """
 
 import argparse
@@ -54,14 +54,14 @@ def _convert() -> int:
 def _quantise(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m conversion quantise",
-        description="Quantise the language model; vision tower, fusion modules and head stay in 16 bit.",
+        description="Quantises the language model; vision tower, fusion modules and head stay in 16 bit.",
     )
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of one of our checkpoints")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to write; must not exist, or be empty")
     parser.add_argument("--scheme", choices=SCHEMES, required=True)
     parser.add_argument("--revision", help="branch, tag or commit of SOURCE, if that is a Hub id")
     parser.add_argument("--subfolder", help="folder of a Hub id that holds several checkpoints")
-    parser.add_argument("--base-model", metavar="ID", help="Hub id of SOURCE, for the card (default: as its card says)")
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of SOURCE, for the card (default: its card's)")
     print(f"wrote {quantise(**vars(parser.parse_args(words)))}")
     return 0
 
@@ -78,9 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--vision-tower", metavar="NAME", help="CLIP model (default: the one that the config names)")
     source.add_argument("--tokenizer", metavar="NAME", help="tokenizer (default: the source's, else the base's)")
     source.add_argument("--revision", help="branch, tag or commit of SOURCE, if that is a Hub id")
-    source.add_argument("--base-revision", metavar="REVISION", help="of --base (default: the one the adapter records)")
-    source.add_argument("--vision-tower-revision", metavar="REVISION", help="of the CLIP model")
-    source.add_argument("--tokenizer-revision", metavar="REVISION", help="of --tokenizer")
+    source.add_argument("--base-revision", metavar="REVISION", help="commit of --base (default: the adapter's)")
+    source.add_argument("--vision-tower-revision", metavar="REVISION", help="commit of the CLIP model")
+    source.add_argument("--tokenizer-revision", metavar="REVISION", help="commit of --tokenizer")
     source.add_argument("--subfolder", help="folder of a Hub id that holds several runs")
     source.add_argument("--init-fusion", action="store_true", help="SOURCE has no fusion weights: make new ones")
     source.add_argument(
@@ -88,16 +88,16 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         nargs="+",
         metavar="N",
-        help="blocks of the tower that new fusion weights mix, in this order",
+        help="blocks of the tower that new fusion weights combine, in this order",
     )
-    source.add_argument("--seed", type=int, default=0, help="of the new fusion weights (default: 0)")
+    source.add_argument("--seed", type=int, default=0, help="seed of the new fusion weights (default: 0)")
 
     target = parser.add_argument_group("target")
     target.add_argument("--keep-adapter", action="store_true", help="keep a LoRA run as a PEFT adapter beside its base")
     target.add_argument("--keep-full-tower", action="store_true", help="keep the tower's layers that are never used")
-    target.add_argument("--dtype", choices=DTYPES, help="of all weights (default: each weight's own)")
-    target.add_argument("--pad-vocabulary", type=int, default=1, metavar="N", help="pad the tables to a multiple of N")
-    target.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="of a weight file (default: 5GB)")
+    target.add_argument("--dtype", choices=DTYPES, help="dtype of all weights (default: each weight's own)")
+    target.add_argument("--pad-vocabulary", type=int, default=1, metavar="N", help="pad it to a multiple of N")
+    target.add_argument("--max-shard-size", default="5GB", metavar="SIZE", help="size of a file (default: 5GB)")
     target.add_argument("--to-original", action="store_true", help="SOURCE is ours: write the original's layout")
 
     check = parser.add_argument_group("check")

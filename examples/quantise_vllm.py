@@ -60,9 +60,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of one of our checkpoints")
     parser.add_argument("destination", metavar="OUT", help="folder to write; must not exist, or be empty")
-    parser.add_argument("--scheme", choices=SCHEMES, required=True)
+    parser.add_argument("--scheme", choices=SCHEMES, required=True, help="format of the weights")
     parser.add_argument("--revision", help="branch, tag or commit of SOURCE, if that is a Hub id")
-    parser.add_argument("--base-model", metavar="ID", help="Hub id of SOURCE, for the card (default: as its card says)")
+    parser.add_argument("--base-model", metavar="ID", help="Hub id of SOURCE, for the card (default: its card's)")
     try:
         print(f"wrote {quantise_vllm(**vars(parser.parse_args()))}")
     except (ConversionError, OSError) as error:

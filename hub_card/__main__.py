@@ -146,7 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     render = commands.add_parser("render", help="write the card and its pictures; options are remembered")
-    render.add_argument("folder", metavar="DIR", type=Path)
+    render.add_argument("folder", metavar="DIR", type=Path, help="folder of a checkpoint or an adapter")
     render.add_argument("--repo-id", metavar="USER/NAME", help="repository to publish to")
     render.add_argument("--tag", help=f"revision that the snippet loads (default: {FIRST_TAG})")
     render.add_argument("--run", action="store_true", help="run the snippet and put its output into the card")
@@ -172,11 +172,11 @@ def _parser() -> argparse.ArgumentParser:
     adapter.add_argument("--base-revision", metavar="TAG", help=f"revision of --base (default: {FIRST_TAG})")
 
     checked = commands.add_parser("check", help="print what is wrong with a folder")
-    checked.add_argument("folder", metavar="DIR", type=Path)
+    checked.add_argument("folder", metavar="DIR", type=Path, help="folder of a checkpoint or an adapter")
 
     published = commands.add_parser("publish", help="check a folder and upload it in one commit")
-    published.add_argument("folder", metavar="DIR", type=Path)
-    published.add_argument("repo_id", metavar="USER/NAME")
+    published.add_argument("folder", metavar="DIR", type=Path, help="folder of a checkpoint or an adapter")
+    published.add_argument("repo_id", metavar="USER/NAME", help="repository on the Hub")
     for command in (checked, published):
         yes = command.add_argument_group("exceptions that you allow")
         yes.add_argument(

@@ -214,11 +214,12 @@ def count_parameters(weights: Weights, about: dict[str, Any]) -> int:
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Writes the card, its pictures, and the licence files if they are missing."""
+    """Writes the card, its pictures, and the licence files. An example picture and licences that are there stay."""
     text = card.render()  # comes first, because it may fail
     if card.config is not None:
         draw_method(card.config).save(folder / METHOD_PICTURE, optimize=True)
-    draw_example().save(folder / EXAMPLE_PICTURE, optimize=True)
+    if not (folder / EXAMPLE_PICTURE).exists():
+        draw_example().save(folder / EXAMPLE_PICTURE, optimize=True)
     for name in LICENCES:
         if not (folder / name).exists():
             shutil.copyfile(ROOT / name, folder / name)

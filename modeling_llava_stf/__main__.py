@@ -75,11 +75,11 @@ def _refused(reason: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m modeling_llava_stf", description="Ask about a picture.")
+    parser = argparse.ArgumentParser(prog="python -m modeling_llava_stf", description="Asks LLaVA-STF about pictures.")
     commands = parser.add_subparsers(dest="command", required=True)
     ask_parser = commands.add_parser("ask", help="answer a question about a picture")
     ask_parser.add_argument("image", help="path or URL of the picture")
-    ask_parser.add_argument("question")
+    ask_parser.add_argument("question", help="question about the picture")
     ask_parser.add_argument("--model", help="folder or Hub id of a LLaVA-STF checkpoint (default: the small one)")
     ask_parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     ask_parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer in tokens (default: 128)")
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     serve_parser = commands.add_parser("serve", help="answer requests of OpenAI's API, by `transformers serve`")
     serve_parser.add_argument("model", help="folder or Hub id (NAME@REVISION) of a LLaVA-STF checkpoint")
     serve_parser.add_argument(
-        "options", nargs=argparse.REMAINDER, help="options of `transformers serve`; MODEL --help lists them"
+        "options", nargs=argparse.REMAINDER, help="options of `transformers serve`; `serve MODEL --help` lists them"
     )
     commands.add_parser("demo", help="ask the small model about two pictures that it was not trained on")
     return parser

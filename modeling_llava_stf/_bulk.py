@@ -111,19 +111,23 @@ def add_parser(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "caption",
         help="answer a question about each of very many pictures",
-        description="Asks about every picture of INPUT and writes parts to OUTPUT. Run it again to go on.",
+        description="Asks about every picture of INPUT. The same command continues a stopped run.",
     )
-    parser.add_argument("input", help="folder of pictures, parquet file, folder of parquet files, or JSONL file")
-    parser.add_argument("output", help="folder for the parts")
+    parser.add_argument(
+        "input", metavar="INPUT", help="folder of pictures or of parquet files, parquet file, or JSONL file"
+    )
+    parser.add_argument("output", metavar="OUTPUT", help="folder for the answers")
     parser.add_argument("--model", help="folder or Hub id of a checkpoint; with --server the name of its model")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    parser.add_argument("--prompt", default=PROMPT, help=f"for rows without one of their own (default: {PROMPT!r})")
-    parser.add_argument("--images", help="folder that paths in a file are relative to (default: that of the file)")
+    parser.add_argument("--prompt", default=PROMPT, help=f"question of rows without a prompt (default: {PROMPT!r})")
+    parser.add_argument("--images", help="folder where relative paths begin (default: that of INPUT)")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="longest answer, in tokens (default: 128)")
     parser.add_argument("--batch-size", type=int, default=8, help="pictures that the model sees at once (default: 8)")
-    parser.add_argument("--part-size", type=int, default=512, help="rows of a part (default: 512)")
-    parser.add_argument("--shard", help="I/N: every N-th part from part I on (default: RANK/WORLD_SIZE, else 0/1)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads that decode (default: one a core)")
+    parser.add_argument("--part-size", type=int, default=512, help="answers in a file, called a part (default: 512)")
+    parser.add_argument("--shard", help="I/N: every N-th part, beginning with I (default: RANK/WORLD_SIZE, else 0/1)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="threads that read pictures (default: one per core)"
+    )
     parser.add_argument("--server", help="address of an OpenAI-compatible server that answers instead of --model")
     parser.add_argument("--concurrency", type=int, default=16, help="requests to the server at once (default: 16)")
     return parser

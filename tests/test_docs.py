@@ -15,7 +15,10 @@ from examples.shapes.shrink import shrink_table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")])
+PAGES = sorted(
+    [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
+    + [*ROOT.glob("examples/*/*.md")]
+)
 
 
 def snippets(text, language):
@@ -40,14 +43,27 @@ def test_the_readme_is_short():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#:\s]+)\)", text) + re.findall(r'<img src="([^":]+)"', text)
-    assert not [link for link in links if not (page.parent / link).exists()]
+    links = re.findall(r"\]\(([^):\s]+)\)", text) + re.findall(r'<img src="([^":]+)"', text)
+    wrong = []
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert not wrong
+
+
+def anchors(page):
+    """The names that GitHub gives to the headings of a page."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_that_a_page_names_are_there(page):
-    """Paths of the repository in backticks, such as `training/recipes/`."""
-    top = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
+    """Paths of the repository in backticks, such as `training/recipes/`; `build/` is written by the pages' commands."""
+    folders = {path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith(".")} - {"build"}
+    top = "|".join(sorted(folders))
     paths = re.findall(rf"`((?:{top})/[\w./-]+)`", page.read_text(encoding="utf-8"))
     assert not [path for path in paths if not (ROOT / path).exists()]
 

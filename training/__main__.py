@@ -50,20 +50,29 @@ def positive(text: str) -> int:
 
 
 def check_command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training check", description="Find what is wrong with the data.")
+    parser = argparse.ArgumentParser(prog="python -m training check", description="Names what is wrong with the data.")
     parser.add_argument("data_path", metavar="DATA", help="LLaVA's .json or .jsonl, a .parquet, a folder, or a Hub id")
-    parser.add_argument("--model_name_or_path", "--model-name-or-path", "--model", required=True, metavar="MODEL")
+    parser.add_argument(
+        "--model_name_or_path",
+        "--model-name-or-path",
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help="checkpoint to train",
+    )
     parser.add_argument("--model_revision", "--model-revision", help="branch, tag or commit of a MODEL on the Hub")
     parser.add_argument("--image_folder", "--image-folder", help="where relative paths of images begin")
     parser.add_argument("--dataset_config", "--dataset-config", help="configuration of a Hub dataset")
-    parser.add_argument("--split", default="train", help="of a folder or a Hub dataset (default: train)")
-    parser.add_argument("--max_length", "--max-length", type=positive, default=2048, help="in tokens (default: 2048)")
+    parser.add_argument("--split", default="train", help="split of a folder or a Hub dataset (default: train)")
+    parser.add_argument(
+        "--max_length", "--max-length", type=positive, default=2048, help="longest row, in tokens (default: 2048)"
+    )
     parser.add_argument("--chat_template_name", "--chat-template-name", default="default", help="default or plain")
     parser.add_argument(
-        "--token_budgets", "--token-budgets", type=int, nargs="+", metavar="N", help="as the training's, such as 144 36"
+        "--token_budgets", "--token-budgets", type=int, nargs="+", metavar="N", help="budgets, such as 144 36"
     )
     parser.add_argument("--token_budget_mode", "--token-budget-mode", choices=[SAMPLE, ALL], help="default: sample")
-    parser.add_argument("--num_proc", "--num-proc", type=positive, help="processes")
+    parser.add_argument("--num_proc", "--num-proc", type=positive, help="number of processes")
     parser.add_argument("--plot", metavar="FILE", help="draw the lengths as a PNG")
     chosen = parser.parse_args(arguments)
     commit = commit_of(chosen.model_name_or_path, chosen.model_revision)
@@ -83,12 +92,12 @@ def check_command(arguments: list[str]) -> int:
 
 
 def merge_command(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m training merge", description="Merge an adapter into its base.")
+    parser = argparse.ArgumentParser(prog="python -m training merge", description="Merges an adapter into its base.")
     parser.add_argument("adapter", metavar="ADAPTER", help="folder of a LoRA run")
     parser.add_argument("destination", metavar="DESTINATION", help="folder to write; must not exist, or be empty")
     parser.add_argument("--base", help="folder or Hub id of its base (default: the one that the adapter names)")
     parser.add_argument(
-        "--base_revision", "--base-revision", help="of a base on the Hub (default: the one that the adapter names)"
+        "--base_revision", "--base-revision", help="commit of the base (default: the one that the adapter names)"
     )
     print(f"wrote {merge(**vars(parser.parse_args(arguments)))}")
     return 0

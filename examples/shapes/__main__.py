@@ -90,9 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluation.add_argument("model", metavar="MODEL", help="folder or Hub id of a checkpoint")
     evaluation.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     evaluation.add_argument("--output", metavar="FILE", help="write the result as JSON; must not exist")
-    evaluation.add_argument(
-        "--new", action="store_true", help="ask the kind of question that the model has not learned"
-    )
+    evaluation.add_argument("--new", action="store_true", help="ask only the kind of question that `make` never trains")
     evaluation.add_argument(
         "--batch-size", type=_at_least(1), default=100, metavar="N", help="questions of a batch (default: 100)"
     )
@@ -113,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     task = commands.add_parser("task", help="write the questions of the test set as a task of lmms-eval")
     task.add_argument("data", metavar="DATA", help="folder that `generate` wrote")
     task.add_argument("out", metavar="OUT", help="folder to write; must not exist, or be empty")
-    task.add_argument("--questions", type=int, metavar="N", help="only the first N questions (default: all)")
+    task.add_argument("--questions", type=int, metavar="N", help="write only the first N (default: all)")
     task.set_defaults(step=write_task)
 
     warming = commands.add_parser("warm-up", help="train fusion modules and language model before the stages")
@@ -160,7 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     ablation.add_argument(
         "--workers", type=_at_least(1), metavar="N", help="trainings at a time (default: the number of cores)"
     )
-    ablation.add_argument("--equal", choices=("rows", "time"), default="rows", help="default: rows")
+    ablation.add_argument(
+        "--equal", choices=("rows", "time"), default="rows", help="what is equal for all systems (default: rows)"
+    )
     ablation.add_argument("--systems", nargs="+", metavar="NAME", help="train only these (default: all)")
     ablation.set_defaults(step=ablate)
     run = commands.add_parser("ablation-run")  # `ablation` starts it for each of its runs

@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
+from hub_card.card import EXAMPLE_PICTURE
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 from .clip import LAYERS
@@ -125,6 +126,7 @@ def make(
             shutil.copyfile(work / step / name, folder / f"log_{step}.json")
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
         shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
+        shutil.copyfile(data / "images" / "test-000000.png", folder / EXAMPLE_PICTURE)
     evaluate(out, data, out / "evaluation.json", name=REPO_ID)
     render_card(out)
     return out

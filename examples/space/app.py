@@ -1,6 +1,6 @@
 # Copyright 2026 The LLaVA-STF for Transformers authors
 # SPDX-License-Identifier: Apache-2.0
-"""A page to look at: choose a picture, ask about it, and see how many vision tokens the answer took.
+"""Shows a web page: choose a picture, ask about it, and see how many vision tokens the answer took.
 
 python examples/space/app.py [--model DIR_OR_HUB_ID] [--revision COMMIT] [--host 0.0.0.0] [--port 7860]
 """

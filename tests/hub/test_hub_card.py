@@ -19,7 +19,7 @@ from conversion import convert, to_hub
 from conversion.checkpoints.folders import name_auto_class
 from hub_card import Facts, check, freeze, gather
 from hub_card.__main__ import main
-from hub_card.card import ROOT, name_base, pinned_versions
+from hub_card.card import ROOT, name_base, pinned_versions, write_card
 from hub_card.check import check_paths, compare_use
 from hub_card.fresh_process import use
 from hub_card.picture import draw_method
@@ -289,6 +289,13 @@ def test_pictures_and_licences_are_written(card_folder):
         assert (card_folder / name).read_bytes() == (ROOT / name).read_bytes()
 
 
+def test_an_example_of_one_s_own_stays(folder):
+    Image.new("RGB", (9, 9), "red").save(folder / "example.png")
+    write_card(folder, gather(folder, "some/tiny", CARD_FACTS))
+    with Image.open(folder / "example.png") as picture:
+        assert picture.size == (9, 9)
+
+
 def test_quantised_model_says_so(folder):
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -474,7 +481,7 @@ def test_state_of_a_run_is_left_out(folder):
 def test_snippet_prints_what_the_model_says(card_folder, found, processor, model):
     content = [
         {"type": "image", "path": str(card_folder / "example.png")},
-        {"type": "text", "text": "Which shapes are in this picture?"},
+        {"type": "text", "text": "What is in the picture?"},
     ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],

@@ -207,7 +207,7 @@ def test_a_quantised_variant_joins_the_collection(hub, checkpoint, folder, model
 def test_what_a_stranger_gets(world, model, reply, processor, adapter_folder, card_folder):
     """One test, because the world that it looks at takes half a minute."""
     answers, shapes = world["answers"], str(GOLDENS / "images" / "shapes.png")
-    example, question = str(card_folder / "example.png"), "Which shapes are in this picture?"
+    example, question = str(card_folder / "example.png"), "What is in the picture?"
 
     def in_words(tokens):
         return processor.decode(tokens, skip_special_tokens=True)

@@ -579,13 +579,13 @@ def test_card_has_the_vocabulary_and_what_does_not_work(card_folder, processor):
     text = gather(card_folder, "some/tiny", CARD_FACTS).render()
     rows = json.loads((card_folder / "config.json").read_text(encoding="utf-8"))["text_config"]["vocab_size"]
     tokenizer = processor.tokenizer
-    assert f"| vocabulary | {len(tokenizer):,} tokens; the tables have {rows:,} rows |" in text
+    assert f"| vocabulary | {len(tokenizer):,} tokens; embedding and head have {rows:,} rows |" in text
     assert f"| image token | `<image>`, id {processor.image_token_id}, 4 times per picture |" in text
     assert f"| padding token | `{tokenizer.pad_token}`, id {tokenizer.pad_token_id} |" in text
     words = " ".join(text.split())
     assert "A long answer at batch 1 gains little" in words
     assert "GGUF and llama.cpp are not supported: they have no projector that fuses windows of tokens" in words
-    assert "fusion modules export to ONNX" in words
+    assert "fusion modules can be exported to ONNX" in words
     assert "without bfloat16 (NVIDIA's before Ampere) load the model with `dtype=torch.float16`" in words
 
 
@@ -595,7 +595,7 @@ def test_card_counts_the_rows_that_pad_the_tables(card_folder, tmp_path):
     config["text_config"]["vocab_size"] += 7
     write(folder / "config.json", config)
     text = gather(folder, "some/tiny", CARD_FACTS).render()
-    assert f"the tables have {config['text_config']['vocab_size']:,} rows, of which 7 are padding |" in text
+    assert f"embedding and head have {config['text_config']['vocab_size']:,} rows, of which 7 are padding |" in text
 
 
 def test_the_three_spellings_of_quantisation_are_those_of_transformers(card_folder):

@@ -43,6 +43,8 @@ def test_one_command_makes_a_model(tmp_path, monkeypatch):
     assert {"LICENSE", "README.md", "modeling_llava_stf.py", "processor_config.json", "evaluation.json"} <= {
         file.name for file in out.iterdir()
     }
+    shown = tmp_path / "work" / "data" / "images" / "test-000000.png"  # the card asks about it
+    assert (out / "example.png").read_bytes() == shown.read_bytes()
     seconds = json.loads((out / "log_seconds.json").read_text())
     steps = (
         "data",

@@ -173,6 +173,8 @@ class _BlocksUpToLastTap(nn.ModuleList):
 
 
 class LlavaSTFPreTrainedModel(LlavaPreTrainedModel):
+    """Loads and saves as transformers does; quantises the language model alone, and loses no weights of adapters."""
+
     config: LlavaSTFConfig
     config_class = LlavaSTFConfig
     # `device_map` keeps the fusion on one device: it is small, and all taps are inputs of it.
@@ -576,6 +578,10 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         image_tokens: Sequence[int] | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
+        """Prepares a pass (see [`GenerationMixin.prepare_inputs_for_generation`]); images go into the first, always.
+
+        `past_key_values` is the older name of `cache`.
+        """
         older_name = kwargs.pop("past_key_values", None)
         cache = older_name if cache is None else cache
         # transformers drops the images from all passes but the first. It mistakes the first pass of an assistant and
