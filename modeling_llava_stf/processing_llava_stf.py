@@ -639,12 +639,12 @@ class LlavaSTFProcessor(LlavaProcessor):
 
 
 def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raises a `ValueError` for options of pictures in the wrong place of processor_config.json or `from_pretrained`."""
+    """Raises a `ValueError` for options in the wrong place of processor_config.json or of `from_pretrained`."""
     of_calls = [name for name, value in given.items() if name.endswith("_kwargs") and value]
     if of_calls:
         raise ValueError(
-            f"`from_pretrained` got {', '.join(of_calls)}, which a processor takes at its calls only. A default for all "
-            "pictures and frames is given without that dictionary, such as `from_pretrained(..., max_soft_tokens=36)`."
+            f"`from_pretrained` got {', '.join(of_calls)}, which a processor takes at its calls only. Give a default "
+            "for all pictures and frames without that dictionary, such as `from_pretrained(..., max_soft_tokens=36)`."
         )
     misplaced = saved.keys() & OWN_OPTIONS
     if misplaced:

@@ -744,7 +744,9 @@ def test_options_of_pictures_among_those_of_text_are_refused(scope, option, inpu
 
 
 @pytest.mark.parametrize("loader", [LlavaSTFProcessor, AutoProcessor], ids=["class", "auto"])
-@pytest.mark.parametrize("scope", ["images_kwargs", "videos_kwargs", "text_kwargs", "common_kwargs", "processor_kwargs"])
+@pytest.mark.parametrize(
+    "scope", ["images_kwargs", "videos_kwargs", "text_kwargs", "common_kwargs", "processor_kwargs"]
+)
 def test_a_default_in_a_dictionary_is_refused_when_loaded(scope, loader):
     """transformers keeps none of these dictionaries; it writes them to the tokenizer's settings."""
     with pytest.raises(ValueError, match=rf"`from_pretrained` got {scope}, .*from_pretrained\(..., max_soft_tokens=36"):
