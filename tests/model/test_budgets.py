@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from torch.nn.functional import avg_pool2d
-from transformers import AutoProcessor, LlavaProcessor, StaticCache, pipeline
+from transformers import AutoProcessor, DynamicCache, LlavaProcessor, StaticCache, pipeline
 
 from modeling_llava_stf import (
     LlavaSTFConfig,
@@ -486,6 +486,26 @@ def test_a_cache_is_continued_without_pixels(small, inputs_of):
     ids = torch.cat([inputs["input_ids"], token], dim=1)
     full = small(ids, pixel_values=inputs["pixel_values"], image_tokens=[4]).logits
     torch.testing.assert_close(step[:, -1], full[:, -1], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("budgets", [[16, 16], [4, 16], [4, 1]], ids=str)
+@pytest.mark.parametrize("beams", [1, 2])
+def test_later_turns_with_new_pictures_on_the_same_cache(beams, budgets, small, small_processor, pictures):
+    """The second turn of two conversations; its ids have the places of the first turn's pictures, too."""
+    turns = [ONE, f"{ONE} Red.</s>{ONE}"]
+    first, second = pictures[:2], [pictures[1], pictures[0]]
+    call = {"return_tensors": "pt", "padding": True}
+    begun = small_processor(images=first, text=turns[:1] * 2, max_soft_tokens=budgets[0], **call)
+    both = [picture for pair in zip(first, second, strict=True) for picture in pair]
+    inputs = dict(small_processor(images=both, text=turns[1:] * 2, max_soft_tokens=budgets * 2, **call))
+    cache = DynamicCache(config=small.config.text_config)
+    with torch.no_grad():
+        small(**begun, use_cache=True, **{CACHE: cache})
+    if beams > 1:
+        cache.batch_repeat_interleave(beams)
+    new = dict(small_processor(images=second, max_soft_tokens=budgets[1], **call))
+    later = {name: inputs[name] for name in ("input_ids", "attention_mask")} | new | {CACHE: cache}
+    assert torch.equal(generate(small, later, num_beams=beams), generate(small, inputs, num_beams=beams))
 
 
 def test_static_cache_of_a_compiled_length(small, inputs_of):

@@ -602,10 +602,18 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         # Beams and several answers need this. Before transformers 5.18 the pixels arrive here, and the stock method
-        # repeats them image by image, which separates the images of a prompt that has several.
+        # repeats them image by image, which separates the images of a prompt that has several. Since 5.18 (seen in
+        # 5.24) it finds the images of a prompt by their places, and counts those of images that a given cache holds.
         images: dict[str, Any] = {}
+        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get(CACHE)
+        new_ids = input_ids
+        if expand_size > 1 and cache is not None and input_ids is not None:
+            new_ids = input_ids[:, cache.get_seq_length() :]
+            if model_kwargs.get("mm_encoder_outputs"):
+                encoded = model_kwargs.pop("mm_encoder_outputs")
+                images["mm_encoder_outputs"] = self._expand_multimodal_outputs(new_ids, encoded, expand_size, embeds)
         if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            placeholders = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
+            placeholders = self.model.find_placeholders(new_ids, embeds).sum(1)
             pixels, given = model_kwargs.pop("pixel_values").flatten(0, -4), model_kwargs.pop("image_tokens", None)
             numbers = self.model._checked_tokens(given, len(pixels)) or [self.config.tokens_per_image] * len(pixels)
             order = _repeated(placeholders.tolist(), numbers, expand_size)
