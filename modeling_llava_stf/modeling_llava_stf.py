@@ -56,6 +56,9 @@ CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) el
 # transformers 5.18 is the first whose `generate` and `forward` take encoded pictures (5.17 does not). Remove the other
 # way, by embeddings, when it is the oldest supported version.
 TAKES_ENCODED_PICTURES = version.parse(transformers.__version__).release >= (5, 18)
+# Before transformers 5.23 (seen in 5.16.1) a chunked prefill takes its first pass for a later one if a cache is given,
+# and drops the pictures. Remove the refusal when 5.23 is the oldest supported version.
+CHUNKS_SEE_NEW_PICTURES = version.parse(transformers.__version__).release >= (5, 23)
 # This is finite, but so far below any other logit that the probability is zero.
 NO_ANSWER_LOGIT = -1e4
 # These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
@@ -563,6 +566,12 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             if given.get("max_length") is not None:
                 prepared.max_new_tokens = None
                 break
+        cache, pixels = model_kwargs.get(CACHE), model_kwargs.get("pixel_values")
+        if prepared.prefill_chunk_size and cache is not None and pixels is not None and not CHUNKS_SEE_NEW_PICTURES:
+            raise ValueError(
+                f"transformers {transformers.__version__} loses new pictures in a chunked prefill on a given cache: "
+                "leave `prefill_chunk_size` out, or use 5.23 or newer."
+            )
         return prepared, model_kwargs
 
     def prepare_inputs_for_generation(

@@ -488,24 +488,39 @@ def test_a_cache_is_continued_without_pixels(small, inputs_of):
     torch.testing.assert_close(step[:, -1], full[:, -1], rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("budgets", [[16, 16], [4, 16], [4, 1]], ids=str)
-@pytest.mark.parametrize("beams", [1, 2])
-def test_later_turns_with_new_pictures_on_the_same_cache(beams, budgets, small, small_processor, pictures):
-    """The second turn of two conversations; its ids have the places of the first turn's pictures, too."""
+@pytest.fixture(params=[[16, 16], [4, 16], [4, 1]], ids=str)
+def later_turn(request, small, small_processor, pictures):
+    """Inputs of the second turn of two conversations on a cache; and those of the whole conversations."""
     turns = [ONE, f"{ONE} Red.</s>{ONE}"]
     first, second = pictures[:2], [pictures[1], pictures[0]]
     call = {"return_tensors": "pt", "padding": True}
-    begun = small_processor(images=first, text=turns[:1] * 2, max_soft_tokens=budgets[0], **call)
+    begun = small_processor(images=first, text=turns[:1] * 2, max_soft_tokens=request.param[0], **call)
     both = [picture for pair in zip(first, second, strict=True) for picture in pair]
-    inputs = dict(small_processor(images=both, text=turns[1:] * 2, max_soft_tokens=budgets * 2, **call))
+    whole = dict(small_processor(images=both, text=turns[1:] * 2, max_soft_tokens=request.param * 2, **call))
     cache = DynamicCache(config=small.config.text_config)
     with torch.no_grad():
         small(**begun, use_cache=True, **{CACHE: cache})
+    new = dict(small_processor(images=second, max_soft_tokens=request.param[1], **call))
+    return {name: whole[name] for name in ("input_ids", "attention_mask")} | new | {CACHE: cache}, whole
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_later_turns_with_new_pictures_on_the_same_cache(beams, later_turn, small):
+    """Its ids have the places of the first turn's pictures, too."""
+    inputs, whole = later_turn
     if beams > 1:
-        cache.batch_repeat_interleave(beams)
-    new = dict(small_processor(images=second, max_soft_tokens=budgets[1], **call))
-    later = {name: inputs[name] for name in ("input_ids", "attention_mask")} | new | {CACHE: cache}
-    assert torch.equal(generate(small, later, num_beams=beams), generate(small, inputs, num_beams=beams))
+        inputs[CACHE].batch_repeat_interleave(beams)
+    assert torch.equal(generate(small, inputs, num_beams=beams), generate(small, whole, num_beams=beams))
+
+
+@pytest.mark.parametrize("size", [3, 1000])
+def test_later_turns_in_a_chunked_prefill_are_right_or_refused(size, later_turn, small):
+    inputs, whole = later_turn
+    if Version(transformers.__version__) < Version("5.23"):
+        with pytest.raises(ValueError, match="loses new pictures in a chunked prefill on a given cache"):
+            generate(small, inputs, prefill_chunk_size=size)
+    else:
+        assert torch.equal(generate(small, inputs, prefill_chunk_size=size), generate(small, whole))
 
 
 def test_static_cache_of_a_compiled_length(small, inputs_of):
