@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 
 from ._folder import load_checkpoint
 
-ARGUMENTS = "pretrained, revision, dtype, device, device_map, attn_implementation, batch_size, fps, num_frames"
+ARGUMENTS = (
+    "pretrained, revision, dtype, device, device_map, attn_implementation, batch_size, fps, num_frames, max_soft_tokens"
+)
 LONGEST_ANSWER = 1024  # tokens, for tasks that do not say; lmms-eval asks servers for as many
 GREEDY = ("max_new_tokens", "min_new_tokens", "num_beams", "length_penalty", "repetition_penalty")
 SAMPLED = ("temperature", "top_p", "top_k")
@@ -45,6 +47,7 @@ class LlavaSTF(lmms):
         attn_implementation: such as `eager`.
         batch_size: questions of a batch. Only questions with the same generation settings share one.
         fps, num_frames: which frames of a video are read; by default one per second.
+        max_soft_tokens: tokens of each picture and each frame; by default as many as the checkpoint's processor gives.
 
     Raises:
         ValueError: if an argument is unknown or wrong, or the checkpoint is damaged or incomplete.
@@ -63,6 +66,7 @@ class LlavaSTF(lmms):
         batch_size: int | str = 1,
         fps: float | None = None,
         num_frames: int | None = None,
+        max_soft_tokens: int | None = None,
         **unknown: Any,
     ):
         super().__init__()
@@ -88,6 +92,9 @@ class LlavaSTF(lmms):
             **({"attn_implementation": attn_implementation} if attn_implementation else {}),
         )
         self.network.eval()
+        if max_soft_tokens is not None:
+            self.processor.image_processor.max_soft_tokens = max_soft_tokens
+            self.processor.check_settings()
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Returns the answer to each request; its arguments are those of lmms-eval's chat models.

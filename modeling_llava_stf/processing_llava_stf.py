@@ -94,6 +94,9 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     max_soft_tokens: Any  # the processors check it
 
 
+OWN_OPTIONS = LlavaSTFImagesKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+
+
 class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     """Preprocesses pictures bit for bit as the original: with PIL's bicubic resize, with or without torchvision.
 
@@ -118,10 +121,6 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
     do_exif_transpose = True
     alpha_background = None
     max_soft_tokens = None
-
-    def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.max_soft_tokens = _python_numbers(self.max_soft_tokens)  # numpy's cannot be saved
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Opens paths, URLs and bytes, in any nesting; does not rotate or convert them."""
@@ -212,8 +211,10 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings (see [`ImageProcessingMixin.to_dict`]); the code is that of the same repository."""
-        reference = {"AutoImageProcessor": "processing_llava_stf.LlavaSTFImageProcessor"}
-        return {**super().to_dict(), "auto_map": reference}
+        settings = super().to_dict()
+        if "max_soft_tokens" in settings:  # JSON has no numbers of numpy
+            settings["max_soft_tokens"] = _python_numbers(settings["max_soft_tokens"])
+        return {**settings, "auto_map": {"AutoImageProcessor": "processing_llava_stf.LlavaSTFImageProcessor"}}
 
 
 class _OneAtATime:
@@ -291,7 +292,6 @@ class LlavaSTFProcessor(LlavaProcessor):
         chat_template: str | dict[str, str] | None = None,
         image_token: str = "<image>",
         video_token: str = "<video>",
-        **kwargs: Any,
     ):
         self.fusion_window = fusion_window
         self.video_token = video_token
@@ -302,7 +302,6 @@ class LlavaSTFProcessor(LlavaProcessor):
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=chat_template,
             image_token=image_token,
-            **kwargs,
         )
         if self.tokenizer.convert_tokens_to_ids(self.image_token) in (None, self.tokenizer.unk_token_id):
             raise ValueError(
@@ -324,7 +323,13 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     @classmethod
     def from_args_and_dict(cls, args: Any, processor_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Builds the loaded processor (see [`ProcessorMixin.from_args_and_dict`]); refuses incomplete settings."""
+        """Builds the loaded processor (see [`ProcessorMixin.from_args_and_dict`]).
+
+        Raises:
+            ValueError: for incomplete settings, and for options that transformers (5.16 to 5.24) would drop: those of a
+                call, such as `images_kwargs`, and options of pictures beside `image_processor` in the file.
+        """
+        _refuse_dropped(processor_dict, kwargs)
         loaded = super().from_args_and_dict(args, processor_dict, **kwargs)
         processor = loaded[0] if isinstance(loaded, tuple) else loaded
         processor.check_settings()
@@ -338,7 +343,11 @@ class LlavaSTFProcessor(LlavaProcessor):
         """Saves the processor (see [`ProcessorMixin.save_pretrained`]) without the chat template of stage 1.
 
         vLLM (seen in 0.32.0) does not start if there are several. Older folders have that one beside the default.
+
+        Raises:
+            ValueError: for settings that could not be loaded again; nothing is written then.
         """
+        self.check_settings()
         parts = (self, self.tokenizer)
         loaded = [part.chat_template for part in parts]
         for part, templates in zip(parts, loaded, strict=True):
@@ -395,7 +404,7 @@ class LlavaSTFProcessor(LlavaProcessor):
                 f"{self.patch_size} give a grid of {crop['height'] // self.patch_size} x "
                 f"{crop['width'] // self.patch_size}, which it does not divide."
             )
-        default, allowed = self.image_processor.max_soft_tokens, self.allowed_token_budgets
+        default, allowed = _python_numbers(self.image_processor.max_soft_tokens), self.allowed_token_budgets
         if default is not None and not (type(default) is int and default in allowed):
             raise ValueError(f"`max_soft_tokens` is {default!r} for all pictures, expected one of {allowed}.")
 
@@ -532,6 +541,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         """Raises a `ValueError` if placeholders and images, or videos, differ in number, or a budget is not allowed."""
         if images is None and text is None and videos is None:
             raise ValueError(f"{type(self).__name__} got nothing: give images, videos or text.")
+        _refuse_misplaced(kwargs)
         self._check_unused_budgets(images is not None, videos is not None, kwargs)
         if text is None:
             return
@@ -629,6 +639,33 @@ class LlavaSTFProcessor(LlavaProcessor):
     def to_dict(self) -> dict[str, Any]:
         """Returns the settings (see [`ProcessorMixin.to_dict`]); the code is that of the same repository."""
         return {**super().to_dict(), "auto_map": {"AutoProcessor": "processing_llava_stf.LlavaSTFProcessor"}}
+
+
+def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises a `ValueError` for options in the wrong place of processor_config.json or of `from_pretrained`."""
+    of_calls = [name for name, value in given.items() if name.endswith("_kwargs") and value]
+    if of_calls:
+        raise ValueError(
+            f"`from_pretrained` got {', '.join(of_calls)}, which a processor takes at its calls only. Give a default "
+            "for all pictures and frames without that dictionary, such as `from_pretrained(..., max_soft_tokens=36)`."
+        )
+    misplaced = saved.keys() & OWN_OPTIONS
+    if misplaced:
+        raise ValueError(
+            f"processor_config.json has {', '.join(sorted(misplaced))} beside `image_processor`, where it has no "
+            "effect. Move it into `image_processor`."
+        )
+
+
+def _refuse_misplaced(given: dict[str, Any]) -> None:
+    """Raises a `ValueError` for options of pictures among those of text or sound, where they have no effect."""
+    for scope in ("text_kwargs", "audio_kwargs"):
+        misplaced = (given.get(scope) or {}).keys() & OWN_OPTIONS
+        if misplaced:
+            raise ValueError(
+                f"`{scope}` has {', '.join(sorted(misplaced))}: an option of pictures has no effect there. Give it in "
+                "`images_kwargs` and `videos_kwargs`, or to the call itself."
+            )
 
 
 def _without_stage_1(templates: str | dict[str, str] | None) -> str | dict[str, str] | None:

@@ -12,7 +12,7 @@ import transformers
 from packaging.version import Version
 from PIL import Image
 from torch.nn.functional import avg_pool2d
-from transformers import StaticCache, pipeline
+from transformers import AutoProcessor, DynamicCache, LlavaProcessor, StaticCache, pipeline
 
 from modeling_llava_stf import (
     LlavaSTFConfig,
@@ -488,6 +488,41 @@ def test_a_cache_is_continued_without_pixels(small, inputs_of):
     torch.testing.assert_close(step[:, -1], full[:, -1], rtol=0, atol=1e-4)
 
 
+@pytest.fixture(params=[[16, 16], [4, 16], [4, 1]], ids=str)
+def later_turn(request, small, small_processor, pictures):
+    """Inputs of the second turn of two conversations on a cache; and those of the whole conversations."""
+    turns = [ONE, f"{ONE} Red.</s>{ONE}"]
+    first, second = pictures[:2], [pictures[1], pictures[0]]
+    call = {"return_tensors": "pt", "padding": True}
+    begun = small_processor(images=first, text=turns[:1] * 2, max_soft_tokens=request.param[0], **call)
+    both = [picture for pair in zip(first, second, strict=True) for picture in pair]
+    whole = dict(small_processor(images=both, text=turns[1:] * 2, max_soft_tokens=request.param * 2, **call))
+    cache = DynamicCache(config=small.config.text_config)
+    with torch.no_grad():
+        small(**begun, use_cache=True, **{CACHE: cache})
+    new = dict(small_processor(images=second, max_soft_tokens=request.param[1], **call))
+    return {name: whole[name] for name in ("input_ids", "attention_mask")} | new | {CACHE: cache}, whole
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_later_turns_with_new_pictures_on_the_same_cache(beams, later_turn, small):
+    """Its ids have the places of the first turn's pictures, too."""
+    inputs, whole = later_turn
+    if beams > 1:
+        inputs[CACHE].batch_repeat_interleave(beams)
+    assert torch.equal(generate(small, inputs, num_beams=beams), generate(small, whole, num_beams=beams))
+
+
+@pytest.mark.parametrize("size", [3, 1000])
+def test_later_turns_in_a_chunked_prefill_are_right_or_refused(size, later_turn, small):
+    inputs, whole = later_turn
+    if Version(transformers.__version__) < Version("5.23"):
+        with pytest.raises(ValueError, match="loses new pictures in a chunked prefill on a given cache"):
+            generate(small, inputs, prefill_chunk_size=size)
+    else:
+        assert torch.equal(generate(small, inputs, prefill_chunk_size=size), generate(small, whole))
+
+
 def test_static_cache_of_a_compiled_length(small, inputs_of):
     inputs = inputs_of(ONE, max_soft_tokens=4)
     cache = StaticCache(config=small.config.text_config, max_cache_len=64)
@@ -726,3 +761,66 @@ def test_outputs_have_the_encoded_images(small, inputs_of):
     outputs = small.model(**inputs)
     encoded = outputs.image_outputs.pooler_output if "image_outputs" in outputs else outputs.image_hidden_states
     assert len(torch.cat([*encoded])) == 5
+
+
+# An option has an effect, or is refused
+
+
+@pytest.mark.parametrize("option", [{"max_soft_tokens": 4}, {"alpha_background": "white"}], ids=str)
+@pytest.mark.parametrize("scope", ["text_kwargs", "audio_kwargs"])
+def test_options_of_pictures_among_those_of_text_are_refused(scope, option, inputs_of, small_processor, pictures):
+    message = f"`{scope}` has {[*option][0]}: an option of pictures has no effect there. .*`images_kwargs`"
+    for prompt in (ONE, TEXT):
+        with pytest.raises(ValueError, match=message):
+            inputs_of(prompt, **{scope: option})
+    with pytest.raises(ValueError, match=message):
+        chat_inputs(small_processor, pictures[0], "What?", **{scope: option})
+    assert "image_tokens" not in inputs_of(ONE, text_kwargs={"add_special_tokens": True}, audio_kwargs={})
+
+
+@pytest.mark.parametrize("loader", [LlavaSTFProcessor, AutoProcessor], ids=["class", "auto"])
+@pytest.mark.parametrize(
+    "scope", ["images_kwargs", "videos_kwargs", "text_kwargs", "common_kwargs", "processor_kwargs"]
+)
+def test_a_default_in_a_dictionary_is_refused_when_loaded(scope, loader):
+    """transformers keeps none of these dictionaries; it writes them to the tokenizer's settings."""
+    with pytest.raises(ValueError, match=rf"`from_pretrained` got {scope}, .*from_pretrained\(..., max_soft_tokens=36"):
+        loader.from_pretrained(DEFAULT_MODEL, **{scope: {"max_soft_tokens": 4}})
+    assert loader.from_pretrained(DEFAULT_MODEL, **{scope: {}}).tokens_per_image == 16
+
+
+def test_transformers_keeps_no_dictionary_of_a_call(small_processor):
+    """The refusal can become a default of pictures alone when this fails on the oldest supported version."""
+    parts = [small_processor.image_processor, small_processor.tokenizer]
+    stock = LlavaProcessor.from_args_and_dict(parts, {}, images_kwargs={"do_pad": False})
+    assert not getattr(stock, "images_kwargs", None)
+
+
+def test_a_processor_is_built_without_unknown_options(small_processor):
+    parts = (small_processor.image_processor, small_processor.tokenizer, small_processor.patch_size, 2, "default")
+    assert LlavaSTFProcessor(*parts).tokens_per_image == 16
+    with pytest.raises(TypeError, match="max_soft_tokens"):
+        LlavaSTFProcessor(*parts, max_soft_tokens=4)
+
+
+def test_a_default_beside_the_image_processor_is_refused_when_loaded(saved_default):
+    file = saved_default / "processor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(settings | {"max_soft_tokens": 4}), encoding="utf-8")
+    with pytest.raises(ValueError, match="max_soft_tokens beside `image_processor`, where it has no effect"):
+        LlavaSTFProcessor.from_pretrained(saved_default)
+
+
+@pytest.mark.parametrize("number", [np.int64(4), torch.tensor(4)], ids=["numpy", "torch"])
+def test_a_default_that_is_set_later_is_saved(number, small_processor, tmp_path):
+    small_processor.image_processor.max_soft_tokens = number
+    small_processor.save_pretrained(tmp_path)
+    assert LlavaSTFProcessor.from_pretrained(tmp_path).image_processor.max_soft_tokens == 4
+
+
+@pytest.mark.parametrize("number", [5, [4], True, 4.0], ids=str)
+def test_a_default_that_could_not_be_loaded_is_not_saved(number, small_processor, tmp_path):
+    small_processor.image_processor.max_soft_tokens = number
+    with pytest.raises(ValueError, match=r"max_soft_tokens.*\[16, 4, 1\]"):
+        small_processor.save_pretrained(tmp_path)
+    assert not [*tmp_path.iterdir()]

@@ -195,6 +195,20 @@ def test_a_video_is_read_frame_after_frame(adapter, tmp_path):
     assert len({*map(tuple, answers.values())}) > 1
 
 
+def test_a_budget_is_that_of_pictures_and_frames(adapter):
+    """The answers differ from those of all tokens; 16 is all of them."""
+    chats = [
+        chat(image(0), image(1), QUESTIONS[0]),
+        chat({"type": "video", "video": [picture(0), picture(3)]}, "What?"),
+    ]
+    found = {}
+    for budget in (16, 1):
+        model = adapter.LlavaSTF(pretrained=str(DEFAULT_MODEL), dtype="float32", batch_size=2, max_soft_tokens=budget)
+        found[budget] = ask(model, chats, [{"max_new_tokens": 8}] * 2)
+    assert found[1] == generated(chats, 8, processor_kwargs={"max_soft_tokens": 1})
+    assert found[16] == generated(chats, 8) and found[1] != found[16]
+
+
 def test_a_folder_of_frames_is_a_video(adapter, tmp_path):
     """MVBench's episodic reasoning has such."""
     for number in range(4):
@@ -239,6 +253,10 @@ def test_an_answer_never_leaves_the_context(model):
         ({"pretrained": "x", "batch_size": 0}, "batch size is 0"),
         ({"pretrained": "x", "device": "cpu", "device_map": "auto"}, "not both"),
         ({"pretrained": "./no/such"}, "There is no folder"),
+        *(
+            ({"pretrained": str(DEFAULT_MODEL), "max_soft_tokens": wrong}, r"^`max_soft_tokens` is .*\[16, 4, 1\]\.$")
+            for wrong in (5, 0, -4, True, 4.0, "4", "", [4])
+        ),
     ],
 )
 def test_wrong_arguments_are_refused(adapter, arguments, reason):

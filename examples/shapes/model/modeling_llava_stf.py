@@ -56,6 +56,9 @@ CACHE = "cache" if version.parse(transformers.__version__).release >= (5, 24) el
 # transformers 5.18 is the first whose `generate` and `forward` take encoded pictures (5.17 does not). Remove the other
 # way, by embeddings, when it is the oldest supported version.
 TAKES_ENCODED_PICTURES = version.parse(transformers.__version__).release >= (5, 18)
+# Before transformers 5.23 (seen in 5.16.1) a chunked prefill takes its first pass for a later one if a cache is given,
+# and drops the pictures. Remove the refusal when 5.23 is the oldest supported version.
+CHUNKS_SEE_NEW_PICTURES = version.parse(transformers.__version__).release >= (5, 23)
 # This is finite, but so far below any other logit that the probability is zero.
 NO_ANSWER_LOGIT = -1e4
 # These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
@@ -565,6 +568,12 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             if given.get("max_length") is not None:
                 prepared.max_new_tokens = None
                 break
+        cache, pixels = model_kwargs.get(CACHE), model_kwargs.get("pixel_values")
+        if prepared.prefill_chunk_size and cache is not None and pixels is not None and not CHUNKS_SEE_NEW_PICTURES:
+            raise ValueError(
+                f"transformers {transformers.__version__} loses new pictures in a chunked prefill on a given cache: "
+                "leave `prefill_chunk_size` out, or use 5.23 or newer."
+            )
         return prepared, model_kwargs
 
     def prepare_inputs_for_generation(
@@ -608,10 +617,18 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         **model_kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         # Beams and several answers need this. Before transformers 5.18 the pixels arrive here, and the stock method
-        # repeats them image by image, which separates the images of a prompt that has several.
+        # repeats them image by image, which separates the images of a prompt that has several. Since 5.18 (seen in
+        # 5.24) it finds the images of a prompt by their places, and counts those of images that a given cache holds.
         images: dict[str, Any] = {}
+        embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get(CACHE)
+        new_ids = input_ids
+        if expand_size > 1 and cache is not None and input_ids is not None:
+            new_ids = input_ids[:, cache.get_seq_length() :]
+            if model_kwargs.get("mm_encoder_outputs"):
+                encoded = model_kwargs.pop("mm_encoder_outputs")
+                images["mm_encoder_outputs"] = self._expand_multimodal_outputs(new_ids, encoded, expand_size, embeds)
         if expand_size > 1 and model_kwargs.get("pixel_values") is not None:
-            placeholders = self.model.find_placeholders(input_ids, model_kwargs.get("inputs_embeds")).sum(1)
+            placeholders = self.model.find_placeholders(new_ids, embeds).sum(1)
             pixels, given = model_kwargs.pop("pixel_values").flatten(0, -4), model_kwargs.pop("image_tokens", None)
             numbers = self.model._checked_tokens(given, len(pixels)) or [self.config.tokens_per_image] * len(pixels)
             order = _repeated(placeholders.tolist(), numbers, expand_size)
