@@ -89,8 +89,8 @@ def reduce_image_tokens(
         ValueError: if the inputs have labels, are no tensors, or their placeholders do not fit the pictures; if a
             count is not between 1 and the picture's tokens, or not that of square windows; if an argument is unknown;
             if `score` returns anything but such indices, or is "question" and there are no words; if the features of a
-            picture are not finite; if flash attention would take the gaps of original positions for the borders of
-            packed sequences.
+            picture are not finite; if flash attention, or a generation config without a cache, would take the gaps of
+            original positions for the borders of packed sequences.
     """
     _check(model, inputs, score, positions, seed)
     ids = inputs["input_ids"]
@@ -107,7 +107,7 @@ def reduce_image_tokens(
         kept.append(fewer)
         left[tuple(place[chosen.to(place.device)].T)] = True
     if positions == "original" and not torch.equal(left, mask):
-        _refuse_flash_attention(model)
+        _refuse_packing(model, left)
     return _shortened(model, inputs, mask, left, positions, kept)
 
 
@@ -159,13 +159,19 @@ def _all_digits(tokens: torch.Tensor) -> torch.autocast:
     return torch.autocast(tokens.device.type, enabled=False)
 
 
-def _refuse_flash_attention(model: LlavaForConditionalGeneration) -> None:
-    # transformers 5.16 to 5.24 (`_is_packed_sequence`): with one row and no mask each gap begins a new sequence, and
-    # `generate` drops a mask without zeros. Remove this when the test takes falling positions only.
+def _refuse_packing(model: LlavaForConditionalGeneration, left: torch.Tensor) -> None:
+    # transformers 5.16 to 5.24 (`_is_packed_sequence`, `find_packed_sequence_indices`): without a mask a gap begins a
+    # new sequence, and `generate` drops a mask without zeros. Remove this when both look for falling positions only.
     if is_flash_attention_requested(model.config.get_text_config()):
         raise ValueError(
             "The language model runs with flash attention, which takes gaps in the positions for the borders of packed "
             "sequences. Load the model with `attn_implementation='sdpa'`, or choose `positions='compact'`."
+        )
+    lengths = left.sum(1)
+    if getattr(model.generation_config, "use_cache", None) is False and bool((lengths == lengths[0]).all()):
+        raise ValueError(
+            "`model.generation_config.use_cache` is False. Without a cache, gaps in the positions are taken for the "
+            "borders of packed sequences. Set it to True, or choose `positions='compact'`."
         )
 
 

@@ -648,3 +648,17 @@ def test_suggestions_need_a_tensor(model, picture, processor):
     for kind in (None, "np"):
         with pytest.raises(ValueError, match="return_tensors='pt'"):
             suggest_budgets(model, processor(images=picture("shapes.png"), return_tensors=kind))
+
+
+def test_a_checkpoint_without_a_cache_is_refused_where_it_would_see_packed_sequences(stock, monkeypatch):
+    """Training with gradient checkpointing leaves such checkpoints behind."""
+    one, equal, padded = prompt([1, 0, 7]), prompt([1, 0, 7], [1, 0, 8]), prompt([1, 0, 7], [1, 0, 8, 9])
+    no_image = {"suppress_tokens": [IMAGE]}
+    with_cache = new_tokens(stock, reduce_image_tokens(stock, padded, keep=4), **no_image)
+    monkeypatch.setattr(stock.generation_config, "use_cache", False)
+    for inputs in (one, equal):
+        with pytest.raises(ValueError, match="`model.generation_config.use_cache` is False.*'compact'"):
+            reduce_image_tokens(stock, inputs, keep=4)
+        reduce_image_tokens(stock, inputs, keep=16)
+        reduce_image_tokens(stock, inputs, keep=4, positions="compact")
+    assert torch.equal(new_tokens(stock, reduce_image_tokens(stock, padded, keep=4), **no_image), with_cache)
