@@ -8,7 +8,7 @@ model.generate(**reduce_image_tokens(model, inputs, keep=72))
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -22,13 +22,7 @@ from .modeling_llava_stf import TAKES_ENCODED_PICTURES, LlavaSTFForConditionalGe
 from .processing_llava_stf import _python_numbers
 
 # The encoder takes these of the processor's outputs.
-ENCODER_INPUTS = (
-    "pixel_values",
-    "image_sizes",
-    "image_tokens",
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-)
+ENCODER_INPUTS = ("pixel_values", "image_tokens", "vision_feature_layer", "vision_feature_select_strategy")
 POSITIONS = ("original", "compact")
 # The smallest relevance of a token, and the smallest gain of a further one, in the determinant of `question`.
 RIDGE = 1e-6
@@ -95,13 +89,12 @@ def reduce_image_tokens(
         ValueError: if the inputs have labels, are no tensors, or their placeholders do not fit the pictures; if a
             count is not between 1 and the picture's tokens, or not that of square windows; if an argument is unknown;
             if `score` returns anything but such indices, or is "question" and there are no words; if the features of a
-            picture are not finite; if flash attention would take the gaps of original positions for the borders of
-            packed sequences.
+            picture are not finite; if flash attention, or a generation config without a cache, would take the gaps of
+            original positions for the borders of packed sequences.
     """
     _check(model, inputs, score, positions, seed)
     ids = inputs["input_ids"]
-    given = inputs.get("attention_mask")
-    mask = torch.ones_like(ids).bool() if given is None else _along("attention_mask", given, ids).bool()
+    mask = _mask(model, inputs)
     pictures = _encoded(model, inputs)  # one (T, D) for each picture or frame
     places = _places(ids, mask, model.config.image_token_id, pictures)  # one (T, 2) for each: row and column
     counts = _counts(keep, pictures, min_tokens)
@@ -109,21 +102,27 @@ def reduce_image_tokens(
     kept, left = [], mask & (ids != model.config.image_token_id)
     for tokens, place, count in zip(pictures, places, counts, strict=True):
         words = _words(model, ids, left, place) if score == "question" else tokens[:0]
-        fewer, chosen = _fewer(tokens, count, score, words, seed)
+        with _all_digits(tokens):
+            fewer, chosen = _fewer(tokens, count, score, words, seed)
         kept.append(fewer)
         left[tuple(place[chosen.to(place.device)].T)] = True
     if positions == "original" and not torch.equal(left, mask):
-        _refuse_flash_attention(model)
+        _refuse_packing(model, left)
     return _shortened(model, inputs, mask, left, positions, kept)
 
 
 def _check(
     model: LlavaForConditionalGeneration, inputs: Mapping[str, Any], score: str | Score, positions: str, seed: Any
 ) -> None:
-    if model.config.model_type not in ("llava_stf", "llava"):
+    if _type(model) not in ("llava_stf", "llava"):
         raise ValueError(
-            f"The model is a `{model.config.model_type}`, expected a `llava_stf` or a `llava`: others place their "
-            "image tokens in another way."
+            f"The model is a `{_type(model)}`, expected a `llava_stf` or a `llava`: others place their image tokens in "
+            "another way. Of a wrapper, such as that of distributed training, pass `model.module`."
+        )
+    if inputs.get("image_sizes") is not None:
+        raise ValueError(
+            "The inputs have `image_sizes`: pictures of different sizes, as those of a Pixtral, have no square grid, "
+            "and other tokens behind each row of it. Expected the inputs of a LLaVA-STF or a LLaVA-1.5."
         )
     if inputs.get("labels") is not None:
         raise ValueError("The inputs have `labels`, whose places would move. Reduced inputs are for `generate` only.")
@@ -141,13 +140,38 @@ def _check(
         raise ValueError(f"`seed` is {seed!r}, expected a whole number.")
 
 
-def _refuse_flash_attention(model: LlavaForConditionalGeneration) -> None:
-    # transformers 5.16 to 5.24 (`_is_packed_sequence`): with one row and no mask each gap begins a new sequence, and
-    # `generate` drops a mask without zeros. Remove this when the test takes falling positions only.
+def _type(model: Any) -> str:
+    return getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+
+
+def _mask(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) -> torch.Tensor:
+    """Returns the places without padding, (batch, sequence); without a mask `generate` finds them in the same way."""
+    ids, given = inputs["input_ids"], inputs.get("attention_mask")
+    if given is not None:
+        return _along("attention_mask", given, ids).bool()
+    padding, ends = model.generation_config.pad_token_id, model.generation_config.eos_token_id
+    known = padding is not None and padding not in (ends if isinstance(ends, list) else [ends])
+    return ids != padding if known else torch.ones_like(ids).bool()
+
+
+def _all_digits(tokens: torch.Tensor) -> torch.autocast:
+    """Switches a caller's autocast off, which would round the similarities of tokens to 16 bit."""
+    return torch.autocast(tokens.device.type, enabled=False)
+
+
+def _refuse_packing(model: LlavaForConditionalGeneration, left: torch.Tensor) -> None:
+    # transformers 5.16 to 5.24 (`_is_packed_sequence`, `find_packed_sequence_indices`): without a mask a gap begins a
+    # new sequence, and `generate` drops a mask without zeros. Remove this when both look for falling positions only.
     if is_flash_attention_requested(model.config.get_text_config()):
         raise ValueError(
             "The language model runs with flash attention, which takes gaps in the positions for the borders of packed "
             "sequences. Load the model with `attn_implementation='sdpa'`, or choose `positions='compact'`."
+        )
+    lengths = left.sum(1)
+    if getattr(model.generation_config, "use_cache", None) is False and bool((lengths == lengths[0]).all()):
+        raise ValueError(
+            "`model.generation_config.use_cache` is False. Without a cache, gaps in the positions are taken for the "
+            "borders of packed sequences. Set it to True, or choose `positions='compact'`."
         )
 
 
@@ -157,12 +181,17 @@ def _encoded(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) ->
         return []
     taken = {name: inputs[name] for name in ENCODER_INPUTS if inputs.get(name) is not None}
     pictures = list(model.get_image_features(**taken, return_dict=True).pooler_output)
-    if not all(tokens.isfinite().all() for tokens in pictures):
-        raise ValueError(
-            f"The features of a picture are not finite in {pictures[0].dtype}: nothing can be chosen among them. Check "
-            "its pixels; if they are right, load the model with `dtype=torch.bfloat16` or `torch.float32`."
-        )
+    _check_finite(pictures)
     return pictures
+
+
+def _check_finite(features: Iterable[torch.Tensor]) -> None:
+    for picture in features:
+        if not picture.isfinite().all():
+            raise ValueError(
+                f"The features of a picture are not finite in {picture.dtype}: nothing can be chosen among them. Check "
+                "its pixels; if they are right, load the model with `dtype=torch.bfloat16` or `torch.float32`."
+            )
 
 
 def _places(
@@ -311,7 +340,8 @@ def _even(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> t
 
 
 def _random(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> torch.Tensor:
-    return torch.randperm(len(tokens), generator=torch.Generator().manual_seed(int(seed)))[:count]
+    # On the CPU, whatever the default device is, so that a seed draws the same tokens everywhere.
+    return torch.randperm(len(tokens), generator=torch.Generator("cpu").manual_seed(int(seed)), device="cpu")[:count]
 
 
 def _pooled(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -371,10 +401,12 @@ def _shortened(
     columns = left.long().argsort(dim=1, stable=True)[:, -int(left.sum(1).max()) :]
     left = left.gather(1, columns)
     given = inputs.get("position_ids")
+    whole = mask.cumsum(1) - 1 if given is None else _positions(given, ids)
     if positions == "compact":
-        position_ids = left.cumsum(1) - 1
+        first = whole.gather(1, mask.long().argmax(1, keepdim=True))  # a row's first place without padding
+        position_ids = first + left.cumsum(1) - 1
     else:
-        position_ids = (mask.cumsum(1) - 1 if given is None else _positions(given, ids)).gather(1, columns)
+        position_ids = whole.gather(1, columns)
     padding = model.config.get_text_config().pad_token_id
     data = {
         "input_ids": ids.gather(1, columns).masked_fill(~left, 0 if padding is None else padding),
@@ -436,13 +468,17 @@ def suggest_budgets(
         `list[int]`, one for each picture or frame in reading order. [`reduce_image_tokens`] takes it as `keep`, too.
 
     Raises:
-        ValueError: if the model is not a LLaVA-STF, the inputs have no pictures, or an argument is out of range.
+        ValueError: if the model is not a LLaVA-STF, the inputs have no pictures, an argument is out of range, or the
+            features of a picture are not finite.
     """
-    if model.config.model_type != "llava_stf":
-        raise ValueError(f"A `{model.config.model_type}` has no token budgets, expected a `llava_stf`.")
+    if _type(model) != "llava_stf":
+        raise ValueError(f"A `{_type(model)}` has no token budgets, expected a `llava_stf`.")
     pixel_values = inputs.get("pixel_values") if isinstance(inputs, Mapping) else inputs
     if not isinstance(pixel_values, torch.Tensor):
-        raise ValueError("The inputs have no `pixel_values`: pass what the processor returned for the pictures.")
+        raise ValueError(
+            "The inputs have no `pixel_values` as a tensor: pass what the processor returned for the pictures "
+            "with `return_tensors='pt'`."
+        )
     threshold, budgets = _python_numbers(threshold), _python_numbers(budgets)
     if not (isinstance(threshold, (int, float)) and -1 <= threshold <= 1):
         raise ValueError(f"`threshold` is {threshold!r}, expected a cosine, from -1 to 1.")
@@ -454,15 +490,17 @@ def suggest_budgets(
     choice = sorted(choice)
     largest = choice[-1:] * pixel_values.shape[:-3].numel()  # no state depends on it; all tokens may be untrained
     encoded: Any = model.get_image_features(pixel_values, largest, return_dict=True)
-    states = encoded.last_hidden_state
-    groups = (_groups(image[1:].float(), threshold) for image in states)  # without the class token
+    states = encoded.last_hidden_state[:, 1:]  # without the class token
+    _check_finite(states)
+    with _all_digits(states):
+        groups = [_groups(patches.float(), threshold) for patches in states]
     return [next((budget for budget in choice if budget >= count), choice[-1]) for count in groups]
 
 
 def _groups(patches: torch.Tensor, threshold: float) -> int:
     """Counts the patches, (N, C), whose neighbours cover all others; those with most neighbours come first."""
     near = (_cosines(patches) > threshold).cpu()
-    covered, count = torch.zeros(len(near), dtype=torch.bool), 0
+    covered, count = torch.zeros_like(near[0]), 0
     for patch in near.sum(1).argsort(descending=True, stable=True).tolist():
         if not covered[patch]:
             covered, count = covered | near[patch], count + 1

@@ -10,6 +10,7 @@ from packaging.version import Version
 from transformers import AttentionInterface, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from modeling_llava_stf import _reduce, reduce_image_tokens, suggest_budgets
 from modeling_llava_stf.modeling_llava_stf import CACHE
@@ -568,3 +569,96 @@ def test_budgets_in_another_order_are_refused(rows, model, processor, picture):
     inputs["image_tokens"] = [every, smaller]
     with pytest.raises(ValueError, match="do not match.*in its order"):
         reduce_image_tokens(model, inputs, keep=1)
+
+
+def test_padding_without_a_mask_is_found_as_generate_finds_it(stock, monkeypatch):
+    batch = prompt(*ROWS)
+    bare = {name: value for name, value in batch.items() if name != "attention_mask"}
+    for keep in (KEEP, 16):
+        found, told = reduce_image_tokens(stock, bare, keep=keep), reduce_image_tokens(stock, batch, keep=keep)
+        assert all(torch.equal(found[name], told[name]) for name in ("input_ids", "attention_mask", "position_ids"))
+    first = {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    assert torch.equal(stock.generate(**found, **first).logits[0], stock.generate(**bare, **first).logits[0])
+    monkeypatch.setattr(stock.generation_config, "eos_token_id", [2, 0])  # then `generate` masks nothing
+    assert bool(reduce_image_tokens(stock, bare, keep=16)["attention_mask"].all())
+
+
+@pytest.mark.parametrize("score", ["diverse", "merging", "question"])
+def test_autocast_does_not_change_the_choice(stock, score, monkeypatch):
+    tokens = 9 + torch.randn(16, 32, generator=torch.Generator().manual_seed(0))  # cosines next to 1
+    encoded = BaseModelOutputWithPooling(pooler_output=[tokens])
+    monkeypatch.setattr(stock, "get_image_features", lambda **_: encoded)
+    inputs = prompt([1, 0, 7, 8])
+    told = reduce_image_tokens(stock, inputs, keep=6, score=score)["position_ids"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(reduce_image_tokens(stock, inputs, keep=6, score=score)["position_ids"], told)
+
+
+def test_autocast_does_not_change_suggestions(model, monkeypatch):
+    angles = torch.tensor([0.0, 2.5]).deg2rad()  # the cosine, 0.99905, is 1 in bfloat16, and so is 0.9985
+    states = torch.stack([angles.cos(), angles.sin()], dim=1)[[0, 0, 1]][None]  # a class token and two patches
+    encoded = BaseModelOutputWithPooling(last_hidden_state=states)
+    monkeypatch.setattr(model, "get_image_features", lambda *_, **__: encoded)
+    pixels = torch.zeros(1, 3, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert suggest_budgets(model, pixels, 0.9985, [4, 1]) == [1]
+        assert suggest_budgets(model, pixels, 0.9995, [4, 1]) == [4]
+
+
+def test_no_budget_is_suggested_for_features_that_are_not_finite(model, picture, processor):
+    pixels = processor(images=[picture("shapes.png")] * 2, return_tensors="pt")["pixel_values"]
+    for value in (float("nan"), float("inf")):
+        broken = pixels.clone()
+        broken[1, 0, 0, 0] = value
+        with pytest.raises(ValueError, match="not finite in torch.float32"):
+            suggest_budgets(model, broken)
+
+
+def test_the_default_device_does_not_matter():
+    tokens = torch.randn(16, 4, generator=torch.Generator().manual_seed(0))
+    drawn, groups = _reduce._random(tokens, 5, tokens[:0], seed=3), _reduce._groups(tokens, 0.5)
+    with torch.device("meta"):
+        assert torch.equal(_reduce._random(tokens, 5, tokens[:0], seed=3), drawn)
+        assert _reduce._groups(tokens, 0.5) == groups
+
+
+def test_a_wrapped_model_is_refused_in_one_line(stock, model):
+    with pytest.raises(ValueError, match="is a `DataParallel`.*pass `model.module`"):
+        reduce_image_tokens(torch.nn.DataParallel(stock), prompt([1, 0, 7]), keep=4)
+    with pytest.raises(ValueError, match="A `DataParallel` has no token budgets"):
+        suggest_budgets(torch.nn.DataParallel(model), torch.zeros(1, 3, 4, 4))
+
+
+def test_compact_positions_begin_where_the_caller_s_begin(stock):
+    batch = prompt([1, 0, 7], [1, 0, 7, 8])
+    given = {"position_ids": (batch["attention_mask"].cumsum(1) - 1).clamp(min=0) + torch.tensor([[100], [200]])}
+    reduced = reduce_image_tokens(stock, batch | given, keep=2, positions="compact")
+    assert reduced["position_ids"].tolist() == [[0, 100, 101, 102, 103], [200, 201, 202, 203, 204]]
+    with pytest.raises(ValueError, match="`position_ids`"):
+        reduce_image_tokens(stock, batch | {"position_ids": torch.arange(5)}, keep=2, positions="compact")
+
+
+def test_pictures_of_different_sizes_are_refused(stock):
+    """A Pixtral (`llava`, too) has a token behind each row of patches, and grids that are not square."""
+    with pytest.raises(ValueError, match="`image_sizes`.*no square grid"):
+        reduce_image_tokens(stock, prompt([1, 0, 7]) | {"image_sizes": torch.tensor([[8, 32]])}, keep=4, score="pool")
+
+
+def test_suggestions_need_a_tensor(model, picture, processor):
+    for kind in (None, "np"):
+        with pytest.raises(ValueError, match="return_tensors='pt'"):
+            suggest_budgets(model, processor(images=picture("shapes.png"), return_tensors=kind))
+
+
+def test_a_checkpoint_without_a_cache_is_refused_where_it_would_see_packed_sequences(stock, monkeypatch):
+    """Training with gradient checkpointing leaves such checkpoints behind."""
+    one, equal, padded = prompt([1, 0, 7]), prompt([1, 0, 7], [1, 0, 8]), prompt([1, 0, 7], [1, 0, 8, 9])
+    no_image = {"suppress_tokens": [IMAGE]}
+    with_cache = new_tokens(stock, reduce_image_tokens(stock, padded, keep=4), **no_image)
+    monkeypatch.setattr(stock.generation_config, "use_cache", False)
+    for inputs in (one, equal):
+        with pytest.raises(ValueError, match="`model.generation_config.use_cache` is False.*'compact'"):
+            reduce_image_tokens(stock, inputs, keep=4)
+        reduce_image_tokens(stock, inputs, keep=16)
+        reduce_image_tokens(stock, inputs, keep=4, positions="compact")
+    assert torch.equal(new_tokens(stock, reduce_image_tokens(stock, padded, keep=4), **no_image), with_cache)
