@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf._memory import full_gpu
 
 from .arguments import DataArguments, LlavaSTFTrainingArguments, Parser, read_recipe
 from .budgets import budgets_of
@@ -29,6 +30,10 @@ from .trainer import LlavaSTFTrainer, template_text
 from .upstream import keep_commit
 
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
+LESS_MEMORY = (
+    "A lower `per_device_train_batch_size` needs less, and with `global_batch_size` it trains the same; docs/train.md "
+    "has the memory of each recipe."
+)
 
 
 def train_command(arguments: list[str]) -> int:
@@ -53,6 +58,8 @@ def train(data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelCon
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(way_back(args.output_dir)) from None
+    except RuntimeError as error:
+        raise torch.OutOfMemoryError(full_gpu(error, f"{LESS_MEMORY} {way_back(args.output_dir)}")) from error
     curves = Path(args.output_dir) / "curves.png"
     if args.should_save:  # first, to be pushed with the model
         curves.parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, options, run, trainer_of, weights_of
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from training import LlavaSTFTrainer
 from training.__main__ import main
 from training.merge import merge
 from training.saving import CheckpointError
@@ -467,3 +468,27 @@ def test_a_run_stopped_by_hand_names_its_last_checkpoint(workers, checkpoint, tm
     again = {**changes, "max_steps": step + 1, "resume_from_checkpoint": "last"}
     result = run(*options("finetune", checkpoint, eight_rows(tmp_path), out, **again))
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("another fault")])
+def test_a_full_gpu_ends_the_run_with_one_line(error, checkpoint, tmp_path, monkeypatch, capsys):
+    """It names the checkpoint to go on from; another fault of torch keeps its traceback."""
+    step, calls = LlavaSTFTrainer.training_step, iter(range(2))  # those of the first step
+
+    def full(*args, **kwargs):
+        if next(calls, None) is None:
+            raise error
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(LlavaSTFTrainer, "training_step", full)
+    named = options("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", save_steps=1, max_steps=2)
+    monkeypatch.setattr(sys, "argv", ["training", *named])
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError, match="another fault"):
+            main()
+        return
+    assert main() == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: The GPU has too little free memory: CUDA out of memory. `nvidia-smi` lists")
+    assert "A lower `per_device_train_batch_size` needs less" in line
+    assert f"go on from it with --resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}." in line
