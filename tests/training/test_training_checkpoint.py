@@ -217,6 +217,8 @@ CHANGED = {
     "trainable": "lm_head",
     "group_by_modality_length": False,
     "image_aspect_ratio": "square",
+    "do_exif_transpose": True,
+    "alpha_background": "white",
     "dtype": "bfloat16",
 }
 
@@ -239,6 +241,13 @@ def test_another_run_is_not_gone_on_with(name, runs, checkpoint, tmp_path):
         other.train(resume_from_checkpoint=str(runs / kind / "checkpoint-2"))
     named = {"batch": "per_device_train_batch_size", "data": "digest of the rows", "lora": "lora_alpha"}
     assert f"`{named.get(name, name)}` was " in str(caught.value)
+
+
+def test_a_lora_run_is_not_gone_on_with_on_quantised_weights(runs, checkpoint, tmp_path):
+    other = trainer_of("finetune_lora", checkpoint, CONVERSATIONS, tmp_path / "out", **LORA, load_in_4bit=True)
+    assert other.run["quantisation"]["load_in_4bit"] is True
+    with pytest.raises(CheckpointError, match="`quantisation` was None, is {.*nf4"):
+        other.train(resume_from_checkpoint=str(runs / "lora" / "checkpoint-2"))
 
 
 def test_another_number_of_ranks_is_not_gone_on_with(runs, checkpoint, tmp_path):
