@@ -227,6 +227,7 @@ DAMAGE = {
     "a weight is not finite": (with_nan, "'model.language_model.norm.weight' has NaN or infinite values"),
     "it is quantised": (quantised, "the weights are quantised"),
     "it is an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is an adapter"),
+    "its card is not UTF-8": (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "README.md is not UTF-8"),
     "it has no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
 }
 
