@@ -32,7 +32,10 @@ DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
 # These options of the image processor change what the model sees; the original has none of them.
 IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background", "max_soft_tokens")
-LESS_MEMORY = "A quantised checkpoint needs less, and with CUDA_VISIBLE_DEVICES= (empty) the CPU answers."
+LESS_MEMORY = (
+    "A quantised checkpoint or, for `caption`, a lower --batch-size needs less; with CUDA_VISIBLE_DEVICES= (empty) the "
+    "CPU answers."
+)
 
 
 def main() -> int:
