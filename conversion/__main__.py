@@ -17,22 +17,33 @@ import sys
 
 import torch
 
+from modeling_llava_stf._memory import full_gpu
+
 from . import ConversionError, convert, convert_back
 from .quantise import SCHEMES, quantise
 
 WAY_BACK = inspect.signature(convert_back).parameters
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LESS_MEMORY = (
+    "Nothing was written. int8, int8-dynamic and fp8 need no GPU; with CUDA_VISIBLE_DEVICES= (empty) nf4 needs none."
+)
 
 
 def main() -> int:
     try:
         return _quantise(sys.argv[2:]) if sys.argv[1:2] == ["quantise"] else _convert()
     except (ConversionError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return _refused(str(error))
+    except RuntimeError as error:
+        return _refused(full_gpu(error, LESS_MEMORY))
     except KeyboardInterrupt:
         print("interrupted; nothing was written", file=sys.stderr)
         return 130
+
+
+def _refused(reason: str) -> int:
+    print(f"error: {' '.join(reason.split())}", file=sys.stderr)
+    return 2
 
 
 def _convert() -> int:

@@ -9,8 +9,8 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 
-from .checkpoints.folders import ADAPTER_CONFIG_FILE, PROJECTOR_FILE
-from .checkpoints.weights import read_json
+from .checkpoints.folders import ADAPTER_CONFIG_FILE
+from .checkpoints.weights import is_whole, read_json
 from .keys import ConversionError
 from .options import Options
 
@@ -127,7 +127,7 @@ def find_run(folder: Path) -> Path:
     if _has_run(folder):
         return folder
     runs = [path.parent for path in sorted(folder.rglob("config.json")) if _has_run(path.parent)]
-    whole = [run for run in runs if not any((run / name).exists() for name in (PROJECTOR_FILE, ADAPTER_CONFIG_FILE))]
+    whole = [run for run in runs if is_whole(run) and not (run / ADAPTER_CONFIG_FILE).exists()]
     chosen = whole if len(whole) == 1 else runs
     if len(chosen) == 1:
         return chosen[0]

@@ -265,10 +265,16 @@ def named_by(source: str | Path, folder: Path) -> str | None:
     """Returns the Hub id of a source: its own, or the one that its card's snippet loads."""
     if not Path(source).is_dir():
         return str(source)
-    card = folder / "README.md"
-    text = card.read_text(encoding="utf-8") if card.is_file() else ""
-    found = re.search(r'^repository, revision = "([^"]+)"', text, re.MULTILINE)
+    found = re.search(r'^repository, revision = "([^"]+)"', _read_card(folder / "README.md"), re.MULTILINE)
     return found[1] if found else None
+
+
+def _read_card(card: Path) -> str:
+    """Returns the text of a card, which is empty if there is none."""
+    try:
+        return card.read_text(encoding="utf-8") if card.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{card} is not UTF-8: {error}") from error
 
 
 def finish(folder: Path, source: Path, name: str, facts: dict[str, Any]) -> None:
@@ -295,7 +301,7 @@ def finish(folder: Path, source: Path, name: str, facts: dict[str, Any]) -> None
 
 def _head(card: Path) -> dict[str, Any]:
     """Returns the YAML of the source's card, if it has one."""
-    found = re.match(r"---\n(.*?)\n---\n", card.read_text(encoding="utf-8"), re.DOTALL) if card.is_file() else None
+    found = re.match(r"---\n(.*?)\n---\n", _read_card(card), re.DOTALL)
     try:
         head = yaml.safe_load(found[1]) if found else None
     except yaml.YAMLError as error:

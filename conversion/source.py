@@ -10,7 +10,7 @@ from typing import Any
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
 
 from .checkpoints.folders import ADAPTER_CONFIG_FILE, ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE
-from .checkpoints.weights import Weights, read_file, read_folder, read_json, section
+from .checkpoints.weights import Weights, is_whole, read_file, read_folder, read_json, section
 from .config import (
     build_config,
     build_image_processor,
@@ -134,12 +134,15 @@ def read_run(folder: Path, base: Path | None, init_fusion: bool) -> Run:
     if init_fusion:
         config, notes = _language_config(config, place)
     notes += check_settings(place, config, LANGUAGE)
+    projector_file = folder / PROJECTOR_FILE
     if (folder / ADAPTER_CONFIG_FILE).exists():
         weights = _base(base, folder, config, "a LoRA run")
         return _read_lora(folder, config, weights, notes, None if base is None else commit_of(base))
-    if (folder / PROJECTOR_FILE).exists():
-        projector = read_file(folder / PROJECTOR_FILE)
-        _require_fusion(projector, folder / PROJECTOR_FILE)
+    if projector_file.exists() and _has_projector(folder):
+        notes.append(f"{projector_file} is not read: the whole model beside it has a projector of its own")
+    elif projector_file.exists():
+        projector = read_file(projector_file)
+        _require_fusion(projector, projector_file)
         weights = _base(base, folder, config, "a stage-1 projector") | projector
         return Run("stage-1 projector", folder, config, weights, notes)
     weights = read_folder(folder)
@@ -152,6 +155,10 @@ def read_run(folder: Path, base: Path | None, init_fusion: bool) -> Run:
         return Run("initialisation", folder, config, _initialisation(weights), notes)
     _require_fusion(weights, folder)
     return Run("full fine-tune", folder, config, weights, notes)
+
+
+def _has_projector(folder: Path) -> bool:
+    return is_whole(folder) and any(key.startswith((STF, MBTF)) for key in read_folder(folder))
 
 
 def _refuse_tiles(weights: Weights, folder: Path) -> None:
@@ -189,6 +196,10 @@ def _base(base: Path | None, folder: Path, config: dict[str, Any], kind: str) ->
 def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[str], commit: str | None) -> Run:
     """Reads the adapter and the fusion modules beside it; `commit` is that of the base, if it came from the Hub."""
     place = folder / ADAPTER_CONFIG_FILE
+    if is_whole(folder):
+        raise ConversionError(
+            f"{folder} has both {ADAPTER_CONFIG_FILE} and the weights of a whole model: move away what is not meant."
+        )
     adapter_config = read_json(place)
     check_adapter_config(adapter_config, place)
     files = [folder / name for name in (ADAPTER_FILE, "adapter_model.bin")]

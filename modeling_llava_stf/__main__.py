@@ -25,12 +25,17 @@ from transformers.utils.import_utils import is_serve_available
 
 from . import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor, _bulk
 from ._folder import checked_config, load_checkpoint
+from ._memory import full_gpu
 
 SHAPES = Path(__file__).resolve().parents[1] / "examples" / "shapes"
 DEFAULT_MODEL = SHAPES / "model"
 DEMO = SHAPES / "demo.json"
 # These options of the image processor change what the model sees; the original has none of them.
 IMAGE_OPTIONS = ("do_exif_transpose", "alpha_background", "max_soft_tokens")
+LESS_MEMORY = (
+    "A quantised checkpoint or, for `caption`, a lower --batch-size needs less; with CUDA_VISIBLE_DEVICES= (empty) the "
+    "CPU answers."
+)
 
 
 def main() -> int:
@@ -58,12 +63,8 @@ def main() -> int:
         return _refused(f"The model's chat template {'refuses this' if refuses else 'cannot be used'}: {error}")
     except (OSError, ValueError, StrictDataclassError) as error:
         return _refused(str(error))
-    except torch.OutOfMemoryError as error:
-        return _refused(
-            f"The GPU has too little free memory: {str(error).partition('. ')[0]}. Other programs may use it "
-            "(`nvidia-smi` lists them), a quantised checkpoint needs less, and with CUDA_VISIBLE_DEVICES= (empty) the "
-            "CPU answers."
-        )
+    except RuntimeError as error:
+        return _refused(full_gpu(error, LESS_MEMORY))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

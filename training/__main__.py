@@ -15,6 +15,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from modeling_llava_stf import LlavaSTFProcessor
 
 from .budgets import ALL, SAMPLE, budgets_of
@@ -34,7 +36,7 @@ def main() -> int:
         if command in commands:
             return commands[command](arguments)
         return train_command(sys.argv[1:] or ["--help"])
-    except (OSError, ValueError, ImportError, FloatingPointError, SaveError) as error:
+    except (OSError, ValueError, ImportError, FloatingPointError, SaveError, torch.OutOfMemoryError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:

@@ -160,10 +160,11 @@ def load_rows(
             source = source.cast_column(name, type(feature)(decode=False))
         elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
             source = source.cast_column(name, List(datasets.Image(decode=False)))
-    settings: dict[str, Any] = {} if streaming else {"load_from_cache_file": False}
-    return source.map(
-        partial(to_row, root=str(root)), with_indices=True, remove_columns=columns, features=FEATURES, **settings
-    )
+    settings: dict[str, Any] = {"remove_columns": columns, "features": FEATURES}
+    if streaming and source.num_shards > 1:
+        return source.map(partial(_streamed_row, root=str(root)), **settings)
+    settings |= {} if streaming else {"load_from_cache_file": False}
+    return source.map(partial(to_row, root=str(root)), with_indices=True, **settings)
 
 
 def _is_saved(path: Path) -> bool:
@@ -316,6 +317,12 @@ def to_row(example: Any, index: int | str, root: str) -> dict[str, Any]:
     except DataError as error:
         return {**row, "problem": _printable(str(error))}
     return {**row, "messages": messages, "images": images, "videos": videos, "notes": list(dict.fromkeys(notes))}
+
+
+def _streamed_row(example: dict[str, Any], root: str) -> dict[str, Any]:
+    """Reads a row of several files, which has a digest as its name if it has none: workers and ranks number it anew."""
+    digest = "" if _name(example.get("id"), "") else hashlib.blake2b(repr(example).encode(), digest_size=6).hexdigest()
+    return to_row(example, digest, root)
 
 
 def _name(name: Any, index: int | str) -> str:

@@ -16,6 +16,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf._memory import full_gpu
 
 from .arguments import DataArguments, LlavaSTFTrainingArguments, Parser, read_recipe
 from .budgets import budgets_of
@@ -23,12 +24,19 @@ from .checks import Checker, Report, check_rows, fit_rows, fit_stream
 from .merge import commit_of
 from .report import draw_curves, start_lines
 from .rows import load_rows
-from .saving import way_back
-from .settings import check_settings
+from .saving import LENGTHS, way_back
+from .settings import DECIDING, LORA, NEEDS, check_settings
 from .trainer import LlavaSTFTrainer, template_text
 from .upstream import keep_commit
 
+# Options of the command line that say what was trained; others, such as paths, are not for a card.
+TOLD = {"global_batch_size", "max_length", "token_budget_mode", "use_peft", *DECIDING, *LENGTHS}
+TOLD |= {name for name, needed in NEEDS.items() if needed == LORA}
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
+LESS_MEMORY = (
+    "A lower `per_device_train_batch_size` needs less, and with `global_batch_size` it trains the same; docs/train.md "
+    "has the memory of each recipe."
+)
 
 
 def train_command(arguments: list[str]) -> int:
@@ -53,6 +61,8 @@ def train(data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelCon
         trainer.train(resume_from_checkpoint=resume)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(way_back(args.output_dir)) from None
+    except RuntimeError as error:
+        raise torch.OutOfMemoryError(full_gpu(error, f"{LESS_MEMORY} {way_back(args.output_dir)}")) from error
     curves = Path(args.output_dir) / "curves.png"
     if args.should_save:  # first, to be pushed with the model
         curves.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +79,12 @@ def train(data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelCon
 def recipe_settings(
     arguments: list[str], data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
 ) -> dict[str, Any]:
-    """Returns the settings that the recipe names, as they are used."""
-    if "--config" not in arguments:
-        return {}
-    names = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
+    """Returns the settings that the recipe names, and those of the command line that say what was trained, as used."""
+    given = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"]
+    names = [name for name in given if name in TOLD]
+    if "--config" in arguments:
+        recipe = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
+        names = [*recipe, *names]
     used = {**asdict(data), **asdict(choice), **args.to_dict()}
     return {name: used[name] for name in names if name in used}
 

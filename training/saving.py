@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedConfig, TrainerState
+from transformers import PreTrainedConfig, PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 from transformers.utils import logging
@@ -197,8 +197,9 @@ class SavingTrainer(SFTTrainer):
             "base": network.name_or_path,
             "revision": base_commit(network),
             "dtype": str(next(self.model.parameters()).dtype),
+            "quantisation": quantisation_of(network),
             **{name: adapter.get(name) for name in ADAPTER if adapter},
-            **rows_of(self.train_dataset),
+            **rows_of(self.train_dataset, self.args.dataloader_num_workers),
         }
         return json.loads(json.dumps(run, default=sorted))  # sets as lists, as they will be read
 
@@ -428,11 +429,23 @@ def check_optimizer(path: Path, optimizer: torch.optim.Optimizer, step: int, sca
                 )
 
 
-def rows_of(dataset: Any) -> dict[str, Any]:
+def quantisation_of(network: PreTrainedModel) -> dict[str, Any] | None:
+    """Returns by what the frozen weights are quantised, and how; `None` if they are whole."""
+    settings = getattr(network.config, "quantization_config", None)
+    if settings is None:
+        return None
+    settings = settings if isinstance(settings, dict) else settings.to_dict()
+    return {name: value for name, value in settings.items() if isinstance(value, str | int) and name[0] != "_"}
+
+
+def rows_of(dataset: Any, workers: int) -> dict[str, Any]:
     """Returns number and digest of the rows of a run, whose names and messages are read.
 
-    Nothing is known of a stream, or of rows that are not those of `training.rows`. Pictures are not read.
+    Of a stream only the `workers` of its loader are known, on which its order depends. Nothing is known of rows that
+    are not those of `training.rows`. Pictures are not read.
     """
+    if isinstance(dataset, IterableDataset):
+        return {"dataloader_num_workers": workers}
     if not isinstance(dataset, Dataset) or "problem" not in dataset.column_names:
         return {}
     digest = hashlib.sha256()

@@ -147,8 +147,8 @@ DECIDING = sorted(
     per_device_train_batch_size gradient_accumulation_steps learning_rate projector_learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm
     average_tokens_across_devices bf16 fp16 neftune_noise_alpha loss_type loss_reduction trainable
-    assistant_only_loss chat_template_name image_aspect_ratio seed data_seed full_determinism
-    dataloader_drop_last train_sampling_strategy group_by_modality_length token_budgets
+    assistant_only_loss chat_template_name image_aspect_ratio do_exif_transpose alpha_background seed data_seed
+    full_determinism dataloader_drop_last train_sampling_strategy group_by_modality_length token_budgets
     """.split()
 )
 

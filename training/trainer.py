@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Sampler
@@ -223,7 +223,11 @@ class LlavaSTFTrainer(SavingTrainer):
     # Budgets
 
     def _name_budgets(self, processor: ProcessorMixin) -> None:
-        """Writes into the config which budgets this run trains; says so if they are others than before."""
+        """Writes into the config which budgets this run trains; says so if they are others than before.
+
+        Raises:
+            ValueError: if there is no picture to train new ones on.
+        """
         config = without_adapter(self.model).config
         if not isinstance(config, LlavaSTFConfig) or not isinstance(processor, LlavaSTFProcessor):
             return
@@ -231,6 +235,7 @@ class LlavaSTFTrainer(SavingTrainer):
         before = list(config.token_budgets or [full])
         config.token_budgets = self.args.token_budgets or (None if default == full else [default])
         now = list(config.token_budgets or [full])
+        self._check_pictures(set(now) - set(before))
         if set(before) - set(now) and self.args.should_log:
             both = " ".join(map(str, sorted({*before, *now}, reverse=True)))
             logger.warning(
@@ -241,6 +246,16 @@ class LlavaSTFTrainer(SavingTrainer):
             logger.warning(
                 f"This run trains {now} tokens per picture, and not {default}: a call that does not pass "
                 "`max_soft_tokens` will have a number of tokens that the model was not trained for."
+            )
+
+    def _check_pictures(self, new: set[int]) -> None:
+        """Raises a `ValueError` if the rows have no picture, from which new budgets could be learnt."""
+        rows = self.train_dataset
+        known = self.budgets is not None and isinstance(rows, Dataset) and "vision" in rows.column_names
+        if new and known and not any(rows["vision"][:]):
+            raise ValueError(
+                f"No row has a picture, so nothing would train {sorted(new, reverse=True)} tokens per picture: leave "
+                "`token_budgets` out, or name those that the checkpoint was trained for."
             )
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -52,9 +52,16 @@ def require_empty(destination: str | Path) -> Path:
     """The absolute path of a folder that may be written.
 
     Raises:
-        ConversionError: if it is there and not empty, or has the name of something unfinished.
+        ConversionError: if it is there and not empty, if nothing can take its place because it is a mount point, or if
+            it has the name of something unfinished or one that is not UTF-8.
     """
     destination = Path(destination).resolve()
+    try:
+        str(destination).encode()
+    except UnicodeEncodeError as error:
+        raise ConversionError(f"The name {str(destination)!r} is not UTF-8, as safetensors needs it.") from error
+    if destination.is_mount():
+        raise ConversionError(f"{destination} is a mount point, which is not replaced: name a new folder in it.")
     if destination.name.endswith(UNFINISHED):
         raise ConversionError(f"{destination} has the name of an unfinished folder (*{UNFINISHED}). Choose another.")
     if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):

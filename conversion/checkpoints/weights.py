@@ -21,6 +21,8 @@ from ..keys import ConversionError
 
 LIBC, PAGE, MADV_WILLNEED = ctypes.CDLL(None), 4096, 3
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+# What has the weights of a whole model, in the order in which transformers looks for it.
+WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -141,16 +143,18 @@ def _refuse_shared(state: Mapping[str, torch.Tensor], path: Path) -> None:
 
 
 def read_folder(folder: Path) -> Weights:
-    """All weights of a checkpoint folder, single or sharded, .safetensors or .bin."""
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
-        index = folder / f"{stem}.{suffix}.index.json"
-        if index.exists():
-            return _read_shards(index)
-        if (folder / f"{stem}.{suffix}").exists():
-            return read_file(folder / f"{stem}.{suffix}")
+    """All weights of a checkpoint folder, single or sharded, .safetensors or .bin; of several, transformers' choice."""
+    for name in WHOLE:
+        if (folder / name).exists():
+            return _read_shards(folder / name) if name.endswith(".json") else read_file(folder / name)
     raise ConversionError(
         f"{folder} has no weights: expected model.safetensors or pytorch_model.bin, whole or with an index of shards."
     )
+
+
+def is_whole(folder: Path) -> bool:
+    """Returns whether a folder holds all weights of a model."""
+    return any((folder / name).exists() for name in WHOLE)
 
 
 def _read_shards(index: Path) -> Weights:

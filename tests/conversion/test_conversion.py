@@ -461,6 +461,44 @@ def test_old_buffers_are_tolerated(form, tmp_path, checkpoint):
     assert_same(tensors(converted), tensors(checkpoint))
 
 
+def test_of_several_forms_the_one_is_read_that_transformers_reads(tmp_path, checkpoint):
+    """A model that is saved again beside the shards that were there leaves their index."""
+    source = edited(tmp_path, lambda state: None)
+    others = {key: tensor + 1 for key, tensor in tensors(source).items()}
+    save_file(tensors(source), source / "model.safetensors")
+    torch.save(others, source / "pytorch_model.bin")
+    save_file(others, source / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(others, "model-00001-of-00001.safetensors")}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    converted = convert(source, tmp_path / "out", vision_tower=GOLDENS / "clip")
+    assert_same(tensors(converted), tensors(checkpoint))
+    (source / "model-00001-of-00001.safetensors").unlink()
+    assert_same(tensors(convert(source, tmp_path / "out2", vision_tower=GOLDENS / "clip")), tensors(checkpoint))
+
+
+def test_a_projector_beside_a_whole_model_is_not_read(tmp_path, checkpoint, capsys):
+    """The released LLaVA-1.5 has one, too."""
+    source = edited(tmp_path, lambda state: None)
+    state = {key: tensor for key, tensor in tensors(source).items() if "mm_projector" in key}
+    torch.save({key: tensor + 1 for key, tensor in state.items()}, source / "mm_projector.bin")
+    converted = convert(source, tmp_path / "out", vision_tower=GOLDENS / "clip")
+    assert_same(tensors(converted), tensors(checkpoint))
+    assert "mm_projector.bin is not read: the whole model beside it" in capsys.readouterr().out
+    with pytest.raises(ConversionError, match="is a whole model, neither .* leave out --base"):
+        convert(source, tmp_path / "none", base=GOLDENS / "base", vision_tower=GOLDENS / "clip")
+    plain = {key: tensor.clone() for key, tensor in tensors(source).items() if "crosslayer" not in key}
+    torch.save(plain, source / "pytorch_model.bin")
+    assert convert(source, tmp_path / "begun", init_fusion=True, vision_tower=GOLDENS / "clip").is_dir()
+
+
+def test_an_adapter_beside_a_whole_model_is_refused(tmp_path):
+    shutil.copytree(GOLDENS / "lora", tmp_path / "lora")
+    shutil.copy(GOLDENS / "base" / "model.safetensors", tmp_path / "lora")
+    with pytest.raises(ConversionError, match="has both adapter_config.json and the weights of a whole model"):
+        convert(tmp_path / "lora", tmp_path / "out", base=GOLDENS / "base", vision_tower=GOLDENS / "clip")
+    assert not (tmp_path / "out").exists()
+
+
 def test_adapters_in_other_forms(tmp_path, checkpoints):
     """safetensors, the names of a running PEFT model, a base in shards: the same merged model."""
     folder = tmp_path / "lora"

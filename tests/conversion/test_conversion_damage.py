@@ -289,3 +289,14 @@ def test_a_name_with_special_characters_is_no_pattern(folders):
 def test_a_destination_is_never_called_as_what_is_unfinished(folders):
     with pytest.raises(ConversionError, match="name of an unfinished folder"):
         convert(GOLDENS / "original", folders / f".out@{socket.gethostname()}@1.partial")
+
+
+@pytest.mark.parametrize("name, reason", [("/proc", "is a mount point"), (os.fsdecode(b"\xff"), "is not UTF-8")])
+def test_a_destination_that_cannot_be_made(name, reason, folders, monkeypatch, capsys):
+    """Both would fail at the end, after all the work."""
+    arguments = command(folders)
+    arguments[1] = str(folders / name)
+    monkeypatch.setattr(sys, "argv", ["conversion", *arguments])
+    assert main() == 2
+    said = capsys.readouterr()
+    assert reason in said.err and len(said.err.splitlines()) == 1 and not said.out

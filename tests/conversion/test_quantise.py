@@ -227,6 +227,7 @@ DAMAGE = {
     "a weight is not finite": (with_nan, "'model.language_model.norm.weight' has NaN or infinite values"),
     "it is quantised": (quantised, "the weights are quantised"),
     "it is an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is an adapter"),
+    "its card is not UTF-8": (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "README.md is not UTF-8"),
     "it has no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
 }
 
@@ -275,6 +276,39 @@ def test_a_failure_leaves_nothing(wide, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         quantise(wide, tmp_path / "out", "nf4")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_full(wide, run, tmp_path, monkeypatch):
+    """transformers raises an error of its own for what is raised while it quantises; see `_memory`."""
+    needs("nf4")
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 79.11 GiB of which 3 MiB "
+            "is free. Including non-PyTorch memory, this process has 70.41 GiB memory in use.\nMore."
+        )
+
+    monkeypatch.setattr(import_module("bitsandbytes.functional"), "quantize_4bit", full)
+    status, errors = run(wide, tmp_path / "out", "--scheme", "nf4")
+    assert status == 2 and not list(tmp_path.iterdir())
+    assert errors[-1].startswith(
+        "error: The GPU has too little free memory: CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total "
+        "capacity of 79.11 GiB of which 3 MiB is free. `nvidia-smi` lists the programs that use it. Nothing was"
+    )
+    with pytest.raises(RuntimeError, match="some issues during automatic conversion") as found:
+        quantise(wide, tmp_path / "out", "nf4")
+    assert found.value.__cause__ is None and found.value.__context__ is None  # else `_memory` can be shorter
+
+
+def test_another_fault_keeps_its_traceback(wide, run, tmp_path, monkeypatch):
+    needs("nf4")
+
+    def wrong(*args, **kwargs):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(LlavaSTFForConditionalGeneration, "from_pretrained", wrong)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        run(wide, tmp_path / "out", "--scheme", "nf4")
 
 
 def test_torchao_s_int8_overflows_in_float16():

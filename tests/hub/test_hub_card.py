@@ -569,6 +569,7 @@ def test_card_names_the_budgets_that_the_model_was_trained_for(folder):
     assert card(None) == card([4]) == before
     elastic = card([4, 1])
     assert "**4 vision tokens**" in elastic and "trained for 4, 1 tokens" in elastic
-    assert '{"max_soft_tokens": 1}' in elastic
+    assert '{"max_soft_tokens": 1}' in elastic and "was not trained" not in elastic
+    assert "**Without that, a picture has 4 tokens, for which the model was not trained.**" in card([1])
     found = {"wrong": [], "tokens_per_image": 4, "printed": ""}
     assert list(compare_use(elastic, found)) == list(compare_use(before, found)) == []

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf import __main__ as command
+from modeling_llava_stf._memory import full_gpu
 
 PICTURE = GOLDENS / "images" / "shapes.png"
 UP = "model.language_model.layers.0.mlp.up_proj.weight"
@@ -260,3 +261,31 @@ def test_too_little_memory_on_the_gpu_ends_with_one_line(ask, monkeypatch):
 
     monkeypatch.setattr(command, "load_checkpoint", full)
     assert_one_line(ask(PICTURE, "What is this?"), "too little free memory", "CUDA_VISIBLE_DEVICES")
+
+
+@pytest.mark.parametrize(
+    "message, shown",
+    [
+        (
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is "
+            "free. Including non-PyTorch memory, this process has 77.61 GiB memory in use. Of the allocated memory ...",
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 GiB is "
+            "free. `nvidia-smi`",
+        ),
+        (
+            "CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call.",
+            "CUDA error: out of memory. `nvidia-smi`",
+        ),
+        (
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+            "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`. `nvidia-smi`",
+        ),
+    ],
+)
+def test_a_full_gpu_has_several_errors(message, shown):
+    """The second and the third are those of a GPU that others have filled."""
+    assert full_gpu(RuntimeError(message), "Wait.").startswith(f"The GPU has too little free memory: {shown} lists")
+    fault = RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(RuntimeError) as found:
+        full_gpu(fault, "Wait.")
+    assert found.value is fault

@@ -12,17 +12,20 @@ import torch
 from peft import PeftConfig
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import CONVERSATIONS, IMAGES, eight_rows, history, options, run, trainer_of, weights_of
+from trl import ModelConfig
 
 from conversion.checkpoints.folders import name_auto_class
 from examples.dpo import PreferenceCollator
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.__main__ import main
+from training.arguments import DataArguments, Parser
 from training.batches import Collator
 from training.budgets import TokenBudgets, row_key
 from training.checks import Checker, check_rows
 from training.merge import merge
 from training.rows import load_rows
+from training.run import recipe_settings
 from training.saving import CheckpointError
 from training.throughput import training_flops
 from training.trainer import template_text
@@ -331,6 +334,18 @@ def test_preferences_have_the_number_of_tokens_of_the_processor(processor, model
     assert torch.isfinite(model(**batch).logits).all()
 
 
+def test_what_the_command_line_says_is_kept_for_the_card(checkpoint):
+    """Beside what the recipe names; no paths."""
+    given = {"token_budgets": [1, 4], "token_budget_mode": "all", "lora_r": 2, "max_steps": 1}
+    arguments = options("finetune_lora", checkpoint, CONVERSATIONS, "out", **given)
+    parser = Parser((DataArguments, LlavaSTFTrainingArguments, ModelConfig))
+    made = parser.parse_args_and_config(arguments)
+    kept = recipe_settings(arguments, *made)
+    assert {name: kept[name] for name in given} == {**given, "token_budgets": [4, 1]}
+    assert kept["lora_alpha"] == 256 and not {"output_dir", "data_path", "model_name_or_path"} & set(kept)
+    assert "token_budgets" in recipe_settings(arguments[2:], *made)  # without a recipe
+
+
 # What is refused
 
 
@@ -389,6 +404,20 @@ def test_a_collator_of_one_s_own_is_refused(trainer, tmp_path):
             run.model, run.args, processing_class=run.processing_class, data_collator=lambda rows: rows,
             train_dataset=run.train_dataset,
         )  # fmt: skip
+
+
+def test_budgets_that_no_row_has_pictures_for(trainer, checkpoint, tmp_path):
+    """New ones are refused. Those that the checkpoint was trained for are kept."""
+    rows = [row for row in json.loads(CONVERSATIONS.read_text(encoding="utf-8")) if "image" not in row]
+    data = tmp_path / "text.json"
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"No row has a picture, so nothing would train \[1\] tokens per picture"):
+        trainer(data=data)
+    elastic = shutil.copytree(checkpoint, tmp_path / "elastic")
+    config = LlavaSTFConfig.from_pretrained(checkpoint, token_budgets=BUDGETS)
+    config.save_pretrained(elastic)
+    assert trainer(data=data, model=elastic).model.config.token_budgets == BUDGETS
+    assert trainer("finetune", data=data, token_budgets=None).model.config.token_budgets is None
 
 
 def test_a_checkpoint_of_other_budgets_is_refused(trainer, tmp_path):
@@ -453,10 +482,11 @@ def test_a_stream_has_budgets_and_resumes_exactly(checkpoint, tmp_path):
     folder.mkdir()
     eight_rows(folder).rename(folder / "train.json")
 
-    def train(output, stopped=None):
+    def train(output, stopped=None, workers=0):
         run = trainer_of(
             "finetune_elastic", checkpoint, folder, tmp_path / output, streaming=True, token_budgets=BUDGETS,
             max_steps=5, save_steps=1, save_total_limit=5, group_by_modality_length=False, global_batch_size=2,
+            dataloader_num_workers=workers,
         )  # fmt: skip
         run.train(resume_from_checkpoint=stopped and str(tmp_path / "whole" / f"checkpoint-{stopped}"))
         return run
@@ -466,3 +496,5 @@ def test_a_stream_has_budgets_and_resumes_exactly(checkpoint, tmp_path):
     assert history(tmp_path / "resumed" / "checkpoint-5") == history(tmp_path / "whole" / "checkpoint-5")
     with pytest.raises(CheckpointError, match="checkpoint-5 is in pass 2 over a stream"):
         train("refused", stopped=5)
+    with pytest.raises(CheckpointError, match="`dataloader_num_workers` was 0, is 2"):  # its order depends on them
+        train("refused", stopped=2, workers=2)

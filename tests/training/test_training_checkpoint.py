@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, options, run, trainer_of, weights_of
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from training import LlavaSTFTrainer
 from training.__main__ import main
 from training.merge import merge
 from training.saving import CheckpointError
@@ -216,6 +217,8 @@ CHANGED = {
     "trainable": "lm_head",
     "group_by_modality_length": False,
     "image_aspect_ratio": "square",
+    "do_exif_transpose": True,
+    "alpha_background": "white",
     "dtype": "bfloat16",
 }
 
@@ -238,6 +241,13 @@ def test_another_run_is_not_gone_on_with(name, runs, checkpoint, tmp_path):
         other.train(resume_from_checkpoint=str(runs / kind / "checkpoint-2"))
     named = {"batch": "per_device_train_batch_size", "data": "digest of the rows", "lora": "lora_alpha"}
     assert f"`{named.get(name, name)}` was " in str(caught.value)
+
+
+def test_a_lora_run_is_not_gone_on_with_on_quantised_weights(runs, checkpoint, tmp_path):
+    other = trainer_of("finetune_lora", checkpoint, CONVERSATIONS, tmp_path / "out", **LORA, load_in_4bit=True)
+    assert other.run["quantisation"]["load_in_4bit"] is True
+    with pytest.raises(CheckpointError, match="`quantisation` was None, is {.*nf4"):
+        other.train(resume_from_checkpoint=str(runs / "lora" / "checkpoint-2"))
 
 
 def test_another_number_of_ranks_is_not_gone_on_with(runs, checkpoint, tmp_path):
@@ -467,3 +477,27 @@ def test_a_run_stopped_by_hand_names_its_last_checkpoint(workers, checkpoint, tm
     again = {**changes, "max_steps": step + 1, "resume_from_checkpoint": "last"}
     result = run(*options("finetune", checkpoint, eight_rows(tmp_path), out, **again))
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("another fault")])
+def test_a_full_gpu_ends_the_run_with_one_line(error, checkpoint, tmp_path, monkeypatch, capsys):
+    """It names the checkpoint to go on from; another fault of torch keeps its traceback."""
+    step, calls = LlavaSTFTrainer.training_step, iter(range(2))  # those of the first step
+
+    def full(*args, **kwargs):
+        if next(calls, None) is None:
+            raise error
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(LlavaSTFTrainer, "training_step", full)
+    named = options("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", save_steps=1, max_steps=2)
+    monkeypatch.setattr(sys, "argv", ["training", *named])
+    if type(error) is RuntimeError:
+        with pytest.raises(RuntimeError, match="another fault"):
+            main()
+        return
+    assert main() == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: The GPU has too little free memory: CUDA out of memory. `nvidia-smi` lists")
+    assert "A lower `per_device_train_batch_size` needs less" in line
+    assert f"go on from it with --resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}." in line

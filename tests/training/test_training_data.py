@@ -729,6 +729,31 @@ def test_an_empty_mask_is_none(mask, processor, tmp_path):
     assert row["problem"] == ""
 
 
+def numbered(folder, files, **more):
+    """Parquet files of three rows each, whose question is their number."""
+    folder.mkdir()
+    for file in range(files):
+        questions = [str(number) for number in range(3 * file, 3 * file + 3)]
+        turns = [[{"role": "user", "content": text}, {"role": "assistant", "content": "A."}] for text in questions]
+        rows = {"messages": turns, **{name: [value + text for text in questions] for name, value in more.items()}}
+        datasets.Dataset.from_dict(rows).to_parquet(folder / f"train-{file:05}-of-{files:05}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("files, more", [(1, {}), (2, {}), (2, {"id": "row"})])
+def test_a_streamed_row_has_one_name_with_any_number_of_workers(files, more, tmp_path):
+    """Its name decides its budget."""
+    folder = numbered(tmp_path / "rows", files, **more)
+    stream = load_rows(str(folder), streaming=True).shuffle(seed=0, buffer_size=4)
+    names = []
+    for workers in (0, 2):
+        loader = torch.utils.data.DataLoader(stream, batch_size=None, num_workers=workers)
+        names.append({row["messages"][0]["content"][0]["text"]: row["id"] for row in loader})
+    assert names[0] == names[1] and len(set(names[0].values())) == len(names[0]) == 3 * files
+    if files == 1 or more:
+        assert names[0] == {row["messages"][0]["content"][0]["text"]: row["id"] for row in load_rows(str(folder))}
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_rows_of_several_files_have_a_name_each(streaming, tmp_path):
     folder = tmp_path / "data"
