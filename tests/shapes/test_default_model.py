@@ -11,7 +11,7 @@ from transformers import BitsAndBytesConfig, LlavaConfig, LlavaForConditionalGen
 from conversion import convert, convert_back
 from examples.shapes.ablation import build
 from examples.shapes.ablation_report import Questions, Results, tables, told
-from examples.shapes.connectors import SYSTEMS
+from examples.shapes.connectors import ELASTIC, SYSTEMS
 from examples.shapes.evaluate import accuracy_table, ask, score
 from examples.shapes.generate import generate
 from examples.shapes.pictograms import FAMILIES
@@ -159,8 +159,12 @@ def test_the_page_of_connectors_has_its_results():
     found = Results(Questions(tuple(raw["questions"]), tuple(raw["questions"].values())), raw["runs"])
     assert tables(found) == results.strip()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for row in ("MBTF + STF", "average pooling", "LLaVA-1.5, picture halved"):
+    for row in ("MBTF + STF", "MBTF + STF for 4", "average pooling", "LLaVA-1.5, picture halved"):
         assert str(found.difference(row, told(found))) in readme
+    elastic = (ROOT / "docs" / "train_elastic.md").read_text(encoding="utf-8")
+    for row, alone in ((ELASTIC, "MBTF + STF"), (f"{ELASTIC} at 4", "MBTF + STF for 4")):
+        lost = found.difference(alone, told(found), other=row)
+        assert f"{lost.mean:.1f} ± {lost.half:.1f} less with" in elastic
 
 
 @pytest.mark.parametrize(
