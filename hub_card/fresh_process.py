@@ -55,7 +55,13 @@ def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
             _refuse_foreign(base, base_folder, files, frozen.run_code)
             _put_in_cache(Path(home), base, base_revision, base_folder, files)
         asked = {"repository": repository, "revision": revision, "base": base, "base_revision": base_revision}
-        return _probe(Path(home), json.dumps({"load": asked, "snippet": snippet}), frozen.time_limit)
+        found = _probe(Path(home), json.dumps({"load": asked, "snippet": snippet}), frozen.time_limit)
+        return found | {"printed": escaped(found["printed"])}
+
+
+def escaped(text: str) -> str:
+    """Escapes what cannot be printed, but line breaks: an untrained model answers so, and no card may have it."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _refuse_foreign(base: str, folder: Path, files: list[Path], run_code: bool) -> None:

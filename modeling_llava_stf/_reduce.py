@@ -341,7 +341,8 @@ def _even(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> t
 
 def _random(tokens: torch.Tensor, count: int, words: torch.Tensor, seed: int) -> torch.Tensor:
     # On the CPU, whatever the default device is, so that a seed draws the same tokens everywhere.
-    return torch.randperm(len(tokens), generator=torch.Generator("cpu").manual_seed(int(seed)), device="cpu")[:count]
+    generator = torch.Generator().manual_seed(int(seed))
+    return torch.randperm(len(tokens), generator=generator, device=generator.device)[:count]
 
 
 def _pooled(tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from hub_card import Facts, check, freeze, gather
 from hub_card.__main__ import main
 from hub_card.card import ROOT, name_base, pinned_versions, write_card
 from hub_card.check import check_paths, compare_use
-from hub_card.fresh_process import use
+from hub_card.fresh_process import escaped, use
 from hub_card.picture import draw_method
 from hub_card.results import read_evaluation, read_speed
 from hub_card.snippet import snippet_of
@@ -287,6 +287,10 @@ def test_pictures_and_licences_are_written(card_folder):
         assert name in text_of(card_folder)
     for name in ("LICENSE", "NOTICE"):
         assert (card_folder / name).read_bytes() == (ROOT / name).read_bytes()
+
+
+def test_what_a_snippet_prints_can_stand_on_a_card():
+    assert escaped("fox \x1a\x00\r \u00e9 \U0001f98a\n2 ") == "fox \\x1a\\x00\\r \u00e9 \U0001f98a\n2 "
 
 
 def test_an_example_of_one_s_own_stays(folder):

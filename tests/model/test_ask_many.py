@@ -31,7 +31,7 @@ def parts(request, load_model, processor):
         pictures = [Image.open(GOLDENS / "images" / name).convert("RGB") for name in ("wide.png", "shapes.png")]
         return load_model(request.param), processor, pictures
     model = LlavaSTFForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).eval()
-    paths = [DEFAULT_MODEL.parent / "demo.png", DEFAULT_MODEL / "example.png"]
+    paths = [DEFAULT_MODEL.parent / "demo.png", DEFAULT_MODEL.parent / "demo_stranger.png"]
     return model, LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL), [Image.open(path).convert("RGB") for path in paths]
 
 
@@ -108,7 +108,7 @@ def test_the_seam_between_picture_and_question_is_that_of_the_template(model, pr
 def test_answers_in_words_beams_and_stream():
     model = LlavaSTFForConditionalGeneration.from_pretrained(DEFAULT_MODEL, dtype=torch.float32).eval()
     processor = LlavaSTFProcessor.from_pretrained(DEFAULT_MODEL)
-    picture, other = DEFAULT_MODEL.parent / "demo.png", DEFAULT_MODEL / "example.png"
+    picture, other = DEFAULT_MODEL.parent / "demo.png", DEFAULT_MODEL.parent / "demo_stranger.png"
     pictures = PictureCache(model, processor, str(picture))
     assert pictures.ask(COUNT, **GREEDY) == ANSWER
     assert pictures.ask([PLACE, COUNT], **GREEDY) == ["The fox is at the top left.", ANSWER]

@@ -646,8 +646,8 @@ def test_a_call_asks_for_all_tokens_over_a_default_budget(small, saved_default, 
     assert cache.prompt(QUESTIONS[0]) == inputs["input_ids"][0].tolist()
     assert torch.equal(generate_many([cache], QUESTIONS[:1], **EIGHT), generate(small, inputs))
     captioner = Captioner(processor, small, 8, {"max_soft_tokens": 16})
-    prepared = captioner.prepare(Row("one", QUESTIONS[0], DEFAULT_MODEL / "example.png"))
-    whole = chat_inputs(processor, DEFAULT_MODEL / "example.png", QUESTIONS[0], max_soft_tokens=16)
+    prepared = captioner.prepare(Row("one", QUESTIONS[0], DEFAULT_MODEL.parent / "demo_stranger.png"))
+    whole = chat_inputs(processor, DEFAULT_MODEL.parent / "demo_stranger.png", QUESTIONS[0], max_soft_tokens=16)
     assert prepared.ids == whole["input_ids"][0].tolist() and captioner.answer([prepared])[0].error is None
 
 
