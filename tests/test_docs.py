@@ -11,6 +11,7 @@ from statistics import median
 import pytest
 
 from benchmarks import count, report, training_needs
+from benchmarks.workloads import SCORES
 from examples.shapes.shrink import shrink_table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,3 +157,15 @@ def test_the_accuracy_of_quantised_models_is_that_of_the_results():
     result = json.loads((report.RESULTS / "quantise_cpu.json").read_text("utf-8"))
     assert [line for line in shown.splitlines() if line.startswith("|")][2:] == shrink_table(result)
     assert f"{result['questions']} questions" in page and result["questions"] >= 1000
+
+
+def test_the_speed_of_reducers_is_that_of_the_results():
+    cases = json.loads((report.RESULTS / "reducers_cpu.json").read_text("utf-8"))["cases"]
+    found = {(case["metric"], case["kept"]): case["systems"] for case in cases}
+    for kept in (144, 36, 9, 1):
+        runs = [found[metric, kept] for metric in ("prefill, reduced", "first token, salience")]
+        gains = [report.verdict(run, "stock", f"{name}, reduced") for name in ("stock", "ours") for run in runs]
+        row = f"| {kept} | {' | '.join(gains)} |".replace("**", "")
+        assert row in (ROOT / "docs" / "reduce.md").read_text(encoding="utf-8")
+    for score in SCORES:  # all 144 of LLaVA-STF, with and without a reducer
+        assert report.verdict(found[f"first token, {score}", 144], "ours", "ours, reduced").endswith("no gain")
