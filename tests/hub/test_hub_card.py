@@ -496,7 +496,7 @@ def test_snippet_prints_what_the_model_says(card_folder, found, processor, model
     )
     output = model.generate(**inputs, do_sample=False, max_new_tokens=32)
     expected = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert found == {"wrong": [], "tokens_per_image": 4, "on": "cpu, float32", "printed": expected}
+    assert found == {"wrong": [], "tokens_per_image": 4, "on": "cpu, float32", "printed": escaped(expected)}
 
 
 def test_what_the_card_claims_is_compared(card_folder, found):
