@@ -60,7 +60,7 @@ def use(frozen: Frozen, snippet: str) -> dict[str, Any]:
 
 
 def escaped(text: str) -> str:
-    """Escapes what cannot be printed, but line breaks: an untrained model answers so, and no card may have it."""
+    """Escapes characters that cannot be printed, except line breaks: a card must not contain them."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -48,7 +48,7 @@ class Asked:
 
     @property
     def changed(self) -> bool:
-        """Returns whether the model was not trained for it; it was trained for its budgets."""
+        """Returns whether the model was not trained to be asked in this way; a system is trained for its budgets."""
         return self.keep is not None or self.encode is not None or self.inside is not None
 
 

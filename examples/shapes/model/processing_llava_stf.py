@@ -1102,6 +1102,7 @@ def _opened_video(path: str) -> Any:
         raise FileNotFoundError("there is no such file.")
     container = av.open(path)
     if not container.streams.video:
+        container.close()
         raise ValueError("it has no pictures.")
     return container
 
