@@ -18,7 +18,7 @@ PYTEST := -m pytest tests -q -n 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-floor test-torchao test-export test-space test-serving test-eval test-main quantise-vllm gpu sync-model lint format clean
+.PHONY: help setup demo test test-floor test-torchao test-deepspeed test-export test-space test-serving test-eval test-main quantise-vllm gpu sync-model lint format clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
@@ -49,6 +49,12 @@ gpu: setup ## run what needs a CUDA device, in order of worth (MINUTES=25); the 
 test-torchao: setup ## run the tests of quantising, with torchao
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) -c constraints.txt --no-deps --upgrade --target .cache/torchao torchao
 	PYTHONPATH=.cache/torchao $(VENV)/bin/python -m pytest tests/model/test_quantisation.py tests/conversion/test_quantise.py -q
+
+# Its build for a CPU compiles at the first run, which takes a C++ compiler.
+test-deepspeed: setup ## run the tests of training on two processes, with DeepSpeed
+	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target .cache/deepspeed setuptools wheel ninja einops hjson msgpack py-cpuinfo nvidia-ml-py pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection
+	PYTHONPATH=.cache/deepspeed $(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --no-build-isolation --upgrade --target .cache/deepspeed deepspeed==0.19.8
+	PYTHONPATH=.cache/deepspeed $(VENV)/bin/python -m pytest tests/training/test_training_distributed.py -q
 
 test-export: setup ## run the tests of exporting, with the ONNX packages
 	$(VENV)/bin/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target .cache/export onnx==1.23.2 onnxscript==0.7.2 onnxruntime==1.32.0 onnx_ir ml_dtypes flatbuffers

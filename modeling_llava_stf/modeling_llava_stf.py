@@ -107,7 +107,7 @@ class SpatialTokenFusion(nn.Module):
         order loads the same weights without complaint and computes something else.
         """
         side, k = self.grid // self.window, self.window
-        features = features.unflatten(1, (side, k, side, k))  # (B, G/k, k, G/k, k, C)
+        features = features.reshape(-1, side, k, side, k, features.shape[-1])  # (B, G/k, k, G/k, k, C)
         features = features.permute(0, 1, 3, 5, 2, 4)  # (B, G/k, G/k, C, k, k)
         return features.flatten(3).flatten(1, 2)  # (B, T, C*k*k)
 
@@ -119,7 +119,7 @@ class SpatialTokenFusion(nn.Module):
         """
         side = math.isqrt(tokens)
         window = self.grid // self.window // side
-        return hidden.unflatten(1, (side, window, side, window)).mean((2, 4)).flatten(1, 2)
+        return hidden.reshape(-1, side, window, side, window, hidden.shape[-1]).mean((2, 4)).flatten(1, 2)
 
     def forward(
         self, features: torch.Tensor, image_tokens: list[int] | None = None

@@ -151,10 +151,11 @@ def test_the_numbers_of_the_evaluation_page_are_those_of_the_files():
     assert f"the accuracy was {values['accuracy,none']:.3f} ± {error:.3f} on {count} questions" in page
 
 
-def test_the_accuracy_of_quantised_models_is_that_of_the_results():
+@pytest.mark.parametrize("device, mark", [("cpu", "shrink"), ("cuda", "shrink on a GPU")])
+def test_the_accuracy_of_quantised_models_is_that_of_the_results(device, mark):
     page = (ROOT / "docs" / "quantise.md").read_text(encoding="utf-8")
-    shown = page.split("<!-- shrink:")[1].split("<!-- shrink: end -->")[0]
-    result = json.loads((report.RESULTS / "quantise_cpu.json").read_text("utf-8"))
+    shown = page.split(f"<!-- {mark}:")[1].split(f"<!-- {mark}: end -->")[0]
+    result = json.loads((report.RESULTS / f"quantise_{device}.json").read_text("utf-8"))
     assert [line for line in shown.splitlines() if line.startswith("|")][2:] == shrink_table(result)
     assert f"{result['questions']} questions" in page and result["questions"] >= 1000
 

@@ -15,6 +15,7 @@ from torch import nn
 from .budgets import SAMPLE
 from .checks import Report
 from .trainer import LlavaSTFTrainer
+from .upstream import size_of
 
 matplotlib.use("Agg")  # draws to files, with or without a screen
 
@@ -38,7 +39,7 @@ def start_lines(trainer: LlavaSTFTrainer, data: Report | None) -> Iterator[str]:
             continue
         part = next((part for part in PARTS if part in name), name)
         part = f"{part} (LoRA)" if "lora_" in name else part
-        parts[part, weight.requires_grad, str(weight.dtype).removeprefix("torch.")] += weight.numel()
+        parts[part, weight.requires_grad, str(weight.dtype).removeprefix("torch.")] += size_of(weight)
     yield "part                          parameters  dtype"
     for (part, trained, dtype), number in sorted(parts.items(), key=lambda item: not item[0][1]):
         rate = args.learning_rate

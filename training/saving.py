@@ -19,7 +19,6 @@ from datasets import Dataset, IterableDataset
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig, PreTrainedModel, TrainerState
 from transformers.trainer_pt_utils import safe_globals
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
@@ -33,6 +32,7 @@ from .settings import DECIDING
 from .upstream import (
     base_commit,
     own_class,
+    part_of,
     remove_card,
     save_code,
     wait_for_everyone,
@@ -173,8 +173,7 @@ class SavingTrainer(SFTTrainer):
 
     def _check_finite(self) -> None:
         for name, weight in self.model.named_parameters():
-            local = weight.to_local() if isinstance(weight, DTensor) else weight
-            if weight.requires_grad and not torch.isfinite(local).all():
+            if weight.requires_grad and not torch.isfinite(part_of(weight)).all():
                 raise FloatingPointError(
                     f"{name} is not finite after step {self.state.global_step}; it was not saved. {self._way_back()}"
                 )

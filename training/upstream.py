@@ -223,6 +223,18 @@ def keep_commit(model: PreTrainedModel, commit: str | None) -> None:
     model.config._commit_hash = commit
 
 
+def keep_names(model: PreTrainedModel) -> None:
+    """Lets DeepSpeed's ZeRO-3 save the weights by the names that other trainings give them.
+
+    Project: transformers 5.24.
+    Why: it notes every way in which older files are renamed, also one that these files did not need, and saving goes it
+        back.
+    Remove when: `_load_state_dict_into_zero3_model` notes only what it used, as all other loading does.
+    """
+    if is_deepspeed_zero3_enabled():
+        model._weight_conversions = []
+
+
 # PEFT
 
 
@@ -341,6 +353,16 @@ def own_class(model: nn.Module) -> Iterator[None]:
 
 
 # What the entries share
+
+
+def part_of(weight: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's part of a weight: FSDP2 and DeepSpeed's ZeRO-3 split weights over the ranks."""
+    return weight.to_local() if isinstance(weight, DTensor) else getattr(weight, "ds_tensor", weight)
+
+
+def size_of(weight: torch.Tensor) -> int:
+    """Returns the number of elements of a weight on all ranks: ZeRO-3 leaves a tensor of none in its place."""
+    return getattr(weight, "ds_numel", weight.numel())
 
 
 def without_adapter(model: PreTrainedModel | PeftModel) -> Any:

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -168,10 +169,12 @@ def assert_one_graph(counters):
     assert not counters["graph_break"]
 
 
-def test_forward_with_images_compiles_to_one_graph(model, inputs, counters):
+@pytest.mark.parametrize("device", [nullcontext(), torch.device("cpu")], ids=["", "default device"])
+def test_forward_with_images_compiles_to_one_graph(device, model, inputs, counters):
     expected = logits_of(model, inputs)  # transformers installs its output hooks in the first, eager, forward
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(logits_of(compiled, inputs), expected, **SAME)
+    with device:
+        torch.testing.assert_close(logits_of(compiled, inputs), expected, **SAME)
     assert_one_graph(counters)
 
 

@@ -50,10 +50,11 @@ def trainer_of(recipe: str, model: Path, data: Path, output: Path, **changes) ->
 
 def run(*arguments, launcher=("-m", "training"), **environment) -> subprocess.CompletedProcess:
     """Runs `python -m training`, or a launcher, in a process of its own; output and errors are captured."""
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return subprocess.run(
         [sys.executable, *map(str, launcher), *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        env={**os.environ, "PYTHONPATH": path, **environment},
         capture_output=True,
         text=True,
         timeout=3600,
