@@ -63,7 +63,7 @@ LEFT_OUT = (
     (r".*(~|\.(bak|orig|rej|swp|swo|tmp|old))|#.*#", "left by an editor"),
     (
         r"(trainer_state|training_run)\.json|training_args\.(bin|json)|curves\.png|"
-        r"(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|zero_to_fp32\.py|latest|"
+        r"(optimizer|scheduler|scaler|rng_state\w*)\.(pt|pth|bin)|zero_to_(fp32|torch)\.py|latest|"
         rf"{re.escape(RECIPE_FILE)}|(checkpoint-\d+|global_step\d+|(pytorch_model_fsdp|optimizer)_\d+)/",
         "state of a training run",
     ),

@@ -139,7 +139,7 @@ LEFT_OUT = (
     "wandb/run-1/files/config.yaml runs/x logs/y completions/completions_00001.parquet events.out.tfevents.1.host.2 "
     "train.log trainer_state.json checkpoint-7/optimizer.pt global_step7/zero.pt __pycache__/x.pyc .cache/x .env "
     "config.json.bak README.md~ .config.json.swp evaluation.json log_stage1.json train_results.json recipe.yaml "
-    "curves.png training_run.json zero_to_fp32.py latest pytorch_model_fsdp_0/x optimizer_0/x"
+    "curves.png training_run.json zero_to_fp32.py zero_to_torch.py latest pytorch_model_fsdp_0/x optimizer_0/x"
 ).split()
 
 
