@@ -29,7 +29,7 @@ from .config import (
     read_our_config,
     read_vision_config,
 )
-from .keys import TOWER_PREFIX, ConversionError, to_original
+from .keys import TOWER_PREFIX, ConversionError, to_newest, to_original
 from .locate import fetch
 from .plan import check_complete, empty_model
 from .settings import LANGUAGE, OUR_OPTIONS, PREPROCESSOR, check_settings
@@ -116,7 +116,7 @@ def _in_original_layout(
 ) -> tuple[dict[str, Any], Weights]:
     """The config and the weights in the original's words."""
     config = _read_config(folder)
-    weights = read_folder(folder)
+    weights = to_newest(read_folder(folder))
     check_complete(weights, empty_model(config, weights))
     check_dtypes(weights)
     original = _original_config(config, folder, vision_tower)

@@ -23,6 +23,12 @@ KEY_MAP: dict[str, str | None] = {
     "model.mm_projector.0.{}": "model.multi_modal_projector.spatial_fusion.linear_1.{}",
     "model.mm_projector.2.{}": "model.multi_modal_projector.spatial_fusion.linear_2.{}",
 }
+# Older names of our weights to those of today. transformers reads both, and its ZeRO-3 (5.24) writes the older.
+OLDER_KEYS: dict[str, str | None] = {
+    "model.language_model.model.{}": "model.language_model.{}",
+    "model.vision_tower.vision_model.{}": "model.vision_tower.{}",
+    "{}": "{}",
+}
 TOWER_PREFIX = "model.vision_tower.vision_tower."
 
 
@@ -45,6 +51,11 @@ def to_hub(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The way back of [`to_hub`]."""
     return _renamed(state_dict, {ours: theirs for theirs, ours in KEY_MAP.items() if ours is not None})
+
+
+def to_newest(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one of our checkpoints under the names that this version gives them."""
+    return _renamed(state_dict, OLDER_KEYS)
 
 
 def _renamed(state_dict: Mapping[str, Tensor], table: Mapping[str, str | None]) -> dict[str, Tensor]:

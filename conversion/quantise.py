@@ -37,7 +37,7 @@ from .checkpoints.folders import (
 )
 from .checkpoints.weights import SAFETENSORS_DTYPES, Weights, check_dtypes, check_finite, read_folder
 from .config import read_our_config
-from .keys import ConversionError
+from .keys import ConversionError, to_newest
 from .locate import HUB_ID, commit_of, fetch
 from .plan import check_complete, empty_model
 
@@ -189,7 +189,7 @@ def _others(scheme: str) -> str:
 
 def read_whole(folder: Path, config: LlavaSTFConfig) -> Weights:
     """Returns the weights of one of our checkpoints; raises a [`ConversionError`] if one is missing or not finite."""
-    weights = read_folder(folder)
+    weights = to_newest(read_folder(folder))
     check_dtypes(weights)
     check_complete(weights, empty_model(config, weights))
     total = sum(weight.nbytes for weight in weights.values())

@@ -24,6 +24,7 @@ from conversion import ConversionError, convert, convert_back, to_hub, to_origin
 from conversion.__main__ import main
 from conversion.checkpoints.weights import Weight, read_folder, write_folder
 from conversion.keys import KEY_MAP
+from conversion.quantise import read_whole
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 TABLES = ("lm_head.weight", "model.language_model.embed_tokens.weight")
@@ -771,6 +772,31 @@ def test_way_back_after_training(tmp_path, model, checkpoint):
     }
     different = {name for name in real.keys() - ignored if made.get(name) != real[name]}
     assert different <= {"mm_projector_lr", "tokenizer_model_max_length"}
+
+
+def test_older_names_are_read_as_by_transformers(tmp_path, model, checkpoint):
+    """As ZeRO-3 of transformers 5.24 saves them behind other trainers than ours."""
+    parts = {
+        "model.language_model.": "model.language_model.model.",
+        "model.vision_tower.": "model.vision_tower.vision_model.",
+    }
+    older = {}
+    for name, weight in model.state_dict().items():
+        part = next((part for part in parts if name.startswith(part)), "")
+        older[parts.get(part, "") + name.removeprefix(part)] = weight
+    folder = tmp_path / "older"
+    model.config.save_pretrained(folder)
+    save_file(older, folder / "model.safetensors", metadata={"format": "pt"})
+    loaded = type(model).from_pretrained(folder)
+    assert_same(loaded.state_dict(), model.state_dict())
+    assert_same(
+        tensors(convert_back(folder, tmp_path / "back", vision_tower=GOLDENS / "clip")), tensors(GOLDENS / "original")
+    )
+    assert_same({name: weight.load() for name, weight in read_whole(folder, model.config).items()}, model.state_dict())
+    twice = older | {name: weight.clone() for name, weight in model.state_dict().items()}
+    save_file(twice, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConversionError, match="and another weight both become"):
+        convert_back(folder, tmp_path / "again", vision_tower=GOLDENS / "clip")
 
 
 @pytest.mark.parametrize("with_original_config", [True, False])
