@@ -161,6 +161,7 @@ def test_the_page_of_connectors_has_its_results():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for row in ("MBTF", "MBTF + STF", "MBTF + STF for 4", "average pooling", "LLaVA-1.5, picture halved"):
         assert str(found.difference(row, told(found))) in readme
+    assert f"with as much training time: {found.difference('MBTF + STF', told(found), 'time')}" in readme
     elastic = (ROOT / "docs" / "train_elastic.md").read_text(encoding="utf-8")
     for row, alone in ((ELASTIC, "MBTF + STF"), (f"{ELASTIC} at 4", "MBTF + STF for 4")):
         lost = found.difference(alone, told(found), other=row)
