@@ -19,7 +19,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
 from training_runs import CONVERSATIONS, ROOT, eight_rows, run, trainer_of
 from transformers import Trainer, TrainerCallback
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.dynamic_module_utils import custom_object_save
+from transformers.integrations.deepspeed import _load_state_dict_into_zero3_model
 from trl import SFTConfig, TrlParser
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import maybe_gather_lm_head_ctx
@@ -163,6 +165,12 @@ def test_keep_commit(checkpoint, tmp_path):
         )
         result = run("-c", code, launcher=(), **hub.environment(tmp_path))
     assert "commit None" in result.stdout, result.stderr
+
+
+def test_keep_names(model):
+    mapping = types.SimpleNamespace(weight_mapping=get_model_conversion_mapping(model))
+    _load_state_dict_into_zero3_model(model, dict(model.state_dict()), mapping)
+    assert model._weight_conversions  # though no name needed one
 
 
 # PEFT
