@@ -23,7 +23,7 @@ KEY_MAP: dict[str, str | None] = {
     "model.mm_projector.0.{}": "model.multi_modal_projector.spatial_fusion.linear_1.{}",
     "model.mm_projector.2.{}": "model.multi_modal_projector.spatial_fusion.linear_2.{}",
 }
-# Older names of our weights to those of today. transformers reads both, and its ZeRO-3 (5.24) writes the older.
+# Older names of our weights to those of today. transformers 5.24 reads both, and its ZeRO-3 writes the older.
 OLDER_KEYS: dict[str, str | None] = {
     "model.language_model.model.{}": "model.language_model.{}",
     "model.vision_tower.vision_model.{}": "model.vision_tower.{}",
