@@ -303,12 +303,19 @@ def draw(results: Results, path: Path) -> None:
     _draw_tokens(results, axes["tokens"])
     for index, row in enumerate(_trained(results)):
         points = curve(results, row)
-        axes["curves"].plot(*zip(*points, strict=True), "o-" if index < 10 else "s--", markersize=3, label=row)
-    axes["curves"].set(xlabel="share of stage 2", ylabel="right answers, %", title="Learning curves, mean of the seeds")
-    axes["curves"].legend(fontsize="small")
+        axes["curves"].plot(*zip(*points, strict=True), "o-", markersize=3, color=_color(index))
+    title = "Learning curves, mean of the seeds, in the colours above"
+    axes["curves"].set(xlabel="share of stage 2", ylabel="right answers, %", title=title)
     for one in axes.values():
         one.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
+
+
+def _color(index: int) -> Any:
+    """Returns one of twenty colours: ten dark ones, then ten light ones."""
+    from matplotlib import colormaps
+
+    return colormaps["tab20"](2 * index % 20 + index // 10 % 2)
 
 
 def _draw_differences(results: Results, axes: Any) -> None:
@@ -328,7 +335,7 @@ def _draw_tokens(results: Results, axes: Any) -> None:
     kinds, ways = told(results), ways_of(results)
     places = {row: (results.tokens(row), results.accuracy(row, kinds)) for row in ways}
     for index, name in enumerate(_trained(results)):
-        color = f"C{index % 10}"
+        color = _color(index)
         own = {row: way for row, (system, way) in ways.items() if system == name and not way.film}
         full = [row for row, way in own.items() if not way.changed]
         axes.plot(*zip(*(places[row] for row in full), strict=True), "o-", color=color, label=name)
