@@ -21,7 +21,7 @@ export OMP_NUM_THREADS ?= 1
 .PHONY: help setup demo test test-floor test-torchao test-deepspeed test-export test-space test-serving test-eval test-main quantise-vllm gpu sync-model lint format clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' Makefile
 
 setup: $(VENV)/.stamp ## make .venv with the exact versions of constraints.txt (PYTHON=... picks the interpreter)
 

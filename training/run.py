@@ -27,7 +27,7 @@ from .rows import load_rows
 from .saving import LENGTHS, way_back
 from .settings import DECIDING, LORA, NEEDS, check_settings
 from .trainer import LlavaSTFTrainer, template_text
-from .upstream import keep_commit, keep_names
+from .upstream import keep_commit
 
 # Options of the command line that say what was trained; others, such as paths, are not for a card.
 TOLD = {"global_batch_size", "max_length", "token_budget_mode", "use_peft", *DECIDING, *LENGTHS}
@@ -176,7 +176,6 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
         quantization_config=quantisation,
     )
     keep_commit(model, commit)
-    keep_names(model)
     return model
 
 

@@ -31,6 +31,7 @@ from .arguments import LlavaSTFTrainingArguments
 from .settings import DECIDING
 from .upstream import (
     base_commit,
+    keep_names,
     own_class,
     part_of,
     remove_card,
@@ -156,6 +157,7 @@ class SavingTrainer(SFTTrainer):
                     _replace(path, folder / path.name)
 
     def _write(self, folder: Path, state_dict: dict | None) -> None:
+        keep_names(without_adapter(self.model))
         with own_class(self.model):
             super()._save(str(folder), state_dict)
         if self.args.should_save:
