@@ -11,8 +11,9 @@ MAIN_VENV := .venv-main
 SERVING_VENV := .venv-serving
 QUANTISE_VENV := .venv-quantise
 EVAL_VENV := .venv-eval
-# The oldest transformers that pyproject.toml allows.
+# The oldest transformers that pyproject.toml allows, and the oldest huggingface-hub: this transformers refuses 2.x.
 FLOOR_TRANSFORMERS := 5.16.1
+FLOOR_HUB := 1.31.0
 PYTEST := -m pytest tests -q -n 2 --dist loadfile
 # Two workers, a thread each: more would fight for two cores. A file stays on one worker, which makes its fixtures once.
 export OMP_NUM_THREADS ?= 1
@@ -113,7 +114,7 @@ $(VENV)/.stamp: pyproject.toml constraints.txt
 	$(call install,$(VENV),constraints.txt,dev$(comma)train$(comma)qlora)
 
 $(FLOOR_VENV)/.stamp: pyproject.toml $(FLOOR_VENV)/constraints.txt
-	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS))
+	$(call install,$(FLOOR_VENV),$(FLOOR_VENV)/constraints.txt,dev,transformers==$(FLOOR_TRANSFORMERS) huggingface-hub==$(FLOOR_HUB))
 
 $(SERVING_VENV)/.stamp: constraints-serving.txt
 	$(PYTHON) -m venv $(SERVING_VENV)
@@ -130,12 +131,12 @@ $(EVAL_VENV)/.stamp: pyproject.toml constraints-eval.txt
 
 $(FLOOR_VENV)/constraints.txt: constraints.txt
 	@mkdir -p $(@D)
-	grep -v '^transformers==' $< > $@
+	grep -v -e '^transformers==' -e '^huggingface-hub==' $< > $@
 
 # The package is not installed: a Space has only its requirements.
 $(SPACE_VENV)/.stamp: examples/space/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(SPACE_VENV)
-	grep -v '^pillow==' constraints.txt > $(SPACE_VENV)/constraints.txt
+	grep -v -e '^pillow==' -e '^huggingface-hub==' constraints.txt > $(SPACE_VENV)/constraints.txt
 	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt torch
 	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt -r $< playwright==1.65.2 pytest
 	$(SPACE_VENV)/bin/python -m pip check

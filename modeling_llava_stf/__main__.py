@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 from huggingface_hub.errors import StrictDataclassError
 from huggingface_hub.utils import logging as hub_logging
 from jinja2 import TemplateError
@@ -200,6 +199,7 @@ def serve(model: str, options: list[str]) -> int:
     folder, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
     checked_config(folder, revision or None)
     # This command alone: the others need more packages in transformers 5.16, and `main` looks for newer versions.
+    import typer
     from transformers.cli.serve import Serve
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)

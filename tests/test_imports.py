@@ -1,6 +1,9 @@
 """A module imports from the floors below its own only (see CONTRIBUTING.md)."""
 
 import ast
+import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,3 +47,27 @@ def test_every_form_of_an_import_is_seen():
     ):
         assert imported(f"def function():\n    {line}") == {"training"}
     assert imported("from . import training") == imported("import json, trainings") == set()
+
+
+DISTRIBUTIONS = {"PIL": "pillow", "huggingface_hub": "huggingface-hub"}
+CHECKED_BEFORE_USE = {"lmms_eval"}  # its command imports this module, and nothing else does
+
+
+def imported_at_once(source):
+    """What an import of the module takes: imports outside of functions and of `try`."""
+    names = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names.add(node.module)
+    return {name.split(".")[0] for name in names} - sys.stdlib_module_names
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "modeling_llava_stf").glob("*.py")), ids=lambda file: file.name)
+def test_the_wheel_asks_for_what_it_imports(file):
+    """What another package happens to bring may be gone in its next version, as httpx was in huggingface-hub 2."""
+    lines = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["dependencies"]
+    declared = {re.match(r"[\w-]+", line)[0] for line in lines}
+    imports = imported_at_once(file.read_text("utf-8")) - CHECKED_BEFORE_USE
+    assert {DISTRIBUTIONS.get(name, name) for name in imports} <= declared

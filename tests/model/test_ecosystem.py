@@ -1,6 +1,8 @@
 """What transformers itself opens: Auto classes, pipelines, serving, answers' lengths, threads, versions, devices."""
 
+import ast
 import copy
+import inspect
 import json
 import os
 import pickle
@@ -12,6 +14,7 @@ import threading
 import tomllib
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -29,6 +32,7 @@ from transformers import (
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf import modeling_llava_stf as code
+from modeling_llava_stf import processing_llava_stf as processing
 from modeling_llava_stf.configuration_llava_stf import SUPPORTED_TRANSFORMERS
 from modeling_llava_stf.modeling_llava_stf import CACHE
 from modeling_llava_stf.processing_llava_stf import MODEL_SETTINGS
@@ -406,8 +410,9 @@ def test_a_forked_worker_does_not_wait_for_a_thread_that_it_does_not_have(proces
 def test_supported_versions_are_those_of_pyproject():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert f"transformers{SUPPORTED_TRANSFORMERS}" in project["dependencies"]
-    floor = re.search(r"FLOOR_TRANSFORMERS := (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8"))[1]
-    assert SUPPORTED_TRANSFORMERS.startswith(f">={floor},")
+    floors = dict(re.findall(r"FLOOR_(\w+) := (\S+)", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert SUPPORTED_TRANSFORMERS.startswith(f">={floors['TRANSFORMERS']},")
+    assert f"huggingface-hub>={floors['HUB'].removesuffix('.0')}" in project["dependencies"]
 
 
 LOAD = """
@@ -429,6 +434,20 @@ def test_other_versions_are_warned_of_once(found, warned, package, checkpoint, t
     errors = in_a_process(LOAD, found, checkpoint, *["package"][: int(package)], **environment).stderr
     assert errors.count(f"transformers {found}") == int(warned)
     assert errors.count(SUPPORTED_TRANSFORMERS) == 2 * int(warned)  # what is tested, and what to install
+
+
+@pytest.mark.parametrize("version", ["2.4", "1.30"])
+def test_the_http_client_is_that_of_huggingface_hub(version, monkeypatch):
+    """huggingface-hub 2 installs httpx2 alone; before 1.31, until transformers 5.18, it did not name its client."""
+    (choice,) = (node for node in ast.parse(inspect.getsource(processing)).body if isinstance(node, ast.Try))
+    client, hub = object(), ModuleType("huggingface_hub.utils")
+    if version == "2.4":
+        hub.httpx = client
+    monkeypatch.setitem(sys.modules, "huggingface_hub.utils", hub)
+    monkeypatch.setitem(sys.modules, "httpx", client if version == "1.30" else None)
+    names = {}
+    exec(compile(ast.unparse(choice), "choice", "exec"), names)
+    assert names["httpx"] is client
 
 
 def test_transformers_of_tomorrow_are_tried_on_a_schedule():

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-import httpx
 import numpy as np
 import PIL.ExifTags
 import PIL.Image
@@ -36,6 +35,11 @@ from transformers.processing_utils import ImagesKwargs, MultiModalData, Processi
 from transformers.utils import cached_file
 
 from .configuration_llava_stf import LlavaSTFConfig, allowed_token_budgets
+
+try:
+    from huggingface_hub.utils import httpx  # huggingface-hub 2 installs httpx2, and gives it this name
+except ImportError:  # huggingface-hub before 1.31 does not have the name; transformers 5.16 takes 1.5 and newer
+    import httpx
 
 # The processor needs these settings of the model.
 MODEL_SETTINGS = ("patch_size", "fusion_window", "vision_feature_select_strategy")
