@@ -337,7 +337,7 @@ def _draw_tokens(results: Results, axes: Any) -> None:
     for index, name in enumerate(_trained(results)):
         color = _color(index)
         own = {row: way for row, (system, way) in ways.items() if system == name and not way.film}
-        full = [row for row, way in own.items() if not way.changed]
+        full = [row for row, way in own.items() if row == name or not way.changed]
         axes.plot(*zip(*(places[row] for row in full), strict=True), "o-", color=color, label=name)
         for row in own.keys() - full:
             axes.plot(*places[row], MARKERS.get(own[row].score, "o"), color=color, fillstyle="none", alpha=0.7)

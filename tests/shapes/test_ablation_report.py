@@ -5,6 +5,7 @@ import math
 import statistics
 
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from examples.shapes import ablation
@@ -12,6 +13,7 @@ from examples.shapes.ablation_report import (
     STUDENT,
     Difference,
     Questions,
+    _draw_tokens,
     accuracy,
     budgets,
     curve,
@@ -167,6 +169,19 @@ def test_what_the_tower_was_not_told_is_reported_apart():
     assert header[4:10] == ["all", "against LLaVA-1.5", "untold", "against LLaVA-1.5", "where", "arrow"]
     assert llava[4:10] == ["100.0", "", "0.0", "", "100", "0"]
     assert stf[4:10] == ["100.0", "+0.0 ± 0.0, not distinguishable", "50.0", "+50.0 ± 0.0", "100", "50"]
+
+
+def test_every_system_has_a_full_point_and_what_it_was_not_trained_for_a_hollow_one():
+    asked = {"STF": {"tokens": 16, "right": "111"}, "STF, pool 4": {"tokens": 4, "right": "100"}}
+    axes = Figure().subplots()
+    _draw_tokens(Raw(QUESTIONS, [run("STF", 0, "", asked=asked), run("QueCC", 0, "111")]), axes)
+    points = [(*line.get_xydata().tolist(), line.get_fillstyle()) for line in axes.lines]
+    assert [point for point in points if len(point) > 1] == [
+        ([16, 100], "full"),
+        ([4, 25], "none"),
+        ([16, 100], "full"),
+    ]
+    assert {"STF", "QueCC"} <= set(axes.get_legend_handles_labels()[1])
 
 
 def test_a_curve_ends_with_the_test_on_the_same_questions():
