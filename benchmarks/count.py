@@ -6,9 +6,10 @@ python -m benchmarks count [CONFIG ...] [--text 50] [--answer 16] [--tflops 790]
 python -m benchmarks count stf-7b --max-soft-tokens 144 36 9 1    # by the tokens that a picture has
 python -m benchmarks count stf-7b --training [--mfu 0.4]    # memory and hours of training
 
-CONFIG is a checkpoint's folder, or one of the names below; models whose layers are not CLIP's and Llama's are refused. One multiply-add is two FLOPs, attention is causal, the head
-is computed for the last token only, and each number of weights and cache takes two bytes. The roofline is the larger of
-compute and memory traffic for each component. It leaves out norms, softmax, activations and kernel launches.
+CONFIG is a checkpoint's folder, or one of the names below; models whose layers are not those of CLIP and Llama are
+refused. One multiply-add is two FLOPs, attention is causal, the head is computed for the last token only, and each
+number of weights and cache takes two bytes. The roofline is the larger of compute and memory traffic for each
+component. It leaves out norms, softmax, activations and kernel launches.
 """
 
 import argparse
