@@ -83,7 +83,7 @@ def check(folder: Path | Frozen, **options: Any) -> list[str]:
     if not damaged and {"config.json", ADAPTER_CONFIG_FILE} & frozen.files.keys():  # the other checks read them
         problems += [problem for find in CHECKS for problem in find(frozen)]
     # Loading runs code of the folder, and would only repeat the faults that are known.
-    problems = problems or list(check_use(frozen)) or list(check_current(frozen))
+    problems = problems or list(check_use(frozen))
     return [problem.replace(str(frozen.folder), str(frozen.source)) for problem in problems]
 
 
@@ -372,7 +372,7 @@ def check_use(frozen: Frozen) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"use: {' '.join(str(error).split())}"
         return
-    yield from compare_use(card, found)
+    yield from list(compare_use(card, found)) or check_current(frozen)
 
 
 def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
