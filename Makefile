@@ -84,7 +84,6 @@ MODEL := examples/shapes/model
 sync-model: setup ## copy the package's files and chat template into the small model, and render its card
 	cp modeling_llava_stf/[a-z]*_llava_stf.py $(MODEL)
 	cp conversion/checkpoints/chat_templates/vicuna_v1.jinja $(MODEL)/chat_template.jinja
-	rm -f $(MODEL)/.hub_card.json
 	$(VENV)/bin/python -c 'from examples.shapes.recipe import render_card; render_card("$(MODEL)")'
 
 lint: setup ## check style and types

@@ -118,6 +118,7 @@ def compare(
     for system in systems:
         _check_counts(system, loaded[system.model].network.config)
     (out / "rows").mkdir(parents=True, exist_ok=True)
+    times = out / "first_tokens.json"
     results = []
     for system in systems:
         file = out / "rows" / f"{re.sub(r'[^a-z0-9]+', '-', system.name.lower()).strip('-')}.json"
@@ -125,11 +126,11 @@ def compare(
         if not file.exists():
             print(system.name, flush=True)
             result = _row(system, loaded[system.model], data, rows, truth, batch_size) | {"of": of}
+            times.unlink(missing_ok=True)  # they may be those of another model with this name
             _write(json.dumps(result) + "\n", file)
         results.append(json.loads(file.read_text(encoding="utf-8")))
         if results[-1]["of"] != of:
             raise ValueError(f"{file} has other questions or another model: name another folder, or remove it.")
-    times = out / "first_tokens.json"
     if timed:
         times.unlink(missing_ok=True)  # the systems of one file took turns
         _write(json.dumps(_first_tokens(systems, loaded, data, rows, timed)) + "\n", times)

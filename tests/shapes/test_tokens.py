@@ -69,6 +69,11 @@ def test_every_system_is_asked_once_and_a_stopped_run_continues(data, tmp_path, 
     assert again["rows"] == results["rows"]
     with pytest.raises(ValueError, match="has other questions or another model"):
         compare(out, data, **arguments | {"questions": 3})
+    # Times stay with the rows that they were measured with.
+    monkeypatch.undo()
+    (out / "rows" / "at-four.json").unlink()
+    compare(out, data, **arguments)
+    assert not any("first_token_seconds" in row for row in json.loads((out / "results.json").read_text())["rows"])
 
 
 def test_models_that_are_refused(data, tmp_path):
