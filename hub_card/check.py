@@ -61,7 +61,7 @@ PATH = re.compile(
     r"lustre|gpfs|fsx|nfs|raid|Volumes))/" + REST
 )
 # These are so short that binary files contain them by chance.
-SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:\\\\?\w)" + REST)
+SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:(?:\\\\?|/)\w)" + REST)
 # Limits of a card's YAML: characters, and brackets (PyYAML 6.0.3 takes time with the square of their depth).
 MOST_HEAD, MOST_BRACKETS = 200_000, 200
 

@@ -88,4 +88,4 @@ def _sha256_of_card(folder: Path) -> str:
 
 def _read(folder: Path) -> dict[str, Any]:
     memory = folder / MEMORY_FILE
-    return read_object(memory) if memory.exists() else {}
+    return read_object(memory) if memory.is_file() else {}

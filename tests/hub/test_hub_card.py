@@ -717,6 +717,10 @@ MISREAD = {
         lambda f: edit_card(f, "## Use", "See /lustre/me/x.\n\n## Use"),
         "path: README.md names '/lustre/me/x.'",
     ),
+    "drive": (
+        lambda f: edit_card(f, "## Use", "See C:/Users/me/x.\n\n## Use"),
+        "path: README.md names 'C:/Users/me/x.'",
+    ),
 }
 
 
