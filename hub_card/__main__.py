@@ -113,9 +113,9 @@ def _name_base(folder: Path, before: dict[str, Any], given: dict[str, Any]) -> d
         )
     if not (told[0] or {"base", "base_revision"} & given.keys()):
         return {}
-    base = given.get("base", found[0])
+    base = given.get("base") or found[0]
     kept = found[1] if base == found[0] and (found == told or found[1] != "main") else FIRST_TAG
-    revision = given.get("base_revision", kept)
+    revision = given.get("base_revision") or kept
     name_base(folder, base, revision)
     return {"base": base, "base_revision": revision}
 

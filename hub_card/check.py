@@ -154,7 +154,11 @@ def _misread(config: dict[str, Any], weights: Weights) -> Iterator[str]:
         yield f"weights: they are {' and '.join(sorted(dtypes))}, but are loaded as {said}, the `dtype` of config.json"
     text = config.get("text_config")
     is_tied = config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
-    if is_tied and HEAD in weights and not torch.equal(weights[HEAD].load(), weights[EMBEDDINGS].load()):
+    if (
+        is_tied
+        and {HEAD, EMBEDDINGS} <= weights.keys()
+        and not torch.equal(weights[HEAD].load(), weights[EMBEDDINGS].load())
+    ):
         yield (
             f"weights: {HEAD} differs from {EMBEDDINGS}, but config.json has `tie_word_embeddings`: transformers "
             "would use both, vLLM only one"
@@ -211,13 +215,13 @@ def head_of(card: str) -> dict[str, Any]:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(head[1], Loader=yaml.SafeLoader)):
             raise ValueError(f"the YAML of {CARD_FILE} has references (`*name`): write out what they stand for")
         fields = yaml.safe_load(head[1])
-        names = [name.value for name, _ in getattr(yaml.compose(head[1], yaml.SafeLoader), "value", [])]
     except RecursionError as error:
         raise ValueError(f"the YAML of {CARD_FILE} is nested too deep") from error
     except yaml.YAMLError as error:
         raise ValueError(f"the YAML of {CARD_FILE} is not valid: {error}") from error
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"the YAML of {CARD_FILE} is not valid: expected names with values")
+    names = [name.value for name, _ in yaml.compose(head[1], yaml.SafeLoader).value]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"the YAML of {CARD_FILE} has {', '.join(twice)} twice: remove one")

@@ -84,6 +84,15 @@ def test_models_that_are_refused(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             compare(tmp_path / "out", data, models)
+    for models, message in (
+        ([f"{MODEL}@4"], "is the first model, .* leave out @4"),
+        ([MODEL, f"budget 4={MODEL}"], "The rows 'budget 4' and 'budget 4' would be one file, budget-4.json"),
+        ([MODEL, f"a b={MODEL}@4", f"A-B={MODEL}@1"], "The rows 'a b' and 'A-B' would be one file, a-b.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(tmp_path / "out", data, models)
+    with pytest.raises(ValueError, match=r"--keep is 3, but pool averages to one of \[4, 1\]"):
+        compare(tmp_path / "out", data, [MODEL], keep=[3], scores=["pool"])
     for keep in (0, 17):
         with pytest.raises(ValueError, match=f"--keep is {keep}, expected 1 to 16"):
             compare(tmp_path / "out", data, [MODEL], keep=[8, keep])
