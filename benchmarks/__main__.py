@@ -20,7 +20,13 @@ def main() -> None:
     parser.add_argument("name", choices=COMMANDS)
     name = parser.parse_args(sys.argv[1:2]).name
     sys.argv = [f"python -m benchmarks {name}", *sys.argv[2:]]
-    importlib.import_module(f"benchmarks.{name}").main()
+    try:
+        importlib.import_module(f"benchmarks.{name}").main()
+    except SystemExit as end:
+        if not str(end.code).startswith("error: "):
+            raise
+        print(end.code, file=sys.stderr)
+        raise SystemExit(2) from end
 
 
 if __name__ == "__main__":

@@ -6,23 +6,27 @@ python -m benchmarks count [CONFIG ...] [--text 50] [--answer 16] [--tflops 790]
 python -m benchmarks count stf-7b --max-soft-tokens 144 36 9 1    # by the tokens that a picture has
 python -m benchmarks count stf-7b --training [--mfu 0.4]    # memory and hours of training
 
-CONFIG is a checkpoint's folder, or one of the names below. One multiply-add is two FLOPs, attention is causal, the head
-is computed for the last token only, and each number of weights and cache takes two bytes. The roofline is the larger of
-compute and memory traffic for each component. It leaves out norms, softmax, activations and kernel launches.
+CONFIG is a checkpoint's folder, or one of the names below; models whose layers are not those of CLIP and Llama are
+refused. One multiply-add is two FLOPs, attention is causal, the head is computed for the last token only, and each
+number of weights and cache takes two bytes. The roofline is the larger of compute and memory traffic for each
+component. It leaves out norms, softmax, activations and kernel launches.
 """
 
 import argparse
 import copy
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig
+import torch
+from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from conversion import fusion
-from modeling_llava_stf import LlavaSTFConfig
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
 BYTES = 2  # bytes of a number in bfloat16
 Config = LlavaSTFConfig | LlavaConfig
@@ -73,7 +77,8 @@ def image_tokens(config: Config) -> int:
     """Returns the tokens of an image in the language model."""
     if isinstance(config, LlavaSTFConfig):
         return config.image_seq_length  # `with_budget` sets it
-    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    keeps_class = config.vision_feature_select_strategy == "full"
+    return (config.vision_config.image_size // config.vision_config.patch_size) ** 2 + keeps_class
 
 
 def with_budget(config: LlavaSTFConfig, tokens: int) -> LlavaSTFConfig:
@@ -100,8 +105,9 @@ def vision_parts(config: Config) -> list[Part]:
     text_width = config.text_config.hidden_size
     if isinstance(config, LlavaSTFConfig):
         return [*parts, *_fusion_parts(config)]
-    projector = width * text_width + text_width**2
-    return [*parts, Part("projector", 2 * patches * projector, projector)]
+    taps = config.vision_feature_layer
+    projector = width * (1 if isinstance(taps, int) else len(taps)) * text_width + text_width**2
+    return [*parts, Part("projector", 2 * image_tokens(config) * projector, projector)]
 
 
 def _fusion_parts(config: LlavaSTFConfig) -> list[Part]:
@@ -116,11 +122,16 @@ def _fusion_parts(config: LlavaSTFConfig) -> list[Part]:
     return parts
 
 
+def head_size(config: Config) -> int:
+    """Returns the channels of an attention head of the language model."""
+    text = config.text_config
+    return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+
 def decoder_weights(config: Config) -> int:
     """Counts the weights in the linear layers of the language model, without embedding and head."""
     text = config.text_config
-    head = text.hidden_size // text.num_attention_heads
-    attention = 2 * text.hidden_size * head * (text.num_attention_heads + text.num_key_value_heads)
+    attention = 2 * text.hidden_size * head_size(config) * (text.num_attention_heads + text.num_key_value_heads)
     return text.num_hidden_layers * (attention + 3 * text.hidden_size * text.intermediate_size)
 
 
@@ -128,13 +139,18 @@ def head_weights(config: Config) -> int:
     return config.text_config.hidden_size * config.text_config.vocab_size
 
 
+def table_weights(config: Config) -> int:
+    """Counts the weights of embedding and head, which may be one table."""
+    is_tied = config.tie_word_embeddings or config.text_config.tie_word_embeddings
+    return head_weights(config) * (1 if is_tied else 2)
+
+
 def prefill(config: Config, text: int, heads: int = 1) -> Part:
     """Counts the language model for an image and `text` tokens, with the head for `heads` of them."""
     sequence = image_tokens(config) + text
     settings = config.text_config
-    attention = (
-        sequence**2 * settings.hidden_size * settings.num_hidden_layers
-    )  # causal: half of the square, for two products
+    width = head_size(config) * settings.num_attention_heads
+    attention = sequence**2 * width * settings.num_hidden_layers  # causal: half of the square, for two products
     linear = sequence * decoder_weights(config) + heads * head_weights(config)
     return Part("language model", 2 * (linear + attention), decoder_weights(config) + head_weights(config))
 
@@ -147,8 +163,7 @@ def first_token(config: Config, text: int) -> list[Part]:
 def cache_bytes(config: Config, text: int) -> int:
     """Returns the bytes of the key-value cache for an image and `text` tokens."""
     settings = config.text_config
-    head = settings.hidden_size // settings.num_attention_heads
-    per_token = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head * BYTES
+    per_token = 2 * settings.num_hidden_layers * settings.num_key_value_heads * head_size(config) * BYTES
     return per_token * (image_tokens(config) + text)
 
 
@@ -169,8 +184,8 @@ def training_flops(config: Config, text: int, decoder_learns: bool) -> float:
 
 def weight_bytes(config: Config) -> int:
     """Returns the bytes of all matrices, including the embeddings, without norms, biases and positions."""
-    parts = first_token(config, 0)
-    return BYTES * (sum(part.weights for part in parts) + head_weights(config))
+    parts = sum(part.weights for part in vision_parts(config))
+    return BYTES * (parts + decoder_weights(config) + table_weights(config))
 
 
 def rows(configs: dict[str, Config], options: argparse.Namespace) -> list[tuple[str, list[float]]]:
@@ -237,10 +252,36 @@ def read(name: str) -> Config:
         return NAMED[name]()
     if not (Path(name) / "config.json").is_file():
         raise SystemExit(f"error: {name} is no folder of a checkpoint, and none of {', '.join(NAMED)}")
-    config: Any = AutoConfig.from_pretrained(name)
-    if not isinstance(config, LlavaSTFConfig | LlavaConfig):
-        raise SystemExit(f"error: {name} is a {config.model_type}, expected llava_stf or llava")
+    try:
+        config: Any = AutoConfig.from_pretrained(name)
+        if not isinstance(config, LlavaSTFConfig | LlavaConfig):
+            raise ValueError(f"it is a {config.model_type}, expected llava_stf or llava")
+        refuse_uncounted(config)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {name}: {' '.join(str(error).split())}") from error
+    if getattr(config, "quantization_config", None):
+        print(f"note: {name} is quantised, and is counted as the 16-bit model that it was made from", file=sys.stderr)
     return config
+
+
+def refuse_uncounted(config: Config) -> None:
+    """Raises a `ValueError` for a model whose layers are not those that are counted: CLIP's and Llama's."""
+    tower, text = config.vision_config.model_type, config.text_config.model_type
+    if tower != "clip_vision_model":
+        raise ValueError(f"its vision tower is a {tower}, expected a clip_vision_model: others are not counted.")
+    kind = LlavaSTFForConditionalGeneration if isinstance(config, LlavaSTFConfig) else LlavaForConditionalGeneration
+    try:
+        with torch.device("meta"):
+            network = kind(copy.deepcopy(config))
+        counted = weight_bytes(config) // BYTES
+    except AttributeError as error:
+        raise ValueError(f"its language model, a {text}, is not made as Llama: {error}") from error
+    weights = sum(w.numel() for name, w in network.named_parameters() if w.ndim > 1 and "position" not in name)
+    if counted != weights:
+        raise ValueError(
+            f"its matrices have {weights:,} weights, and {counted:,} would be counted: the layers of its "
+            f"language model, a {text}, are not those of Llama."
+        )
 
 
 def main() -> None:
@@ -253,19 +294,21 @@ def main() -> None:
     parser.add_argument(
         "--max-soft-tokens", type=int, nargs="+", default=[], help="tokens of a picture, for LLaVA-STF (default: all)"
     )
-    parser.add_argument("--text", type=int, default=50, help="text tokens of the prompt (default: 50)")
-    parser.add_argument("--answer", type=int, default=16, help="tokens of the answer (default: 16)")
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32, 128], help="default: 1 8 32 128")
+    parser.add_argument("--text", type=_whole(0), default=50, help="text tokens of the prompt (default: 50)")
+    parser.add_argument("--answer", type=_whole(1), default=16, help="tokens of the answer (default: 16)")
+    parser.add_argument("--batch", type=_whole(1), nargs="+", default=[1, 8, 32, 128], help="default: 1 8 32 128")
     parser.add_argument(
-        "--tflops", type=float, default=790, help="peak of the device in bfloat16 (default: that of an H200)"
+        "--tflops", type=_positive, default=790, help="peak of the device in bfloat16 (default: that of an H200)"
     )
     parser.add_argument(
-        "--bandwidth", type=float, default=4.3, help="memory bandwidth in TB/s (default: that of an H200)"
+        "--bandwidth", type=_positive, default=4.3, help="memory bandwidth in TB/s (default: that of an H200)"
     )
     parser.add_argument(
         "--training", action="store_true", help="print memory and hours of training instead of inference"
     )
-    parser.add_argument("--mfu", type=float, default=0.4, help="assumed share of the peak in training (default: 0.4)")
+    parser.add_argument(
+        "--mfu", type=_positive, default=0.4, help="assumed share of the peak in training (default: 0.4)"
+    )
     options = parser.parse_args()
     configs = read_all(options.configs, options.max_soft_tokens)
     if options.training:
@@ -278,5 +321,25 @@ def main() -> None:
         print(f"| {name} |" + "".join(f" {number:,.{_digits(number)}f} |" for number in numbers))
 
 
+def _whole(least: int) -> Callable[[str], int]:
+    """Returns the type of an option that is a whole number and not below `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text}, expected {least} or more")
+        return int(text)
+
+    return number
+
+
+def _positive(text: str) -> float:
+    """Is the type of an option that is a number above zero."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"found {text}, expected a number above zero")
+    return float(text)
+
+
 def _digits(number: float) -> int:
+    if 0 < number < 0.1:
+        return 1 - math.floor(math.log10(number))
     return 0 if number >= 1000 or number == int(number) else 1 if number >= 100 else 2

@@ -17,8 +17,9 @@ import yaml
 from benchmarks.count import (
     Config,
     decoder_weights,
-    head_weights,
+    head_size,
     image_tokens,
+    table_weights,
     training_flops,
     vision_parts,
     with_budget,
@@ -76,7 +77,7 @@ def memory(config: Config, way: Way, devices: int, text: int) -> float:
 def weights(config: Config, settings: dict[str, Any]) -> tuple[float, float, float]:
     """Counts the weights that a recipe trains, freezes, and keeps in 4 bits."""
     tower, *connector = (part.weights for part in vision_parts(config))
-    decoder, tables = decoder_weights(config), 2 * head_weights(config)
+    decoder, tables = decoder_weights(config), table_weights(config)
     if settings.get("use_peft"):
         trained = sum(connector) + lora_weights(config, settings["lora_r"])
         quantised = decoder if settings.get("load_in_4bit") else 0
@@ -90,8 +91,8 @@ def lora_weights(config: Config, rank: int) -> int:
     """Counts the weights of adapters on all linear layers of the language model, as in the recipes."""
     text = config.text_config
     wide, inner = text.hidden_size, text.intermediate_size
-    kept = text.num_key_value_heads * (wide // text.num_attention_heads)
-    sides = 2 * (wide + wide) + 2 * (wide + kept) + 3 * (wide + inner)  # q and o; k and v; gate, up and down
+    asked, kept = (heads * head_size(config) for heads in (text.num_attention_heads, text.num_key_value_heads))
+    sides = 2 * (wide + asked) + 2 * (wide + kept) + 3 * (wide + inner)  # q and o; k and v; gate, up and down
     return text.num_hidden_layers * rank * sides
 
 

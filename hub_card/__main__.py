@@ -11,10 +11,9 @@ options are refused, 3 if the Hub refuses, and 4 if the Hub or the connection fa
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from .card import (
     LICENCES,
     METHOD_PICTURE,
     Facts,
+    base_of,
     gather,
     is_adapter,
     name_base,
@@ -37,12 +37,10 @@ from .card import (
 from .check import check
 from .files import Frozen, freeze
 from .fresh_process import use
+from .memory import MEMORY_FILE, recall, refuse_edited, refuse_stale, remember, weights_sha256
 from .publish import HubError, plan, publish
-from .results import read_object
 from .snippet import snippet_of
 
-# Remembers the options of `render`, so that the next call needs only the new ones. It is never published.
-MEMORY_FILE = ".hub_card.json"
 NEEDED = {"repo_id": ("--repo-id", "USER/NAME"), "license": ("--license", "cc-by-nc-4.0")}
 REFUSED, HUB_REFUSED, TRY_AGAIN, STOPPED = 2, 3, 4, 130
 WRITTEN = {MEMORY_FILE, CARD_FILE, METHOD_PICTURE, EXAMPLE_PICTURE, ADAPTER_CONFIG_FILE, *LICENCES}
@@ -71,26 +69,55 @@ def main() -> int:
 def _render(folder: Path, run: bool, **options: Any) -> int:
     adapter = is_adapter(folder)
     _refuse_special(folder)
-    memory = folder / MEMORY_FILE
-    known = (read_object(memory) if memory.exists() else {}) | {name: value for name, value in options.items() if value}
+    refuse_edited(folder)
+    before, given = recall(folder, options), {name: value for name, value in options.items() if value is not None}
+    known = {name: value for name, value in (before | given).items() if any(value)}  # an empty text removes an option
     missing = [f"{option} {example}" for name, (option, example) in NEEDED.items() if name not in known]
     if missing:
         raise ValueError(f"The card needs more: python -m hub_card render {folder} {' '.join(missing)}")
-    memory_text = json.dumps(known, indent=2) + "\n"
-    base, base_revision = known.pop("base", None), known.pop("base_revision", FIRST_TAG)
-    if base is not None:
-        if not adapter:
-            raise ValueError(f"{folder} is a whole model: --base is for adapters (see --base-model).")
-        name_base(folder, base, base_revision)
-    place = {name: known.pop(name) for name in ("repo_id", "tag", "results", "speeds", "recipe") if name in known}
-    card = gather(folder, facts=Facts(**known), **place)
+    weights = weights_sha256(folder)
+    refuse_stale(folder, weights, known.keys() - given.keys())
+    if adapter:
+        known |= _name_base(folder, before, given)
+    elif {"base", "base_revision"} & known.keys():
+        raise ValueError(
+            f"{folder} is a whole model: --base is for adapters, and so is --base-revision (see --base-model)."
+        )
+    place = {name: known[name] for name in ("repo_id", "tag", "results", "speeds", "recipe") if name in known}
+    facts = Facts(**{field.name: known[field.name] for field in fields(Facts) if field.name in known})
+    card = gather(folder, facts=facts, **place)
     write_card(folder, card)
-    memory.write_text(memory_text, encoding="utf-8")
+    remember(folder, known, weights)
     if run:
         found = use(freeze(folder, run_code=True), snippet_of(card.render())[0])
         write_card(folder, replace(card, printed=found["printed"], printed_on=f"on {found['on']}"))
+        remember(folder, known, weights)
     print(f"wrote {folder / CARD_FILE}")
     return 0
+
+
+def _name_base(folder: Path, before: dict[str, Any], given: dict[str, Any]) -> dict[str, str]:
+    """Writes the base that `--base` and `--base-revision` name into an adapter, and returns both options.
+
+    An adapter that names a revision of this base keeps it, unless `--base-revision` says otherwise.
+
+    Raises:
+        ValueError: if the adapter names another base than after the last `render`, because it was trained anew.
+    """
+    found = base_of(folder)
+    told = (before.get("base"), before.get("base_revision", FIRST_TAG))
+    if told[0] and "base" not in given and found != told:
+        raise ValueError(
+            f"The adapter's base is {found[0]!r} (revision {found[1]}) now, and was {told[0]!r} (revision {told[1]}) "
+            "when its card was rendered: give --base again."
+        )
+    if not (told[0] or {"base", "base_revision"} & given.keys()):
+        return {}
+    base = given.get("base") or found[0]
+    kept = found[1] if base == found[0] and (found == told or found[1] != "main") else FIRST_TAG
+    revision = given.get("base_revision") or kept
+    name_base(folder, base, revision)
+    return {"base": base, "base_revision": revision}
 
 
 def _refuse_special(folder: Path) -> None:
@@ -133,6 +160,8 @@ def _publish(folder: Path, dry_run: bool, **options: Any) -> int:
 
 
 def _file(name: str) -> str:
+    if not name:
+        return name
     path = Path(name).resolve()
     if path.exists() and not path.is_file():
         raise argparse.ArgumentTypeError(f"{name} is no regular file")
@@ -145,7 +174,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    render = commands.add_parser("render", help="write the card and its pictures; options are remembered")
+    render = commands.add_parser(
+        "render", help="write the card and its pictures; options are remembered until '' removes them"
+    )
     render.add_argument("folder", metavar="DIR", type=Path, help="folder of a checkpoint or an adapter")
     render.add_argument("--repo-id", metavar="USER/NAME", help="repository to publish to")
     render.add_argument("--tag", help=f"revision that the snippet loads (default: {FIRST_TAG})")
@@ -169,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     measured.add_argument("--recipe", metavar="FILE", type=_file, help="settings of the training, as YAML")
     adapter = render.add_argument_group("adapters")
     adapter.add_argument("--base", metavar="ID", help="Hub id of the base, which is written into adapter_config.json")
-    adapter.add_argument("--base-revision", metavar="TAG", help=f"revision of --base (default: {FIRST_TAG})")
+    adapter.add_argument(
+        "--base-revision", metavar="TAG", help=f"revision of --base (default: the adapter's, or {FIRST_TAG})"
+    )
 
     checked = commands.add_parser("check", help="print what is wrong with a folder")
     checked.add_argument("folder", metavar="DIR", type=Path, help="folder of a checkpoint or an adapter")

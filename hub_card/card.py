@@ -4,6 +4,7 @@
 
 import json
 import math
+import re
 import shutil
 import tomllib
 from collections.abc import Iterable, Sequence
@@ -33,6 +34,9 @@ METHOD_PICTURE, EXAMPLE_PICTURE = "method.png", "example.png"
 LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FIRST_TAG = "v1"
+DATASET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
+# What the Hub reads as a language: a code of ISO 639, perhaps with script or region, or one of two words.
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 # What loads weights that were quantised by each of the ways that the card shows.
 QUANTISERS = {
     "bitsandbytes": "bitsandbytes",
@@ -153,11 +157,10 @@ def gather(
         recipe: the settings that the weights were trained with, as YAML; by default `recipe.yaml` in the folder.
 
     Raises:
-        ValueError: if the folder is neither, or one of its files or results is damaged or incomplete.
+        ValueError: if the folder is neither, one of its files or results is damaged or incomplete, or the Hub would not
+            read a fact as it is meant.
     """
-    for name in (repo_id, *facts.base_model):
-        if not HUB_ID.fullmatch(name):
-            raise ValueError(f"{name!r} is no id of a Hub repository: expected USER/NAME.")
+    _check_facts(repo_id, facts)
     if recipe is not None and not Path(recipe).is_file():
         raise ValueError(f"There is no recipe {recipe}.")
     processor = LlavaSTFProcessor.from_pretrained(folder)
@@ -181,6 +184,22 @@ def gather(
         speeds=tuple(read_speed(Path(path)) for path in speeds),
         **about,
     )
+
+
+def _check_facts(repo_id: str, facts: Facts) -> None:
+    """Raises a `ValueError` for a fact that the Hub reads otherwise than it is meant."""
+    for name in ("base_model", "datasets", "language"):
+        if isinstance(getattr(facts, name), str):
+            raise ValueError(f"`{name}` is the text {getattr(facts, name)!r}: expected a list of texts.")
+    for name in (repo_id, *facts.base_model):
+        if not HUB_ID.fullmatch(name):
+            raise ValueError(f"{name!r} is no id of a Hub repository: expected USER/NAME.")
+    for name in facts.datasets:
+        if not DATASET_ID.fullmatch(name):
+            raise ValueError(f"{name!r} is no id of a dataset on the Hub: expected USER/NAME.")
+    for code in facts.language:
+        if not LANGUAGE.fullmatch(code):
+            raise ValueError(f"{code!r} is no language code of the Hub: expected one such as en or zh-TW for each.")
 
 
 def _about_adapter(folder: Path) -> dict[str, Any]:

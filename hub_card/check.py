@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
 import yaml
 from huggingface_hub import ModelCardData
 from tqdm import tqdm
 
 from conversion import ConversionError
-from conversion.checkpoints.weights import check_finite
+from conversion.checkpoints.weights import Weights, check_finite
+from conversion.vocabulary import EMBEDDINGS, HEAD
 from modeling_llava_stf.configuration_llava_stf import AUTO_MAP
 
 from .card import (
@@ -25,12 +27,15 @@ from .card import (
     HUB_ID,
     LICENCES,
     METHOD_PICTURE,
+    Facts,
+    gather,
     is_adapter,
     weights_of,
 )
 from .files import Frozen, freeze, own_code
 from .fresh_process import use
 from .kinds import check_kind, is_pickle, levels_of, picture_texts, refuse_archive
+from .memory import rendered
 from .results import TASK, read_object
 from .secrets import secrets_in, unescape
 from .snippet import is_our_snippet, named_in, snippet_of
@@ -52,10 +57,11 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
 BINARY = "\ufffd"  # appears in a binary file that is decoded as text
 REST = r"[^\s\"'`)>\]\x00-\x1f\ufffd]*"
 PATH = re.compile(
-    r"(?<![\w./:-])(?:file://|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|workspace|scratch|content))/" + REST
+    r"(?<![\w./:-])(?:file://|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|work|workspace|scratch|content|kaggle|"
+    r"lustre|gpfs|fsx|nfs|raid|Volumes))/" + REST
 )
 # These are so short that binary files contain them by chance.
-SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:\\\\?\w)" + REST)
+SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:(?:\\\\?|/)\w)" + REST)
 # Limits of a card's YAML: characters, and brackets (PyYAML 6.0.3 takes time with the square of their depth).
 MOST_HEAD, MOST_BRACKETS = 200_000, 200
 
@@ -134,8 +140,29 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
                 # torch has no minimum of eight-bit floats; integers are always finite.
                 check_finite(name, tensor.float() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor)
                 progress.update(weight.nbytes)
+        if not is_adapter(frozen.folder):
+            yield from _misread(json.loads(frozen.read("config.json")), weights)
     except ConversionError as error:
         yield f"weights: {error}"
+
+
+def _misread(config: dict[str, Any], weights: Weights) -> Iterator[str]:
+    """Yields what the config makes of weights that are something else."""
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights.values()}
+    said = config.get("dtype") or config.get("torch_dtype")
+    if said and said not in dtypes and "quantization_config" not in config:
+        yield f"weights: they are {' and '.join(sorted(dtypes))}, but are loaded as {said}, the `dtype` of config.json"
+    text = config.get("text_config")
+    is_tied = config.get("tie_word_embeddings") or (isinstance(text, dict) and text.get("tie_word_embeddings"))
+    if (
+        is_tied
+        and {HEAD, EMBEDDINGS} <= weights.keys()
+        and not torch.equal(weights[HEAD].load(), weights[EMBEDDINGS].load())
+    ):
+        yield (
+            f"weights: {HEAD} differs from {EMBEDDINGS}, but config.json has `tie_word_embeddings`: transformers "
+            "would use both, vLLM only one"
+        )
 
 
 def _outside(frozen: Frozen) -> list[Any]:
@@ -160,6 +187,10 @@ def check_metadata(frozen: Frozen) -> Iterator[str]:
         return
     if "licence" in fields:
         yield f"metadata: {CARD_FILE} says `licence`; the Hub reads `license`"
+    for name in ("base_model", "datasets", "language", "tags"):
+        value = fields.get(name, [])
+        if not all(isinstance(text, str) for text in (value if isinstance(value, list) else [value])):
+            yield f"metadata: `{name}` is {value!r}, expected text or a list of texts (quote `no` and numbers)"
     expected = {"pipeline_tag": TASK, "library_name": "peft" if is_adapter(frozen.folder) else "transformers"}
     for name, value in expected.items():
         if getattr(metadata, name) != value:
@@ -190,6 +221,10 @@ def head_of(card: str) -> dict[str, Any]:
         raise ValueError(f"the YAML of {CARD_FILE} is not valid: {error}") from error
     if not isinstance(fields, dict) or not all(isinstance(name, str) for name in fields):
         raise ValueError(f"the YAML of {CARD_FILE} is not valid: expected names with values")
+    names = [name.value for name, _ in yaml.compose(head[1], yaml.SafeLoader).value]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"the YAML of {CARD_FILE} has {', '.join(twice)} twice: remove one")
     return fields
 
 
@@ -341,7 +376,7 @@ def check_use(frozen: Frozen) -> Iterator[str]:
     except (OSError, ValueError) as error:
         yield f"use: {' '.join(str(error).split())}"
         return
-    yield from compare_use(card, found)
+    yield from list(compare_use(card, found)) or check_current(frozen)
 
 
 def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
@@ -354,3 +389,32 @@ def compare_use(card: str, found: dict[str, Any]) -> Iterator[str]:
     printed = snippet_of(card)[1]
     if printed and printed != found["printed"]:
         yield f"snippet: it prints {found['printed']!r}, the card shows {printed!r} (render again with --run)"
+
+
+def check_current(frozen: Frozen) -> Iterator[str]:
+    """Checks that the card is about these weights: it was rendered for them, and its table says what they are."""
+    card, again = _card(frozen), f"(python -m hub_card render {frozen.source})"
+    try:
+        known = rendered(frozen.source)
+        weights = {name: file.sha256 for name, file in frozen.files.items() if file.kind == "safetensors"}
+        if known and weights != {name: digest for name, digest in known.items() if name != CARD_FILE}:
+            yield f"card: it was rendered for other weights {again}"
+        named, tag = named_in(snippet_of(card)[0])
+        base_model = head_of(card).get("base_model") or []
+        said = [base_model] if isinstance(base_model, str) else base_model
+        ours = gather(frozen.folder, named, Facts(license="", base_model=said), tag)
+    except ValueError as error:
+        yield f"card: {error}"
+        return
+    if ours.base and said != [ours.base]:
+        yield f"metadata: `base_model` is {said}, the adapter's base is {ours.base!r} {again}"
+    rows = _rows(card)
+    for name, value in _rows(ours.render()).items():
+        if rows.get(name, value) != value:
+            yield f"card: {name} is {rows[name]!r} on it, but {value!r} in the folder {again}"
+
+
+def _rows(card: str) -> dict[str, str]:
+    """Returns the table of "The model", by the names of its rows."""
+    table = card.partition("\n## The model\n")[2].partition("\n## ")[0]
+    return dict(re.findall(r"^\| (.+?) \| (.+) \|$", table, re.MULTILINE))

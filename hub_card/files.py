@@ -146,6 +146,16 @@ def freeze(
     return frozen
 
 
+def is_read(name: str) -> bool:
+    """Returns whether a file is on the list and read when a model is loaded: all but texts and pictures."""
+    kind = _kind_on_list(name)
+    return kind not in ("", "text", "PNG") or name == "merges.txt"
+
+
+def _kind_on_list(name: str) -> str:
+    return next((kind for pattern, kind in ALLOWED if re.fullmatch(pattern, name)), "")
+
+
 def shown(name: str) -> str:
     """Returns a name that can be printed on one line."""
     return name if name.isprintable() else ascii(name)
@@ -199,7 +209,7 @@ def _unknown(name: str) -> str:
 
 def _take(frozen: Frozen, name: str, also: Collection[str]) -> str:
     """Adds a regular file to the copy, or returns the reason why not."""
-    kind = next((kind for pattern, kind in ALLOWED if re.fullmatch(pattern, name)), "")
+    kind = _kind_on_list(name)
     if not kind and name in frozen.allow_code:
         kind = "code"
     if not kind and name in also and not CODE.fullmatch(name):
@@ -281,7 +291,7 @@ def _link(frozen: Frozen, name: str, file: BinaryIO) -> str:
     copy.parent.mkdir(exist_ok=True, parents=True)
     copy.symlink_to(frozen.source.resolve() / name)
     size = os.fstat(file.fileno()).st_size
-    frozen.files[name] = File(size, _sha256(file, size, name) if _is_whole(copy) else "", "safetensors")
+    frozen.files[name] = File(size, sha256_of(file, size, name) if _is_whole(copy) else "", "safetensors")
     return ""
 
 
@@ -294,7 +304,8 @@ def _is_whole(path: Path) -> bool:
     return True
 
 
-def _sha256(file: BinaryIO, size: int, name: str) -> str:
+def sha256_of(file: BinaryIO, size: int, name: str) -> str:
+    """Returns the SHA-256 of a large file in hexadecimal digits, with a progress bar."""
     digest = hashlib.sha256()
     with tqdm(total=size, unit="B", unit_scale=True, desc=f"reading {name}", leave=False, delay=1) as progress:
         while block := file.read(BLOCK):

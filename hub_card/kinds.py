@@ -14,6 +14,8 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from conversion.checkpoints.weights import LFS_POINTER
+
 # Limits: bytes of each kind, pixels of a picture, levels of nested JSON. Weights have no limit.
 MOST_BYTES = {"text": 2**20, "code": 2**20, "JSON": 2**26, "sentencepiece": 2**24, "PNG": 2**24}
 MOST_PIXELS = 2**24
@@ -61,6 +63,8 @@ def refuse_archive(file: BinaryIO) -> None:
 
 
 def check_text(content: bytes) -> None:
+    if content.startswith(LFS_POINTER):
+        raise ValueError("is a pointer of Git LFS, not the file itself: fetch it (git lfs pull)")
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -73,7 +77,7 @@ def check_text(content: bytes) -> None:
 def check_json(content: bytes) -> None:
     check_text(content)
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_constant=_refuse_constant)
     except RecursionError as error:
         raise ValueError(f"is nested more than {MOST_LEVELS} deep") from error
     except ValueError as error:
@@ -81,6 +85,11 @@ def check_json(content: bytes) -> None:
     for levels, _ in enumerate(levels_of(value)):
         if levels > MOST_LEVELS:
             raise ValueError(f"is nested more than {MOST_LEVELS} deep")
+
+
+def _refuse_constant(name: str) -> None:
+    """Refuses NaN and Infinity, which Python reads and the Hub does not."""
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def levels_of(value: Any) -> Iterator[list[tuple[str, Any]]]:

@@ -14,11 +14,11 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import httpx
 from tqdm import tqdm
 
-from .card import CARD_FILE
-from .files import TEMPLATES, Frozen, freeze, shown
+from .card import CARD_FILE, FIRST_TAG
+from .files import Frozen, freeze, is_read, shown
 from .snippet import named_in, snippet_of
 
-# Old weights in the same folder might be loaded instead of the new ones; vLLM does not start with a second template.
+# Old weights in the same folder might be loaded instead of the new ones.
 WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 TRY_AGAIN = "Run the same command again: what has arrived is not sent twice."
 
@@ -83,7 +83,7 @@ def plan(
         folder: a frozen folder that [`check`] has checked, or a path to freeze now.
 
     Raises:
-        ValueError: if a file may not be published, or if the card is about another repository.
+        ValueError: if a file may not be published, if the card is about another repository, or if its tag is a branch.
     """
     frozen = folder if isinstance(folder, Frozen) else freeze(folder)
     if frozen.refused:
@@ -96,6 +96,11 @@ def plan(
             f"The card is about {named}, but you publish to {repo_id}. Render it again: python -m hub_card render "
             f"{frozen.source} --repo-id {repo_id}"
         )
+    if tag in ("main", revision):
+        raise ValueError(
+            f"The card's tag {tag!r} is a branch, which moves. Render it with a tag of its own: "
+            f"python -m hub_card render {frozen.source} --tag {FIRST_TAG}"
+        )
     return Upload(frozen, repo_id, tag, private, revision or "main", pr, collection or "")
 
 
@@ -103,7 +108,8 @@ def publish(upload: Upload) -> str:
     """Creates the repository, uploads in one commit, tags the commit, and adds the repository to the collection.
 
     Nothing is visible before the commit. A repeated call uploads only what is missing, and makes no commit if nothing
-    is. The same commit deletes weights and named chat templates on the branch that the folder does not have.
+    is. The same commit deletes what would be loaded with the new files: weights, configurations, tokenizer files, code
+    and chat templates on the branch that the folder does not have. Its message names them.
 
     Returns:
         The URL of the commit or of the pull request.
@@ -139,6 +145,7 @@ def publish(upload: Upload) -> str:
             name,
             operations,
             commit_message=f"Publish {upload.tag}",
+            commit_description=_deletions(operations),
             revision=upload.revision,
             create_pr=upload.pr,
         )
@@ -162,6 +169,11 @@ def _operations(api: HfApi, upload: Upload) -> list[CommitOperationAdd | CommitO
         *(CommitOperationAdd(name, str(upload.frozen.folder / name)) for name in sorted(names)),
         *(CommitOperationDelete(name) for name in old),
     ]
+
+
+def _deletions(operations: list[CommitOperationAdd | CommitOperationDelete]) -> str:
+    names = [operation.path_in_repo for operation in operations if isinstance(operation, CommitOperationDelete)]
+    return f"Deleted, because this version does not have them: {', '.join(names)}" if names else ""
 
 
 def _upload(api: HfApi, upload: Upload, operations: list[CommitOperationAdd | CommitOperationDelete]) -> None:
@@ -189,7 +201,7 @@ def _same_files(api: HfApi, upload: Upload) -> bool:
 
 def _would_act(name: str) -> bool:
     """Returns whether a file of an earlier upload would change what is loaded from the new one."""
-    return name.endswith(WEIGHT_SUFFIXES) or name.startswith(TEMPLATES)
+    return is_read(name) or ("/" not in name and name.endswith(WEIGHT_SUFFIXES))
 
 
 @contextmanager

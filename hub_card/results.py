@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,9 @@ NO_METRICS = ("alias", "samples")
 # These `model_args` may name the model; the first one counts, so that an adapter comes before its base.
 MODEL_ARGUMENTS = ("peft", "delta", "pretrained", "model", "model_version", "model_name", "model_id", "path", "engine")
 # These `model_args` are left out of the command on a card: they are secrets, or paths and addresses of one machine.
-PRIVATE = re.compile(r"key|token|secret|password", re.IGNORECASE)
+# A number of tokens, such as `max_soft_tokens`, is no secret.
+PRIVATE = re.compile(r"key|token(?!s)|secret|password", re.IGNORECASE)
+BUDGET = "max_soft_tokens"  # in `model_args`: the number of tokens of each picture
 # Those with which weights are evaluated that are not exactly the published ones.
 WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "load_in_8bit", "load_in_4bit", "quantization")
 
@@ -191,9 +193,14 @@ def _read_lmms_eval(content: dict[str, Any]) -> Evaluation:
         model="",
         baseline="",
         conditions=", ".join(_conditions(content, settings, arguments)),
-        scores=[item for item in found if isinstance(item, Score)],
+        scores=[_at_budget(item, arguments.get(BUDGET)) for item in found if isinstance(item, Score)],
         left_out=[item for item in found if isinstance(item, str)],
     )
+
+
+def _at_budget(score: Score, tokens: str | None) -> Score:
+    """Names the number of tokens of a picture, if the model was not asked with its default."""
+    return replace(score, metric=f"{score.metric}, {tokens} tokens of a picture") if tokens else score
 
 
 def _model_arguments(given: Any) -> dict[str, str]:
@@ -421,9 +428,12 @@ def read_speed(path: Path) -> Speed:
     missing = [name for name in ("command", "device", "conditions", "rows") if not content.get(name)]
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: a measured speed without them says nothing.")
-    for row in content["rows"]:
-        if not {"what", "value", "unit"} <= row.keys():
-            raise ValueError(f"{path}: a row has {', '.join(row)}, expected what, value and unit.")
+    for row in content["rows"] if isinstance(content["rows"], list) else [content["rows"]]:
+        if not isinstance(row, dict) or not {"what", "value", "unit"} <= row.keys():
+            raise ValueError(f"{path}: a row is {row!r}, expected an object with what, value and unit.")
+        for name in {"value", "baseline"} & row.keys():
+            if not is_number(row[name]):
+                raise ValueError(f"{path}: the {name} of {row['what']!r} is {row[name]!r}, expected a finite number.")
     return Speed(
         content["command"], content["device"], content["conditions"], content.get("baseline", ""), content["rows"]
     )

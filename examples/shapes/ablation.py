@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, astuple, dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ POINTS = 4  # of a learning curve; the last is the end
 FITTED_PICTURES = 256  # training pictures that say how long new tokens are, and on which DiVT's threshold is chosen
 SEARCHED = 200  # training questions that a search asks
 BATCH = 100  # questions that are answered together
+DATA = "data"  # the digest of the rows in a result; the first results have none
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ def ablate(
     (out / "runs").mkdir(parents=True, exist_ok=True)
     start = _digest(work / "start" / "model.safetensors")
     for file in sorted((out / "runs").glob("*.json")):  # the table has all of them
-        _check(file, {"start": start, "questions": questions}, {"captions": captions, "rows": rows})
+        _check(file, {"start": start, "questions": questions}, {"captions": captions, "rows": rows}, work / "data")
     todo = [
         Run(system.name, seed, *_amounts(out, system.name, captions, rows, equal), questions, equal)
         for seed in range(seeds)
@@ -154,12 +155,14 @@ def _training_seconds(out: Path, system: str) -> float:
     return statistics.median(sum(run["seconds"].values()) for run in runs)
 
 
-def _check(file: Path, settings: dict[str, object], amounts: dict[str, int]) -> None:
-    """Raises a `ValueError` if a result has other settings, or, for equal rows, other amounts of them.
+def _check(file: Path, settings: dict[str, object], amounts: dict[str, int], data: Path) -> None:
+    """Raises a `ValueError` if a result has other settings or data, or, for equal rows, other amounts of them.
 
     For equal time the amounts depend on a median, which later results may change.
     """
     found = json.loads(file.read_text(encoding="utf-8"))
+    if DATA in found:
+        settings = settings | {DATA: _digest_of(data)}
     for name, value in (settings | amounts if found["equal"] == "rows" else settings).items():
         if found.get(name) != value:
             raise ValueError(
@@ -167,8 +170,14 @@ def _check(file: Path, settings: dict[str, object], amounts: dict[str, int]) -> 
             )
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+def _digest(*files: Path) -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
+@cache
+def _digest_of(data: Path) -> str:
+    """Returns a digest of the rows of both stages and of the test."""
+    return _digest(*(data / name for name in (*(stage.rows for stage in STAGES[:2]), "test.json")))
 
 
 def build(
@@ -228,6 +237,7 @@ def run_one(work: str, out: str, **settings: Any) -> None:
     result = {
         **asdict(run),
         "start": _digest(start / "model.safetensors"),
+        DATA: _digest_of(data),
         "parameters": sum(weight.numel() for weight in model.model.multi_modal_projector.parameters()),
         "seconds": seconds,
         "curve": curve.points,

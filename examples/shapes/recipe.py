@@ -5,6 +5,7 @@
 import json
 import os
 import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import yaml
 
 from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from hub_card.card import EXAMPLE_PICTURE
+from hub_card.memory import MEMORY_FILE
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 
 from .clip import LAYERS
@@ -23,6 +25,7 @@ from .processes import start_module
 # As in the paper, the first is LLaVA's, the last block but one; shallower ones follow.
 TAPS = tuple(range(LAYERS - 1, LAYERS - 5, -1))
 RECIPES = Path(__file__).parent / "recipes"
+GRACE = 10  # seconds in which a stopped step may end by itself
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,8 @@ def make(
         shutil.copyfile(work / "seconds.json", folder / "log_seconds.json")
         shutil.copyfile(trained / "recipe.yaml", folder / "recipe.yaml")
         shutil.copyfile(data / "images" / "test-000000.png", folder / EXAMPLE_PICTURE)
-    evaluate(out, data, out / "evaluation.json", name=REPO_ID)
-    render_card(out)
+        evaluate(folder, data, folder / "evaluation.json", name=REPO_ID)
+        render_card(folder)
     return out
 
 
@@ -156,9 +159,10 @@ def begin(work: Path, timer: "Timer", seed: int) -> Path:
 def render_card(model: str | Path) -> None:
     """Writes the card of the finished model into its folder."""
     results = [file for name in RESULTS if (file := Path(model) / name).exists()]
-    card = start_module("hub_card", "render", model, *CARD, *(part for file in results for part in ("--results", file)))
-    if card.wait():
+    options = (*CARD, *(part for file in results for part in ("--results", file)))
+    if start_module("hub_card", "render", model, *options, stdout=subprocess.DEVNULL).wait():
         raise ValueError("The card could not be written, see above.")
+    (Path(model) / MEMORY_FILE).unlink()  # these options are here, and paths in it would change with the folder
 
 
 def train(stages: tuple[Stage, ...], start: Path, data: Path, seed: int, timer: "Timer") -> Path:
@@ -190,29 +194,46 @@ def pack(trained: Path, folder: Path) -> None:
 
 
 class Timer:
-    """Runs steps as processes, and records how long each took in a file that survives an interruption."""
+    """Runs steps as processes, and records how long each took in all attempts, in a file that survives them."""
 
     def __init__(self, file: Path):
         self.file = file
 
     def run(self, steps: dict[Path, tuple]) -> None:
-        """Runs in parallel the commands whose folders do not exist."""
+        """Runs in parallel the commands whose folders do not exist; a stopped run stops them, too."""
         todo = {folder: command for folder, command in steps.items() if not _complete(folder)}
+        if not todo:
+            return
         started = time.perf_counter()
         running = {}
-        for folder, command in todo.items():
-            print(f"\n{folder.name}: python -m {' '.join(map(str, command))}", flush=True)
-            running[folder] = start_module(*command)
-        failed = [folder.name for folder, process in running.items() if process.wait()]
+        try:
+            for folder, command in todo.items():
+                print(f"\n{folder.name}: python -m {' '.join(map(str, command))}", flush=True)
+                running[folder] = start_module(*command)
+            failed = [folder.name for folder, process in running.items() if process.wait()]
+        finally:
+            for process in running.values():
+                _end(process)
+            self._add(" + ".join(folder.name for folder in todo), time.perf_counter() - started)
         if failed:
             raise ValueError(
                 f"{' and '.join(failed)} failed, see above; what is complete is kept for the next attempt."
             )
-        if todo:
-            seconds = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
-            name = " + ".join(folder.name for folder in todo)
-            seconds[name] = round(time.perf_counter() - started, 1)
-            write_json(self.file, seconds)
+
+    def _add(self, name: str, elapsed: float) -> None:
+        """Adds seconds to those that a step took in earlier attempts."""
+        seconds = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else {}
+        seconds[name] = round(seconds.get(name, 0) + elapsed, 1)
+        write_json(self.file, seconds)
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Waits for a process, which Ctrl-C may have reached, too; ends it if it does not end by itself."""
+    try:
+        process.wait(GRACE)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        process.wait()
 
 
 def _complete(folder: Path) -> bool:

@@ -52,9 +52,10 @@ def shrink(
         in bfloat16; or why the scheme is refused.
 
     Raises:
-        ValueError: if a file is missing, or `output` exists or cannot be written.
+        ValueError: if a file is missing, two models have one scheme, or `output` exists or cannot be written.
     """
     require_new(output)
+    others = _by_scheme(also)
     checked_config(str(model), None)
     rows, truth = read_test(Path(data))
     chosen = {row["id"] for row in Random(0).sample(rows, min(questions, len(rows)))}
@@ -67,7 +68,7 @@ def shrink(
                 folders[scheme] = (quantise(model, Path(work) / scheme, scheme), "auto")
             except ConversionError as error:
                 table[scheme] = {"refused": str(error)}
-        folders |= {_scheme_of(folder): (folder, "auto") for folder in also}
+        folders |= {scheme: (folder, "auto") for scheme, folder in others.items()}
         waiting = {name: pool.submit(_answers, *place, Path(data), rows) for name, place in folders.items()}
         answers = {name: future.result() for name, future in waiting.items()}
         for name, (folder, dtype) in folders.items():
@@ -84,8 +85,15 @@ def shrink(
     return result
 
 
-def _scheme_of(folder: str | Path) -> str:
-    return json.loads((Path(folder) / "quantisation.json").read_text(encoding="utf-8"))["scheme"]
+def _by_scheme(folders: Sequence[str | Path]) -> dict[str, str | Path]:
+    """Returns the folders that were quantised elsewhere, by their schemes; a row of the table has one model."""
+    found: dict[str, str | Path] = {}
+    for folder in folders:
+        scheme = json.loads((Path(folder) / "quantisation.json").read_text(encoding="utf-8"))["scheme"]
+        if scheme in (*found, *SCHEMES, REFERENCE):
+            raise ValueError(f"{folder} is a second model in {scheme}: leave one out of --also.")
+        found[scheme] = folder
+    return found
 
 
 def _answers(folder: str | Path, dtype: str, data: Path, rows: list[dict]) -> dict[str, str]:

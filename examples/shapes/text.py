@@ -3,6 +3,7 @@
 """Trains the tokenizer, and converts rows to conversations and text."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,9 +47,10 @@ def read_test(data: Path, prefix: str = "") -> tuple[list[dict], list[dict]]:
     rows, truth = read_rows(data / f"{prefix}test.json"), read_rows(data / f"{prefix}truth.jsonl")
     if not rows:
         raise ValueError(f"{data / f'{prefix}test.json'} has no question: make the data with more test scenes.")
-    if {row["id"] for row in rows} != {row["id"] for row in truth}:
+    asked, known = (Counter(row["id"] for row in part) for part in (rows, truth))
+    if asked != known or max(asked.values()) > 1:
         raise ValueError(
-            f"{data} has {len(rows)} test questions and {len(truth)} rows of truth, or their ids differ: "
+            f"{data} has {len(rows)} test questions and {len(truth)} rows of truth, or their ids differ or repeat: "
             f"{prefix}test.json and {prefix}truth.jsonl must come from one run of `generate`."
         )
     return rows, truth

@@ -49,6 +49,10 @@ class System:
     positions: str = ""
 
     @property
+    def file(self) -> str:
+        return f"{re.sub(r'[^a-z0-9]+', '-', self.name.lower()).strip('-')}.json"
+
+    @property
     def family(self) -> str:
         """Returns what the rows of one line in the plot have in common."""
         if self.keep is not None:
@@ -117,19 +121,21 @@ def compare(
     systems = list(_systems(models, loaded, keep, scores))
     for system in systems:
         _check_counts(system, loaded[system.model].network.config)
+    _check_names(systems)
     (out / "rows").mkdir(parents=True, exist_ok=True)
+    times = out / "first_tokens.json"
     results = []
     for system in systems:
-        file = out / "rows" / f"{re.sub(r'[^a-z0-9]+', '-', system.name.lower()).strip('-')}.json"
+        file = out / "rows" / system.file
         of = {"questions": _digest(json.dumps(rows).encode()), "model": _weights(system.model)}
         if not file.exists():
             print(system.name, flush=True)
             result = _row(system, loaded[system.model], data, rows, truth, batch_size) | {"of": of}
+            times.unlink(missing_ok=True)  # they may be those of another model with this name
             _write(json.dumps(result) + "\n", file)
         results.append(json.loads(file.read_text(encoding="utf-8")))
         if results[-1]["of"] != of:
             raise ValueError(f"{file} has other questions or another model: name another folder, or remove it.")
-    times = out / "first_tokens.json"
     if timed:
         times.unlink(missing_ok=True)  # the systems of one file took turns
         _write(json.dumps(_first_tokens(systems, loaded, data, rows, timed)) + "\n", times)
@@ -152,6 +158,11 @@ def _further(models: list[str]) -> list[System]:
     repeated = {system.name for system in found if [other.name for other in found].count(system.name) > 1}
     if repeated:
         raise ValueError(f"Several models have the name {sorted(repeated)[0]}: write NAME=FOLDER.")
+    if found[0].budget is not None:
+        raise ValueError(
+            f"{models[0]} is the first model, which all others are compared with at all its tokens: leave out "
+            f"@{found[0].budget}."
+        )
     return found
 
 
@@ -167,10 +178,12 @@ def _systems(
         yield System(f"budget {budget}", first.model, budget)
     if budgets:
         yield System("suggested budgets", first.model, "suggested")
-    for name in SCORES if scores is None else scores:
-        for count in keep or [every // share for share in (2, 4, 8, 16) if share <= every]:
+    for name in dict.fromkeys(SCORES if scores is None else scores):
+        for count in dict.fromkeys(keep or [every // share for share in (2, 4, 8, 16) if share <= every]):
             if name != "pool" or count in (budgets or [count]):
                 yield System(f"{name} {count}", first.model, None, count, name, "original")
+            elif keep and scores:
+                raise ValueError(f"--keep is {count}, but pool averages to one of {budgets}: leave out one of the two.")
             if name == "salience":
                 yield System(f"{name} {count}, compact", first.model, None, count, name, "compact")
     yield System("adaptive", first.model, None, "adaptive", "salience", "original")
@@ -188,6 +201,18 @@ def _check_counts(system: System, config: Any) -> None:
         )
     if isinstance(system.keep, int) and not 1 <= system.keep <= every:
         raise ValueError(f"--keep is {system.keep}, expected 1 to {every}, the tokens of a picture.")
+
+
+def _check_names(systems: list[System]) -> None:
+    """Raises a `ValueError` if two rows would have one file, so that one would get the other's answers."""
+    names: dict[str, str] = {}
+    for system in systems:
+        if system.file in names:
+            raise ValueError(
+                f"The rows {names[system.file]!r} and {system.name!r} would be one file, {system.file}: choose another "
+                "name for the model (NAME=FOLDER)."
+            )
+        names[system.file] = system.name
 
 
 def _row(system: System, loaded: Loaded, data: Path, rows: list[dict], truth: list[dict], batch_size: int) -> dict:

@@ -9,9 +9,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlavaForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipVisionConfig,
+)
 
 from benchmarks import count, training_needs
+from benchmarks.__main__ import main as benchmarks_main
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 from modeling_llava_stf.modeling_llava_stf import CACHE
 
@@ -178,3 +189,113 @@ def test_what_token_budgets_cost():
     assert not [
         line for line in training_needs.lines(count.NAMED["llava-1.5-7b"](), 0.4) if "tokens of a picture" in line
     ]
+
+
+# Models that are less usual: other heads, tables, taps and towers
+
+LLAMA = {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+LLAMA |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+CLIP = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+CLIP |= {"image_size": 56, "patch_size": 14}
+
+
+def stf(text=LlamaConfig, window=2, **changes):
+    tower = CLIPVisionConfig(**CLIP)
+    text_config = text(**LLAMA, **changes)
+    return LlavaSTFConfig(
+        vision_config=tower, text_config=text_config, vision_feature_layer=[3, 1], fusion_window=window
+    )
+
+
+def llava(tower=None, **changes):
+    vision_config = tower or CLIPVisionConfig(**CLIP)
+    return LlavaConfig(vision_config=vision_config, text_config=LlamaConfig(**LLAMA), **changes)
+
+
+ODD = {
+    "wide heads": lambda: stf(head_dim=32),
+    "norms of heads": lambda: stf(Qwen3Config, head_dim=32),
+    "biases": lambda: stf(Qwen2Config),
+    "tied": lambda: stf(tie_word_embeddings=True),
+    "no window": lambda: stf(window=1),
+    "class token": lambda: llava(vision_feature_select_strategy="full"),
+    "two layers": lambda: llava(vision_feature_layer=[-2, -3]),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_unusual_models(name):
+    config = ODD[name]()
+    count.refuse_uncounted(config)
+    network, text = on_meta(config), config.text_config
+    size = config.vision_config.image_size
+    pixels = torch.empty(1, 3, size, size, device="meta")
+    assert counted(network.model.get_image_features, pixels) == sum(part.flops for part in count.vision_parts(config))
+    length = count.image_tokens(config) + TEXT
+    embeddings = torch.empty(1, length, text.hidden_size, device="meta")
+    mask = torch.ones(1, 1, length, length, dtype=torch.bool, device="meta")
+    found = counted(network.model.language_model, inputs_embeds=embeddings, attention_mask=mask, use_cache=False)
+    found += counted(network.lm_head, embeddings[:, -1:])
+    head = getattr(text, "head_dim", 16)
+    half_square = 2 * length**2 * head * text.num_attention_heads * text.num_hidden_layers
+    # Before transformers 5.23 the angles of the positions are counted, too; beside so small a model they are not tiny.
+    assert found == pytest.approx(count.prefill(config, TEXT).flops + half_square, rel=1e-3)
+    kept = 2 * text.num_hidden_layers * text.num_key_value_heads * head
+    assert count.cache_bytes(config, 1) - count.cache_bytes(config, 0) == count.BYTES * kept
+    linear = r"language_model.*(q|k|v|o|gate|up|down)_proj"
+    ends = [sum(w.shape) for name, w in network.named_parameters() if re.search(linear, name) and w.ndim > 1]
+    assert training_needs.lora_weights(config, 8) == 8 * sum(ends)
+
+
+UNCOUNTED = {
+    "no gate": (lambda: stf(PhiConfig), "722,688 weights, and 734,976 would be counted: .* a phi, are not"),
+    "experts": (lambda: stf(MixtralConfig, num_local_experts=4), "a mixtral, are not those of Llama"),
+    "another tower": (
+        lambda: llava(SiglipVisionConfig(**CLIP), vision_feature_select_strategy="full"),
+        "its vision tower is a siglip_vision_model",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNCOUNTED)
+def test_models_that_are_not_counted_are_refused(name, tmp_path):
+    make, reason = UNCOUNTED[name]
+    make().save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(str(tmp_path))}: .*{reason}"):
+        count.read(str(tmp_path))
+
+
+def test_a_damaged_config_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text("{")
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "count", str(tmp_path)])
+    with pytest.raises(SystemExit) as end:
+        benchmarks_main()
+    assert end.value.code == 2 and re.fullmatch("error: [^\n]*not a valid JSON file[^\n]*\n", capsys.readouterr().err)
+
+
+def test_a_quantised_model_says_how_it_is_counted(tmp_path, capsys):
+    config = stf()
+    config.quantization_config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    config.save_pretrained(tmp_path)
+    count.read(str(tmp_path))
+    assert "is quantised, and is counted as the 16-bit model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--answer", "0"], ["--text", "-1"], ["--batch", "0"], ["--tflops", "0"], ["--bandwidth", "nan"], ["--mfu", "-1"]],
+    ids=" ".join,
+)
+def test_wrong_numbers_are_refused(options, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["count", *options])
+    with pytest.raises(SystemExit) as end:
+        count.main()
+    assert end.value.code == 2 and "expected" in capsys.readouterr().err
+
+
+def test_small_numbers_keep_their_digits(monkeypatch, capsys, tmp_path):
+    stf().save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["count", str(tmp_path), "--batch", "1"])
+    count.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert "| GB of weights | 0.0015 |" in lines and not [line for line in lines if line.endswith("| 0.00 |")]

@@ -20,7 +20,7 @@ from conversion.checkpoints.folders import name_auto_class
 from hub_card import Facts, check, freeze, gather
 from hub_card.__main__ import main
 from hub_card.card import ROOT, name_base, pinned_versions, write_card
-from hub_card.check import check_paths, compare_use
+from hub_card.check import check_current, check_paths, compare_use
 from hub_card.fresh_process import escaped, use
 from hub_card.picture import draw_method
 from hub_card.results import read_evaluation, read_speed
@@ -577,3 +577,164 @@ def test_card_names_the_budgets_that_the_model_was_trained_for(folder):
     assert "**Without that, a picture has 4 tokens, for which the model was not trained.**" in card([1])
     found = {"wrong": [], "tokens_per_image": 4, "printed": ""}
     assert list(compare_use(elastic, found)) == list(compare_use(before, found)) == []
+
+
+# What a card says stays true, and what somebody wrote into it stays there
+
+
+RENDER = ("--repo-id", "some/tiny", "--license", "llama2")
+
+
+def change_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] += 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_card_of_other_weights_is_refused(folder, run):
+    assert run("render", folder, *RENDER)[0] == 0 and not list(check_current(freeze(folder)))
+    change_weights(folder)
+    assert [line.partition(" (python")[0] for line in check_current(freeze(folder))] == [
+        "card: it was rendered for other weights"
+    ]
+    assert run("render", folder)[0] == 0 and not list(check_current(freeze(folder)))
+    # Without the memory of `render`, the table of the card still says what the weights are.
+    (folder / ".hub_card.json").unlink()
+    half = {name: weight.bfloat16() for name, weight in load_file(folder / "model.safetensors").items()}
+    save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", dtype="bfloat16")
+    (problem,) = check_current(freeze(folder))
+    assert problem.startswith("card: weights is 'float32, 1.86MB' on it, but 'bfloat16, 928kB' in the folder")
+
+
+def test_results_of_other_weights_are_not_repeated(folder, run):
+    assert run("render", folder, *RENDER, "--results", LMMS_EVAL)[0] == 0
+    change_weights(folder)
+    status, _, errors = run("render", folder, "--tag", "v2")
+    assert status == 2 and "The weights are not those that --results was given for" in errors
+    assert run("render", folder, "--results", LMMS_EVAL)[0] == run("render", folder)[0] == 0
+    change_weights(folder)
+    assert run("render", folder, "--results", "")[0] == 0 and "Results" not in sections_of(text_of(folder))
+
+
+def test_an_edited_card_is_not_overwritten(folder, run):
+    assert run("render", folder, *RENDER)[0] == 0
+    edit_card(folder, "## Use", "My own words.\n\n## Use")
+    status, _, errors = run("render", folder, "--tag", "v2")
+    assert status == 2 and "has text that `render` did not write" in errors and "My own words." in text_of(folder)
+    (folder / ".hub_card.json").unlink()
+    (folder / "README.md").write_text("# My model\n")
+    assert run("render", folder, *RENDER)[0] == 2 and text_of(folder) == "# My model\n"
+    (folder / "README.md").unlink()
+    assert run("render", folder, *RENDER)[0] == 0
+
+
+def test_an_empty_text_removes_an_option(folder, run):
+    assert run("render", folder, *RENDER, "--note", "Two\nlines", "--language", "en")[0] == 0
+    assert "> Two\n> lines\n" in text_of(folder)
+    assert run("render", folder, "--note", "", "--language", "")[0] == 0
+    assert "> " not in text_of(folder) and "language" not in head_of(text_of(folder))
+
+
+@pytest.mark.parametrize("wrong", [{"licence": "x"}, {"language": "en"}, {"tag": 7}, {"rendered": 3}], ids=str)
+def test_a_memory_that_render_did_not_write_is_refused(wrong, folder, run):
+    (folder / ".hub_card.json").write_text(json.dumps({"repo_id": "some/tiny", "license": "mit", **wrong}))
+    status, _, errors = run("render", folder)
+    assert status == 2 and re.fullmatch(r"error: [^\n]*\.hub_card\.json has [^\n]*remove it[^\n]*\n", errors)
+
+
+@pytest.mark.parametrize(
+    ("fact", "reason"),
+    [
+        ({"language": "en"}, "`language` is the text 'en'"),
+        ({"datasets": "some/data"}, "`datasets` is the text 'some/data'"),
+        ({"language": ["english"]}, "'english' is no language code"),
+        ({"language": ["en,zh"]}, "'en,zh' is no language code"),
+        ({"datasets": ["https://huggingface.co/datasets/some/data"]}, "is no id of a dataset"),
+    ],
+)
+def test_facts_that_the_hub_would_read_otherwise_are_refused(fact, reason, folder):
+    with pytest.raises(ValueError, match=reason):
+        gather(folder, "some/tiny", Facts(license="mit", **fact))
+    card = gather(folder, "some/tiny", Facts(license="mit", language=["en", "zh-TW"], datasets=["squad", "some/data"]))
+    assert head_of(card.render())["language"] == ["en", "zh-TW"]
+
+
+def test_a_revision_without_a_base_has_an_effect_or_is_refused(folder, run):
+    status, _, errors = run("render", folder, *RENDER, "--base-revision", "v2")
+    assert status == 2 and "is a whole model: --base is for adapters, and so is --base-revision" in errors
+
+
+def test_an_adapter_keeps_the_base_that_it_was_trained_on(tmp_path, run):
+    folder = convert(GOLDENS / "lora", tmp_path / "lora", base=GOLDENS / "base", keep_adapter=True)
+    config = folder / "adapter_config.json"
+
+    def base():
+        settings = json.loads(config.read_text())
+        return settings["base_model_name_or_path"], settings["revision"]
+
+    assert run("render", folder, *RENDER, "--base", "some/base")[0] == 0 and base() == ("some/base", "v1")
+    assert run("render", folder, "--base-revision", "v2")[0] == run("render", folder)[0] == 0
+    assert base() == ("some/base", "v2")
+    for trained_on in (("some/base", "a" * 40), ("/home/me/other", None)):
+        edit_json(config, base_model_name_or_path=trained_on[0], revision=trained_on[1])
+        status, _, errors = run("render", folder)
+        assert status == 2 and "when its card was rendered: give --base again" in errors and base() == trained_on
+    edit_json(config, base_model_name_or_path="some/base", revision="a" * 40)
+    assert run("render", folder, "--base", "some/base")[0] == 0 and base() == ("some/base", "a" * 40)
+    edit_card(folder, "base_model:\n- some/base", "base_model:\n- some/other")
+    assert any(
+        "`base_model` is ['some/other'], the adapter's base is" in line for line in check_current(freeze(folder))
+    )
+
+
+# What transformers and vLLM read otherwise than it is meant
+
+
+MISREAD = {
+    "dtype": (
+        lambda f: edit_json(f / "config.json", dtype="float16"),
+        "weights: they are float32, but are loaded as float16",
+    ),
+    "tied": (
+        lambda f: edit_json(f / "config.json", tie_word_embeddings=True),
+        "config.json has `tie_word_embeddings`",
+    ),
+    "NaN": (
+        lambda f: (f / "generation_config.json").write_text('{"temperature": NaN}'),
+        "damaged: generation_config.json is not JSON: NaN is no number of JSON",
+    ),
+    "pointer": (
+        lambda f: (f / "merges.txt").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+        "damaged: merges.txt is a pointer of Git LFS",
+    ),
+    "twice": (
+        lambda f: edit_card(f, "license: cc-by-nc-4.0", "license: mit\nlicense: cc-by-nc-4.0"),
+        "metadata: the YAML of README.md has license twice",
+    ),
+    "Norwegian": (lambda f: edit_card(f, "tags:\n", "language: no\ntags:\n"), "metadata: `language` is False"),
+    "mount": (
+        lambda f: edit_card(f, "## Use", "See /lustre/me/x.\n\n## Use"),
+        "path: README.md names '/lustre/me/x.'",
+    ),
+    "drive": (
+        lambda f: edit_card(f, "## Use", "See C:/Users/me/x.\n\n## Use"),
+        "path: README.md names 'C:/Users/me/x.'",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", MISREAD)
+def test_what_is_read_otherwise_is_found(fault, folder):
+    break_it, expected = MISREAD[fault]
+    break_it(folder)
+    (problem,) = check(folder)
+    assert expected in problem
+
+
+def test_speed_is_a_number(tmp_path):
+    measured = {"command": "x", "device": "y", "conditions": "z"}
+    for rows in (3, ["x"], [{"what": "a", "value": "fast", "unit": "ms"}], [{"what": "a", "value": True, "unit": ""}]):
+        (tmp_path / "speed.json").write_text(json.dumps({**measured, "rows": rows}))
+        with pytest.raises(ValueError, match="a row is|expected a finite number"):
+            read_speed(tmp_path / "speed.json")

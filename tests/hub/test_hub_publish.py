@@ -343,6 +343,24 @@ def test_old_weights_are_removed(hub, folder, model):
     assert "model.safetensors" not in published(hub, TINY) and "model.safetensors" in published(hub, TINY, "v1")
 
 
+def test_only_what_would_be_read_is_removed(hub, folder):
+    """A leftover `special_tokens_map.json` changes where an answer ends; a leftover adapter, which model is loaded."""
+    read = ["adapter_config.json", "special_tokens_map.json", "added_tokens.json", "preprocessor_config.json"]
+    kept = ["docs.md", "LICENSE.md", "8bit/model.safetensors", "8bit/config.json"]
+    HfApi().create_repo(TINY)
+    for name in (*read, *kept):
+        HfApi().upload_file(path_or_fileobj=b"{}", path_in_repo=name, repo_id=TINY)
+    publish(plan(folder, TINY))
+    assert published(hub, TINY).keys() == local_files(folder).keys() | {*kept}
+
+
+def test_a_tag_is_no_branch(folder):
+    for tag, revision in (("main", None), ("next", "next")):
+        write_card(folder, gather(folder, TINY, CARD_FACTS, tag=tag))
+        with pytest.raises(ValueError, match=f"The card's tag '{tag}' is a branch"):
+            plan(folder, TINY, revision=revision)
+
+
 def test_a_second_chat_template_is_removed(hub, folder):
     """vLLM does not start with it; older folders have that of stage 1, and so have their repositories."""
     plain = folder / "additional_chat_templates" / "plain.jinja"

@@ -624,3 +624,20 @@ def test_the_card_of_a_quantised_model_names_what_loads_it(method, package, deri
     write(folder / "config.json", config)
     (line,) = re.findall('pip install "transformers.*', card())
     assert line.endswith(f"torch pillow {package}")
+
+
+def test_a_score_at_another_budget_says_so(card_of):
+    """A number of tokens is no secret; the same benchmark at two budgets has two names."""
+    files = [
+        lmms_eval(
+            {"gqa": {"acc,none": 0.25 * (1 + (tokens == 4))}},
+            config={**LMMS_EVAL["config"], "model_args": f"pretrained=some/tiny,max_soft_tokens={tokens}"},
+        )
+        for tokens in (4, 1)
+    ]
+    text, entries = card_of(*files)
+    assert {entry.metric_name: entry.metric_value for entry in entries} == {
+        "acc, 4 tokens of a picture": 0.5,
+        "acc, 1 tokens of a picture": 0.25,
+    }
+    assert "--model_args pretrained=some/tiny,max_soft_tokens=1 " in text

@@ -221,3 +221,23 @@ def test_a_system_joins_only_results_of_the_same_settings(changed, tmp_path, mon
     file.write_text(json.dumps(found | {changed: "another"}))
     with pytest.raises(ValueError, match=f"has {changed} another, expected .*: name another folder, or remove it"):
         ablation.ablate(tmp_path / "work", tmp_path / "out", systems=["STF"], **settings)
+
+
+def test_a_run_on_other_data_is_not_mixed_in(tmp_path, monkeypatch):
+    """Marks stand in the order of the questions, so those of other questions would be read as theirs."""
+    monkeypatch.setattr(ablation, "start_module", lambda *_, **__: pytest.fail("A run was started."))
+    work, out = tmp_path / "work", tmp_path / "out"
+    for name in ("start/model.safetensors", "data/captions.json", "data/dialogues.json", "data/test.json"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_bytes(b"here")
+    settings = {"captions": 32, "rows": 64, "questions": 9}
+    found = {"equal": "rows", "start": ablation._digest(work / "start" / "model.safetensors"), **settings}
+    (out / "runs").mkdir(parents=True)
+    file = out / "runs" / ablation.Run(REFERENCE, seed=0, **settings).file
+    file.write_text(json.dumps(found | {"data": "another"}))
+    with pytest.raises(ValueError, match="has data another, expected .*: name another folder, or remove it"):
+        ablation.ablate(work, out, systems=["STF"], **settings)
+    monkeypatch.setattr(ablation, "report", lambda *_: out)
+    for known in ({"data": ablation._digest_of(work / "data")}, {}):  # the first results have none
+        file.write_text(json.dumps(found | known))
+        assert ablation.ablate(work, out, seeds=1, systems=[REFERENCE], **settings) == out

@@ -4,6 +4,7 @@ import functools
 import io
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,6 +13,7 @@ from collections import Counter, defaultdict
 from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -52,6 +54,7 @@ from examples.shapes.pictograms import (
     fetch,
     read_pictograms,
 )
+from examples.shapes.processes import start_module
 from examples.shapes.questions import (
     CATEGORIES,
     KINDS,
@@ -63,11 +66,11 @@ from examples.shapes.questions import (
     one_of_each,
     plural,
 )
-from examples.shapes.recipe import Timer, make
+from examples.shapes.recipe import LOGS, Timer, make
 from examples.shapes.scenes import GROUPS, RADII, SIDE, Print, Scene, Thing, draw_picture, draw_scene
 from examples.shapes.shrink import shrink
 from examples.shapes.task import write_task
-from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_tokenizer, train_tokenizer
+from examples.shapes.text import CHAT_TEMPLATE, messages_of, read_rows, read_test, read_tokenizer, train_tokenizer
 from examples.shapes.tokens import compare
 from examples.shapes.training import train
 from examples.shapes.warm_up import warm_up
@@ -990,3 +993,84 @@ def test_a_task_is_not_written_over_another(data, tmp_path):
         write_task(data, tmp_path)
     with pytest.raises(ValueError, match="make the data first"):
         write_task(tmp_path, tmp_path / "task")
+
+
+# What stops on the way
+
+
+def test_seconds_are_those_of_all_attempts(tmp_path, monkeypatch):
+    timer = Timer(tmp_path / "seconds.json")
+    monkeypatch.setattr("examples.shapes.processes.ROOT", tmp_path)
+    (tmp_path / "step.py").write_text("import sys; sys.exit(1)")
+    clock = iter([0.0, 5.0, 10.0, 12.0])
+    monkeypatch.setattr("examples.shapes.recipe.time.perf_counter", lambda: next(clock))
+    for seconds in (5, 7):
+        with pytest.raises(ValueError, match="a failed"):
+            timer.run({tmp_path / "a": ("step",)})
+        assert json.loads((tmp_path / "seconds.json").read_text()) == {"a": seconds}
+
+
+def test_a_stopped_run_leaves_no_step_behind(tmp_path, monkeypatch):
+    """Otherwise the same command would run a step beside itself."""
+    monkeypatch.setattr("examples.shapes.processes.ROOT", tmp_path)
+    monkeypatch.setattr("examples.shapes.recipe.GRACE", 0.01)
+    (tmp_path / "step.py").write_text("import time; time.sleep(60)")
+    started = []
+
+    def start(*command):
+        if started:
+            raise KeyboardInterrupt
+        started.append(start_module(*command))
+        return started[0]
+
+    monkeypatch.setattr("examples.shapes.recipe.start_module", start)
+    with pytest.raises(KeyboardInterrupt):
+        Timer(tmp_path / "seconds.json").run({tmp_path / name: ("step",) for name in ("a", "b")})
+    assert started[0].poll() == -signal.SIGTERM
+
+
+def test_ctrl_c_is_one_line(monkeypatch, capsys, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("examples.shapes.__main__.write_task", stop)
+    monkeypatch.setattr("sys.argv", ["examples.shapes", "task", "DATA", "OUT"])
+    assert main() == 130 and capsys.readouterr().err == "error: stopped\n"
+
+
+@pytest.mark.parametrize("step", ["evaluate", "render_card"])
+def test_a_model_appears_with_its_results_and_card_or_not_at_all(step, tmp_path, monkeypatch):
+    """A folder without them would stop the command that is to go on."""
+    work, out = tmp_path / "work", tmp_path / "out"
+    names = [f"{folder}/{name}" for folder, name in LOGS.items()]
+    for name in (*names, "elastic/recipe.yaml", "data/images/test-000000.png", "seconds.json"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("x")
+    monkeypatch.setattr("examples.shapes.recipe.Timer.run", lambda *_: None)
+    monkeypatch.setattr("examples.shapes.recipe.pack", lambda *_: None)
+    monkeypatch.setattr("examples.shapes.recipe.evaluate", lambda *_, **__: None)
+    monkeypatch.setattr("examples.shapes.recipe.render_card", lambda *_: None)
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):
+        stopped.setattr(f"examples.shapes.recipe.{step}", Mock(side_effect=KeyboardInterrupt))
+        make(work, out)
+    assert not out.exists()
+    assert (make(work, out) / "log_stage1.json").is_file()
+
+
+@pytest.mark.parametrize("schemes", [["int8"], ["W4A16", "W4A16"]])
+def test_two_models_of_one_scheme_have_no_row(schemes, data, tmp_path):
+    folders = [tmp_path / str(number) for number, _ in enumerate(schemes)]
+    for folder, scheme in zip(folders, schemes, strict=True):
+        folder.mkdir()
+        (folder / "quantisation.json").write_text(json.dumps({"scheme": scheme}))
+    with pytest.raises(ValueError, match=f"{folders[-1]} is a second model in {schemes[0]}"):
+        shrink("nowhere", data, tmp_path / "result.json", also=folders)
+
+
+def test_a_question_that_is_there_twice_is_refused(data, tmp_path):
+    for name in ("test.json", "truth.jsonl"):
+        rows = read_rows(data / name)
+        text = json.dumps([*rows, rows[0]]) if name == "test.json" else "\n".join(map(json.dumps, [*rows, rows[0]]))
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match="or their ids differ or repeat"):
+        read_test(tmp_path)

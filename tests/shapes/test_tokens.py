@@ -69,6 +69,11 @@ def test_every_system_is_asked_once_and_a_stopped_run_continues(data, tmp_path, 
     assert again["rows"] == results["rows"]
     with pytest.raises(ValueError, match="has other questions or another model"):
         compare(out, data, **arguments | {"questions": 3})
+    # Times stay with the rows that they were measured with.
+    monkeypatch.undo()
+    (out / "rows" / "at-four.json").unlink()
+    compare(out, data, **arguments)
+    assert not any("first_token_seconds" in row for row in json.loads((out / "results.json").read_text())["rows"])
 
 
 def test_models_that_are_refused(data, tmp_path):
@@ -79,6 +84,15 @@ def test_models_that_are_refused(data, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             compare(tmp_path / "out", data, models)
+    for models, message in (
+        ([f"{MODEL}@4"], "is the first model, .* leave out @4"),
+        ([MODEL, f"budget 4={MODEL}"], "The rows 'budget 4' and 'budget 4' would be one file, budget-4.json"),
+        ([MODEL, f"a b={MODEL}@4", f"A-B={MODEL}@1"], "The rows 'a b' and 'A-B' would be one file, a-b.json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compare(tmp_path / "out", data, models)
+    with pytest.raises(ValueError, match=r"--keep is 3, but pool averages to one of \[4, 1\]"):
+        compare(tmp_path / "out", data, [MODEL], keep=[3], scores=["pool"])
     for keep in (0, 17):
         with pytest.raises(ValueError, match=f"--keep is {keep}, expected 1 to 16"):
             compare(tmp_path / "out", data, [MODEL], keep=[8, keep])
