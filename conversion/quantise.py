@@ -222,18 +222,25 @@ def load(folder: Path, scheme: str) -> LlavaSTFForConditionalGeneration:
     """Loads a checkpoint with its language model quantised.
 
     Raises:
-        ConversionError: if the library skipped a layer.
+        ConversionError: if transformers does not read all weights, or if the library skipped a layer.
     """
     # On a GPU only what needs it: the others give the same weights on a CPU, which has more memory.
     device = "cuda" if scheme in ("int4", "nf4") and torch.cuda.is_available() else "cpu"
-    model = LlavaSTFForConditionalGeneration.from_pretrained(
-        folder, dtype=DTYPE, quantization_config=SCHEMES[scheme].settings(), device_map=device
-    ).eval()
+    settings = SCHEMES[scheme].settings()
+    model, found = LlavaSTFForConditionalGeneration.from_pretrained(
+        folder, dtype=DTYPE, quantization_config=settings, device_map=device, output_loading_info=True
+    )
+    missing = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if missing:
+        raise ConversionError(
+            f"transformers {version('transformers')} did not read {len(missing)} weights of {folder}, such as "
+            f"{missing[0]}: they have names of another version."
+        )
     left = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and is_quantised(name)}
     left -= set(quantised_layers(model))
     if left:
         raise ConversionError(f"{SCHEMES[scheme].package} left {len(left)} layers as they were, such as {min(left)}.")
-    return model
+    return model.eval()
 
 
 def quantised_layers(model: nn.Module) -> Iterator[str]:
