@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .checkpoints.folders import (
@@ -36,7 +36,7 @@ from .checkpoints.folders import (
     save_checkpoint,
 )
 from .checkpoints.weights import SAFETENSORS_DTYPES, Weights, check_dtypes, check_finite, read_folder
-from .config import read_our_config
+from .config import built, read_our_config
 from .keys import ConversionError, to_newest
 from .locate import HUB_ID, commit_of, fetch
 from .plan import check_complete, empty_model
@@ -133,6 +133,7 @@ def quantise(
     config = read_our_config(folder)
     require_kernel(scheme, config.text_config)
     weights = read_whole(folder, config)
+    built(LlavaSTFProcessor.from_pretrained, folder, pretrained_model_name_or_path=folder)
     _require_disk(destination, _bytes(weights, scheme))
     facts = _facts(source, folder, scheme, base_model)
     model = load(folder, scheme)

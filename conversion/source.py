@@ -27,7 +27,7 @@ from .locate import Places, commit_of
 from .lora import PEFT_PREFIX, check_adapter_config, lora_target, require_adapted
 from .options import Options
 from .settings import LANGUAGE, check_settings
-from .tokenizer import load_tokenizer, two_tokenizers
+from .tokenizer import load_tokenizer, tokenizer_notes
 
 LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
@@ -95,7 +95,7 @@ def read(places: Places, options: Options) -> Source:
         *_context_note(run, context),
         *generation_notes,
         *_commits(tokenizer=tokenizer_folder if options.tokenizer else None),
-        *two_tokenizers(tokenizer_folder),
+        *tokenizer_notes(tokenizer_folder),
         *vision_notes,
         *image_notes,
     ]

@@ -265,7 +265,18 @@ def _scores(proto: Any) -> dict[str, float]:
     return {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
 
 
-def two_tokenizers(folder: Path) -> list[str]:
+def tokenizer_notes(folder: Path) -> list[str]:
+    """What a folder's tokenizer does in the original, but not here."""
+    notes = _two_tokenizers(folder)
+    if read_json(folder / "tokenizer_config.json").get("clean_up_tokenization_spaces"):
+        notes.append(
+            f"{folder}: the original drops spaces before signs when it decodes (clean_up_tokenization_spaces); here an "
+            "answer is as its tokens spell it"
+        )
+    return notes
+
+
+def _two_tokenizers(folder: Path) -> list[str]:
     """A note where a folder's tokenizer.json, which is used, is not that of the tokenizer.model, the original's."""
     file, original = folder / "tokenizer.json", folder / "tokenizer.model"
     if not (file.exists() and original.exists()):
@@ -274,7 +285,7 @@ def two_tokenizers(folder: Path) -> list[str]:
     cut = {token["content"] for token in json.loads(source.to_str())["added_tokens"]}
     try:
         sentencepiece, proto = _read_sentencepiece(original, cut)
-        difference = _compare(source.model, sentencepiece, proto)
+        difference = _compare(source.model, sentencepiece, proto) or _other_tokens(folder)
     except ConversionError as error:
         difference = str(error)
     if difference is None:
@@ -283,6 +294,13 @@ def two_tokenizers(folder: Path) -> list[str]:
         f"{file} is used, but the original reads the {original.name} beside it, which says otherwise: {difference}. "
         f"If the model was trained with {original.name}, convert without {file.name}"
     ]
+
+
+def _other_tokens(folder: Path) -> str | None:
+    """In what the added tokens of a tokenizer.json are others than those of the files for a slow tokenizer."""
+    fast, slow = (load_tokenizer(folder, 1, original).backend_tokenizer for original in (False, True))
+    parts = [part for part in different_parts(fast, slow) if part != "model"]
+    return f"their {' and '.join(parts)} differ" if parts else None
 
 
 def _require_llama(file: Path, proto: Any) -> None:

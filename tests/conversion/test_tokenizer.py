@@ -411,6 +411,18 @@ def test_two_tokenizers_that_disagree_are_named(mode, tmp_path, capsys):
             "tokenizer.json is used, but the original reads the tokenizer.model beside it" in capsys.readouterr().out
         )
         assert noted is (merges == "ids")
+    content = json.loads(right.to_str())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 517, "content": "<extra>", "special": False})
+    write(source, "tokenizer.json", content)
+    convert(source, tmp_path / "added", vision_tower=GOLDENS / "clip")
+    assert "says otherwise: their added_tokens" in capsys.readouterr().out
+
+
+def test_an_answer_is_as_its_tokens_spell_it(tmp_path, capsys):
+    source = shutil.copytree(GOLDENS / "original", tmp_path / "source")
+    tokenizer_folder(source, clean_up_tokenization_spaces=True)
+    convert(source, tmp_path / "out", vision_tower=GOLDENS / "clip")
+    assert "drops spaces before signs when it decodes (clean_up_tokenization_spaces)" in capsys.readouterr().out
 
 
 def saved_by_transformers(folder):
