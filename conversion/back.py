@@ -130,6 +130,11 @@ def _in_original_layout(
     original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
     if config.token_budgets is not None:
         print(f"- token_budgets {config.token_budgets} are not written: the original's code has one number of tokens")
+    if clip_folder is None:
+        print(
+            f"- not compared (--vision-tower does): the original's code takes tower and preprocessor from "
+            f"{original.get('mm_vision_tower')}, whatever is written here"
+        )
     _check_pictures(original, config, folder, clip_folder)
     return original, weights
 

@@ -73,7 +73,33 @@ def lora_pairs(adapter: Weights, weights: Weights, config: dict[str, Any]) -> di
                 f"The LoRA matrices of {target!r} have the shapes {pair['A'].shape} and {pair['B'].shape}, expected "
                 f"{expected[0]} and {expected[1]}."
             )
+        if not _is_named(target.removesuffix(".weight"), config):
+            raise ConversionError(
+                f"The adapter has matrices of {target!r}, which {ADAPTER_CONFIG_FILE} does not name (`target_modules`, "
+                "`exclude_modules`, `layers_to_transform`): PEFT leaves them out."
+            )
     return {target: (pair["A"], pair["B"]) for target, pair in found.items()}
+
+
+def _is_named(module: str, config: dict[str, Any]) -> bool:
+    """Whether an adapter's config names a module, by the rules of PEFT."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if targets in (None, "all-linear"):
+        return True
+    layers = [layers] if isinstance(layers, int) else layers
+    layer = re.match(r".*\.layers\.(\d+)\.", module)
+    left_out = layers is not None and (layer is None or int(layer[1]) not in layers)
+    return _fits(module, targets) and not left_out and not _fits(module, config.get("exclude_modules") or [])
+
+
+def _fits(module: str, names: str | list[str]) -> bool:
+    """Whether a module has one of these names, or one that fits a pattern."""
+    if isinstance(names, list):
+        return any(module == name or module.endswith(f".{name}") for name in names)
+    try:
+        return re.fullmatch(names, module) is not None
+    except (TypeError, re.error) as error:
+        raise ConversionError(f"{ADAPTER_CONFIG_FILE}: {names!r} is no pattern of modules: {error}.") from error
 
 
 def merge_lora(weights: Weights, adapter: Weights, config: dict[str, Any]) -> Weights:

@@ -29,6 +29,8 @@ from .options import Options
 from .settings import LANGUAGE, check_settings
 from .tokenizer import load_tokenizer, tokenizer_notes
 
+# In the order in which PEFT looks for them.
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
 LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
 # A CLIP tower that transformers 5 saved alone has no `vision_model.` in front of these.
@@ -90,6 +92,7 @@ def read(places: Places, options: Options) -> Source:
     notes = [
         f"{run.folder}: {run.kind}",
         *run.notes,
+        *_left_over(run),
         *([] if weights is run.weights else [f"vision tower: {tower}"]),
         *_commits(source=places.run, base=places.base, vision_tower=tower),
         *_context_note(run, context),
@@ -102,9 +105,18 @@ def read(places: Places, options: Options) -> Source:
     return Source(run, weights, config, build_processor(config, image_processor, tokenizer), end, notes)
 
 
+def _left_over(run: Run) -> list[str]:
+    """Notes on files of other kinds of runs, which nothing is read from."""
+    adapters = [name for name in ADAPTER_FILES if (run.folder / name).exists()]
+    left = adapters + [NON_LORA_FILE] if run.adapter is None else adapters[1:] + [PROJECTOR_FILE]
+    return [f"{run.folder / name} is not read: this is a {run.kind}" for name in left if (run.folder / name).exists()]
+
+
 def _refuse_options(run: Run, options: Options) -> None:
     if options.taps is not None and not options.init_fusion:
         raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
+    if options.seed and not options.init_fusion:
+        raise ConversionError("All weights are given, and none is random: leave out --seed.")
     if options.keep_adapter and run.adapter is None:
         raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
 
@@ -212,8 +224,7 @@ def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[
         )
     adapter_config = read_json(place)
     check_adapter_config(adapter_config, place)
-    files = [folder / name for name in (ADAPTER_FILE, "adapter_model.bin")]
-    file = next((file for file in files if file.exists()), None)
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
     if file is None:
         raise ConversionError(f"{folder} has {ADAPTER_CONFIG_FILE}, but no adapter_model.safetensors or .bin.")
     adapter = read_file(file)

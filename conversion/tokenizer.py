@@ -132,7 +132,6 @@ def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, s
     special: dict[str, Flags] = {}
     for token in (*named.values(), *others):
         special.setdefault(token["content"], token)
-    special.pop(IMAGE_TOKEN, None)
     return {name: token["content"] for name, token in named.items()}, special
 
 
@@ -365,12 +364,13 @@ def _compare(model: BPE, sentencepiece: Any, proto: Any) -> str | None:
 def _assemble(model: Any, added: Added, special: dict[str, Flags], legacy: bool, folder: Path) -> Tokenizer:
     backend = Tokenizer(model)
     tokens = {token["content"]: token for _, token in sorted(added.items())}
-    tokens = {**tokens, **{name: tokens.get(name, flags) for name, flags in special.items()}}
-    tokens[IMAGE_TOKEN] = {"content": IMAGE_TOKEN}
+    # Flags in the list of added tokens count; an added_tokens.json has none.
+    tokens |= {name: {**flags, **tokens.get(name, {})} for name, flags in special.items()}
+    tokens.setdefault(IMAGE_TOKEN, {"content": IMAGE_TOKEN})
     for token in tokens.values():
         _refuse_flags(token, legacy, folder)
     plain = [name for name in tokens if name not in special and name != IMAGE_TOKEN]
-    backend.normalizer = _normalizer([*special], plain, legacy)
+    backend.normalizer = _normalizer([name for name in special if name != IMAGE_TOKEN], plain, legacy)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

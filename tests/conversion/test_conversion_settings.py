@@ -959,6 +959,18 @@ def test_way_back_compares_the_whole_tower(key, tmp_path, checkpoint):
     back_refused(f"another tower: its weights are not those of .*{key}", tmp_path, checkpoint, vision_tower=clip)
 
 
+def test_way_back_says_that_a_tower_was_not_compared(tmp_path, capsys):
+    whole = convert(GOLDENS / "original", tmp_path / "whole", keep_full_tower=True)
+    convert_back(whole, tmp_path / "back")
+    assert "takes tower and preprocessor from clip, whatever is written here" in capsys.readouterr().out
+    convert_back(whole, tmp_path / "compared", vision_tower=CLIP)
+    assert "takes tower" not in capsys.readouterr().out
+
+
+def test_a_seed_that_cannot_act_is_refused(tmp_path):
+    refused("leave out --seed", tmp_path, GOLDENS / "original", seed=3)
+
+
 def test_way_back_of_a_tower_that_was_rounded_twice(tmp_path):
     """Once in training, and by --dtype."""
     source = edited(tmp_path, lambda state: state.update({key: value.bfloat16() for key, value in state.items()}))
@@ -979,3 +991,45 @@ def test_way_back_refuses_another_tokenizer(change, tmp_path, checkpoint):
     shutil.copyfile(checkpoint / "tokenizer.json", words / "tokenizer.json")
     part = {"vocabulary": "model", "legacy": "normalizer"}[change]
     back_refused(f"holds another tokenizer than .*{part} differ", tmp_path, checkpoint, tokenizer=words)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.q_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("keep_adapter", [False, True])
+def test_matrices_that_the_config_does_not_name_are_refused(keep_adapter, fields, tmp_path):
+    """PEFT makes no place for them; they were merged."""
+    source = with_settings(tmp_path, "lora", "adapter_config.json", **fields)
+    refused("adapter has matrices of .* does not name", tmp_path, source, base=BASE, keep_adapter=keep_adapter)
+
+
+def test_a_pattern_names_matrices(tmp_path, checkpoints):
+    pattern = r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj"
+    source = with_settings(tmp_path, "lora", "adapter_config.json", target_modules=pattern)
+    out = convert(source, tmp_path / "out", base=BASE, vision_tower=CLIP)
+    assert_same(tensors(out), tensors(checkpoints("lora")))
+    edit = with_settings(tmp_path / "broken", "lora", "adapter_config.json", target_modules="(")
+    refused("'\\(' is no pattern of modules", tmp_path, edit, base=BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("original", "adapter_model.bin"),
+        ("original", "non_lora_trainables.bin"),
+        ("pretrain", "adapter_model.safetensors"),
+        ("lora", "mm_projector.bin"),
+    ],
+)
+def test_files_of_another_kind_of_run_are_named(name, left, tmp_path, capsys):
+    source = with_settings(tmp_path, name)
+    (source / left).write_bytes(b"")
+    convert(source, tmp_path / "out", base=None if name == "original" else BASE, vision_tower=CLIP)
+    assert f"{left} is not read: this is a " in capsys.readouterr().out

@@ -485,6 +485,7 @@ def test_flags_of_the_placeholder_do_not_act(flag, mode, tmp_path):
     tokenizer = load_tokenizer(folder, 4096)
     for row in PROMPTS["raw"]:
         assert image_as_recorded(tokenizer, tokenizer(row["text"]).input_ids) == row[mode], row["text"]
+    assert tokenizer("a<image>b").input_ids == [1, 262, 516, 376]
 
 
 @pytest.mark.parametrize(("flag", "expected"), [("rstrip", [1, 262, 481, 2, 376]), ("lstrip", [1, 262, 2, 481, 376])])
@@ -494,6 +495,7 @@ def test_flags_of_named_tokens_act(file, flag, expected, tmp_path):
     folder = tokenizer_folder(tmp_path / "words", **(named if file == "tokenizer_config.json" else {}))
     if file == "special_tokens_map.json":
         write(folder, file, named)
+        write(folder, "added_tokens.json", {"</s>": 2})
     assert load_tokenizer(folder, 4096)("a </s> b").input_ids == expected
     # Where both speak, the list of added tokens counts.
     tokenizer_folder(folder, **named, added_tokens_decoder={"2": {"content": "</s>"}})
@@ -501,10 +503,10 @@ def test_flags_of_named_tokens_act(file, flag, expected, tmp_path):
 
 
 def test_special_tokens_of_both_files_count(tmp_path):
-    folder = tokenizer_folder(tmp_path / "words", additional_special_tokens=["<a>"])
+    folder = tokenizer_folder(tmp_path / "words", additional_special_tokens=["<a>", "<image>"])
     write(folder, "special_tokens_map.json", {"additional_special_tokens": ["<b>", "<a>"]})
     tokenizer = load_tokenizer(folder, 4096)
-    assert tokenizer("<a><b>").input_ids == [1, 516, 517] and tokenizer.image_token_id == 518
+    assert tokenizer("<a><b><image>").input_ids == [1, 516, 518, 517] and tokenizer.image_token_id == 517
 
 
 @pytest.mark.parametrize(("name", "behind"), [("LlamaTokenizer", 495), ("LlamaTokenizerFast", 376)])
