@@ -157,7 +157,10 @@ def _read_config(folder: Path) -> LlavaSTFConfig:
 
 def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | Path | None) -> dict[str, Any]:
     """The config that the conversion kept, or a new one, with what ours says otherwise by now."""
-    text = build_text_config(config.text_config.to_dict(), folder / "config.json")
+    settings, generation = config.text_config.to_dict(), folder / "generation_config.json"
+    if generation.exists():  # the result has none: the original's `generate` takes from config.json what ends an answer
+        settings["eos_token_id"] = read_json(generation).get("eos_token_id", settings["eos_token_id"])
+    text = build_text_config(settings, folder / "config.json")
     fields = {*LlamaConfig().to_dict()} - {*PreTrainedConfig().to_dict(), "vocab_size"}
     now = {name: value for name, value in text.to_dict().items() if name in fields}
     file = folder / ORIGINAL_CONFIG_FILE
@@ -174,11 +177,6 @@ def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | P
         original["tokenizer_model_max_length"] = context_length(text)
         original["vocab_size"] = rows_without_placeholder(config)
         original |= {"mm_vision_tower": str(vision_tower)} if vision_tower else {}
-    # The original's `generate` takes this from its config.json, for the result has no generation_config.json.
-    generation = folder / "generation_config.json"
-    end = read_json(generation).get("eos_token_id") if generation.exists() else None
-    if end is not None and end != text.eos_token_id:
-        now["eos_token_id"] = end
     rope = now.pop("rope_parameters", None)
     if rope is not None:
         original.pop("rope_parameters", None)

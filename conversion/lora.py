@@ -34,16 +34,14 @@ def require_adapted(adapted: set[str], base: Weights, config: dict[str, Any], fi
     """Raises a [`ConversionError`] if there is no matrix for a weight that the adapter's config names."""
     if not adapted:
         raise ConversionError(f"{file} holds no LoRA matrices: there is nothing to merge.")
-    targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    if not isinstance(layers, (list, type(None))):
+    layers = config.get("layers_to_transform")
+    if not isinstance(layers, (int, list, type(None))):
         raise ConversionError(f"{ADAPTER_CONFIG_FILE}: `layers_to_transform` is {layers!r}, expected layer numbers.")
     # With a pattern, or with modules that are left out, PEFT's own rules decide.
-    for key in base if isinstance(targets, list) and not config.get("exclude_modules") else ():
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
-        if match is None or not (layers is None or int(match[1]) in layers):
-            continue
-        if any(match[2] == target or match[2].endswith(f".{target}") for target in targets) and key not in adapted:
+    listed = isinstance(config.get("target_modules"), list) and not config.get("exclude_modules")
+    for key in base if listed else ():
+        match = re.fullmatch(r"(model\.layers\..+)\.weight", key)
+        if match and key not in adapted and _is_named(match[1], config):
             raise ConversionError(f"{file} has no LoRA matrices for {key!r}, which `target_modules` names.")
 
 
@@ -86,10 +84,13 @@ def _is_named(module: str, config: dict[str, Any]) -> bool:
     targets, layers = config.get("target_modules"), config.get("layers_to_transform")
     if targets in (None, "all-linear"):
         return True
+    if _fits(module, config.get("exclude_modules") or []):
+        return False
+    if isinstance(targets, str) or module in targets or layers in (None, []):
+        return _fits(module, targets)
     layers = [layers] if isinstance(layers, int) else layers
     layer = re.match(r".*\.layers\.(\d+)\.", module)
-    left_out = layers is not None and (layer is None or int(layer[1]) not in layers)
-    return _fits(module, targets) and not left_out and not _fits(module, config.get("exclude_modules") or [])
+    return _fits(module, targets) and layer is not None and int(layer[1]) in layers
 
 
 def _fits(module: str, names: str | list[str]) -> bool:

@@ -231,17 +231,25 @@ def load(folder: Path, scheme: str) -> LlavaSTFForConditionalGeneration:
     model, found = LlavaSTFForConditionalGeneration.from_pretrained(
         folder, dtype=DTYPE, quantization_config=settings, device_map=device, output_loading_info=True
     )
+    require_read(folder, found)
+    left = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and is_quantised(name)}
+    left -= set(quantised_layers(model))
+    if left:
+        raise ConversionError(f"{SCHEMES[scheme].package} left {len(left)} layers as they were, such as {min(left)}.")
+    return model.eval()
+
+
+def require_read(folder: Path, found: dict[str, Any]) -> None:
+    """Raises a [`ConversionError`] unless transformers read all weights; `found` is its `loading_info`.
+
+    transformers before 5.24 does not know older names, which `read_whole` reads, and goes on with random weights.
+    """
     missing = sorted({*found["missing_keys"], *found["unexpected_keys"]})
     if missing:
         raise ConversionError(
             f"transformers {version('transformers')} did not read {len(missing)} weights of {folder}, such as "
             f"{missing[0]}: they have names of another version."
         )
-    left = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and is_quantised(name)}
-    left -= set(quantised_layers(model))
-    if left:
-        raise ConversionError(f"{SCHEMES[scheme].package} left {len(left)} layers as they were, such as {min(left)}.")
-    return model.eval()
 
 
 def quantised_layers(model: nn.Module) -> Iterator[str]:

@@ -109,7 +109,7 @@ def _left_over(run: Run) -> list[str]:
     """Notes on files of other kinds of runs, which nothing is read from."""
     adapters = [name for name in ADAPTER_FILES if (run.folder / name).exists()]
     left = adapters + [NON_LORA_FILE] if run.adapter is None else adapters[1:] + [PROJECTOR_FILE]
-    return [f"{run.folder / name} is not read: this is a {run.kind}" for name in left if (run.folder / name).exists()]
+    return [f"{run.folder / name} is not read ({run.kind})" for name in left if (run.folder / name).exists()]
 
 
 def _refuse_options(run: Run, options: Options) -> None:
