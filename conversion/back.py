@@ -34,6 +34,7 @@ from .locate import fetch
 from .plan import check_complete, empty_model
 from .settings import LANGUAGE, OUR_OPTIONS, PREPROCESSOR, check_settings
 from .source import LAYERS, read_tower, tower_depth
+from .tokenizer import different_parts, load_tokenizer, read_tokenizer
 from .vocabulary import EMBEDDINGS, HEAD, first_rows, refuse_growth, rows_without_placeholder
 from .write import print_shards
 
@@ -74,7 +75,7 @@ def convert_back(
         source: folder or Hub id of one of our checkpoints.
         destination: folder to write; must not exist, or be empty.
         vision_tower: the CLIP folder, to restore the tower's layers that were left out.
-        tokenizer: folder with the original's tokenizer.model, which ours does not hold.
+        tokenizer: folder with the original's tokenizer.model, which ours does not hold; it must read texts as ours.
         revision: branch, tag or commit of the source, if that is a Hub id.
         vision_tower_revision: of the CLIP model.
         tokenizer_revision: of the tokenizer.
@@ -85,7 +86,8 @@ def convert_back(
     Raises:
         ConversionError: if a weight is missing, unknown, damaged or of the wrong shape; if tokens were added since the
             conversion, for which the original's vocabulary has no place; if the tower lacks layers and there is no CLIP
-            folder to take them from; or if the CLIP folder holds another tower. Nothing is written then.
+            folder to take them from; or if the CLIP folder holds another tower, or the tokenizer's another tokenizer.
+            Nothing is written then.
     """
     destination = require_empty(destination)
     limit = parse_size(max_shard_size)
@@ -93,7 +95,7 @@ def convert_back(
     clip_folder = _fetch_named("vision-tower", vision_tower, vision_tower_revision)
     tokenizer_folder = _fetch_named("tokenizer", tokenizer, tokenizer_revision)
     original, weights = _in_original_layout(folder, clip_folder, vision_tower)
-    files = _tokenizer_files(tokenizer_folder)
+    files = _tokenizer_files(tokenizer_folder, folder)
     if dry_run:
         for name, weight in weights.items():
             print(f"{name}  {'x'.join(map(str, weight.shape))} {weight.dtype}  ({weight.origin})")
@@ -128,6 +130,11 @@ def _in_original_layout(
     original["mm_vision_select_layer"] = _select_layer(original, config.taps, weights)
     if config.token_budgets is not None:
         print(f"- token_budgets {config.token_budgets} are not written: the original's code has one number of tokens")
+    if clip_folder is None:
+        print(
+            f"- not compared (--vision-tower does): the original's code takes tower and preprocessor from "
+            f"{original.get('mm_vision_tower')}, whatever is written here"
+        )
     _check_pictures(original, config, folder, clip_folder)
     return original, weights
 
@@ -150,7 +157,10 @@ def _read_config(folder: Path) -> LlavaSTFConfig:
 
 def _original_config(config: LlavaSTFConfig, folder: Path, vision_tower: str | Path | None) -> dict[str, Any]:
     """The config that the conversion kept, or a new one, with what ours says otherwise by now."""
-    text = build_text_config(config.text_config.to_dict(), folder / "config.json")
+    settings, generation = config.text_config.to_dict(), folder / "generation_config.json"
+    if generation.exists():  # the result has none: the original's `generate` takes from config.json what ends an answer
+        settings["eos_token_id"] = read_json(generation).get("eos_token_id", settings["eos_token_id"])
+    text = build_text_config(settings, folder / "config.json")
     fields = {*LlamaConfig().to_dict()} - {*PreTrainedConfig().to_dict(), "vocab_size"}
     now = {name: value for name, value in text.to_dict().items() if name in fields}
     file = folder / ORIGINAL_CONFIG_FILE
@@ -196,16 +206,25 @@ def _with_whole_tower(weights: Weights, config: LlavaSTFConfig, clip_folder: Pat
             )
         return weights
     tower = read_tower(clip_folder)
-    for key in sorted(weights.keys() & tower.keys()):
-        if weights[key].shape != tower[key].shape:
-            raise ConversionError(f"{clip_folder} holds another tower: {key!r} is {tower[key].shape} there.")
-    known = TOWER_PREFIX + "vision_model.embeddings.position_embedding.weight"
-    if known not in tower or not torch.equal(weights[known].load(), tower[known].load().to(weights[known].dtype)):
-        raise ConversionError(f"{clip_folder} holds another tower: its weights are not those of {known!r} here.")
+    for key in sorted(key for key in weights if key.startswith(TOWER_PREFIX)):
+        if key not in tower or weights[key].shape != tower[key].shape:
+            found = tower[key].shape if key in tower else "missing"
+            raise ConversionError(f"{clip_folder} holds another tower: {key!r} is {found} there.")
+        if not _same_but_for_rounding(weights[key].load(), tower[key].load()):
+            raise ConversionError(
+                f"{clip_folder} holds another tower: its weights are not those of {key!r} here. The original's code "
+                "would take the tower from there."
+            )
     missing = _layers_behind(tower, weights, depth, _tower_depth(clip_folder, config))
     check_dtypes(missing)
     dtype = weights[TOWER_PREFIX + "vision_model.post_layernorm.weight"].dtype
     return weights | {key: weight.to(dtype) for key, weight in missing.items()}
+
+
+def _same_but_for_rounding(here: torch.Tensor, there: torch.Tensor) -> bool:
+    """Whether these are the same weights, which training may have kept in 16 bits before they got their dtype here."""
+    kept = (there.dtype, torch.bfloat16, torch.float16)
+    return any(torch.equal(here, there.to(dtype).to(here.dtype)) for dtype in kept)
 
 
 def _tower_depth(clip_folder: Path, config: LlavaSTFConfig) -> int:
@@ -265,11 +284,19 @@ def _check_pictures(original: dict[str, Any], config: LlavaSTFConfig, folder: Pa
         print("- the chat template is not that of the conversion; the original has its own, in its code")
 
 
-def _tokenizer_files(folder: Path | None) -> list[Path]:
+def _tokenizer_files(folder: Path | None, ours: Path) -> list[Path]:
+    """The files of the original's tokenizer, which must read texts as the one in `ours`, if there is one."""
     if folder is None:
         print("- no tokenizer is written: ours does not hold the original's tokenizer.model (--tokenizer FOLDER)")
         return []
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).exists()]
     if folder / "tokenizer.model" not in files:
         raise ConversionError(f"{folder} has no tokenizer.model, from which the original makes its tokenizer.")
+    if (ours / "tokenizer.json").exists():
+        theirs = load_tokenizer(folder, 1, original=True).backend_tokenizer
+        different = different_parts(read_tokenizer(ours / "tokenizer.json"), theirs)
+        if different:
+            raise ConversionError(
+                f"{folder} holds another tokenizer than {ours}: their {' and '.join(different)} differ."
+            )
     return files

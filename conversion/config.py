@@ -17,7 +17,15 @@ from .checkpoints.folders import ADAPTER_CONFIG_FILE, TEMPLATES
 from .checkpoints.weights import Weights, matrix, read_json, section
 from .fusion import MBTF, read_off
 from .keys import ConversionError
-from .settings import PREPROCESSOR, VISION, check_settings, require_activation, require_positive
+from .settings import (
+    GENERATION,
+    PREPROCESSOR,
+    VISION,
+    check_settings,
+    foreign_settings,
+    require_activation,
+    require_positive,
+)
 
 Made = TypeVar("Made")
 
@@ -108,7 +116,7 @@ def build_text_config(original: dict[str, Any], place: Path) -> LlamaConfig:
     require_positive(place, original, ["rms_norm_eps", "rope_theta"])
     require_activation(place, original)
     _check_tokens(original, place)
-    fields = {**_known_fields(LlamaConfig, original), "rope_parameters": _rope_parameters(original, place)}
+    fields = {**_known_fields(LlamaConfig, original), "rope_parameters": rope_parameters(original, place)}
     text = built(LlamaConfig, place, **fields)
     if text.num_attention_heads % text.num_key_value_heads:
         raise ConversionError(
@@ -128,7 +136,28 @@ def _check_tokens(original: dict[str, Any], place: Path) -> None:
                 raise ConversionError(f"{place}: `{name}` is {value!r}, expected ids from 0 to {rows - 1}.")
 
 
-def _rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:
+def read_generation(folder: Path, original: dict[str, Any]) -> tuple[int | list[int] | None, list[str]]:
+    """The ids that end an answer in the original's `generate`, and notes on what else it does to answers.
+
+    Args:
+        folder: of the language model. Its generation_config.json counts, as in transformers 4.37.
+        original: the run's settings. They count without that file, and where it was made from them and they say more.
+    """
+    file = folder / "generation_config.json"
+    settings = read_json(file) if file.exists() else original
+    if settings.get("_from_model_config") and foreign_settings(original, GENERATION):
+        settings = original
+    acting = [f"{name} {settings[name]!r:.100}" for name in foreign_settings(settings, GENERATION)]
+    notes = [f"{folder}: settings of `generate` that are not carried over: {', '.join(acting)}"] if acting else []
+    said = original.get("eos_token_id", LlamaConfig().eos_token_id)
+    end = settings.get("eos_token_id", said)
+    _check_tokens({"eos_token_id": end, "vocab_size": original.get("vocab_size")}, file)
+    if end != said:
+        notes.append(f"an answer ends with {end}, as {file} says; config.json says {said}")
+    return end, notes
+
+
+def rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:
     """The rotary positions as transformers 5 has them: `rope_scaling` and `rope_theta` in one."""
     scaling, new = original.get("rope_scaling"), original.get("rope_parameters")
     if scaling and new and scaling != new:
@@ -141,6 +170,10 @@ def _rope_parameters(original: dict[str, Any], place: Path) -> dict[str, Any]:
         raise ConversionError(f"{place} says two things: `rope_theta` is {theta} and {rope['rope_theta']}.")
     rope = {"rope_theta": theta or 10000.0, **rope}
     kind = rope.pop("type", None)
+    if kind and rope.get("rope_type", kind) != kind:
+        raise ConversionError(
+            f"{place} says two things: the rope's `type` is {kind}, its `rope_type` {rope['rope_type']}."
+        )
     rope.setdefault("rope_type", kind or "default")
     _check_rope(rope, place)
     return rope

@@ -3,7 +3,8 @@
 """Names of the weights, in the original's files and in ours: one table, two directions."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import TypeVar
 
 Tensor = TypeVar("Tensor")
@@ -45,28 +46,34 @@ def to_hub(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         ConversionError: for a name that is neither mapped nor on the dropped list.
     """
-    return _renamed(state_dict, KEY_MAP)
+    return renamed(state_dict, partial(_rename, table=KEY_MAP))
 
 
 def to_original(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The way back of [`to_hub`]."""
-    return _renamed(state_dict, {ours: theirs for theirs, ours in KEY_MAP.items() if ours is not None})
+    table = {ours: theirs for theirs, ours in KEY_MAP.items() if ours is not None}
+    return renamed(state_dict, partial(_rename, table=table))
 
 
 def to_newest(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one of our checkpoints under the names that this version gives them."""
-    return _renamed(state_dict, OLDER_KEYS)
+    return renamed(state_dict, partial(_rename, table=OLDER_KEYS))
 
 
-def _renamed(state_dict: Mapping[str, Tensor], table: Mapping[str, str | None]) -> dict[str, Tensor]:
-    renamed: dict[str, Tensor] = {}
+def renamed(state_dict: Mapping[str, Tensor], rename: Callable[[str], str | None]) -> dict[str, Tensor]:
+    """The tensors under other names, without those whose name becomes None.
+
+    Raises:
+        ConversionError: if two tensors get one name.
+    """
+    result: dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        name = _rename(key, table)
-        if name in renamed:
+        name = rename(key)
+        if name in result:
             raise ConversionError(f"{key!r} and another weight both become {name!r}.")
         if name is not None:
-            renamed[name] = tensor
-    return renamed
+            result[name] = tensor
+    return result
 
 
 def _rename(key: str, table: Mapping[str, str | None]) -> str | None:

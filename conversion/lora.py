@@ -34,16 +34,14 @@ def require_adapted(adapted: set[str], base: Weights, config: dict[str, Any], fi
     """Raises a [`ConversionError`] if there is no matrix for a weight that the adapter's config names."""
     if not adapted:
         raise ConversionError(f"{file} holds no LoRA matrices: there is nothing to merge.")
-    targets, layers = config.get("target_modules") or (), config.get("layers_to_transform")
-    layers = [layers] if isinstance(layers, int) else layers
-    if not isinstance(layers, (list, type(None))):
+    layers = config.get("layers_to_transform")
+    if not isinstance(layers, (int, list, type(None))):
         raise ConversionError(f"{ADAPTER_CONFIG_FILE}: `layers_to_transform` is {layers!r}, expected layer numbers.")
     # With a pattern, or with modules that are left out, PEFT's own rules decide.
-    for key in base if isinstance(targets, list) and not config.get("exclude_modules") else ():
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.weight", key)
-        if match is None or not (layers is None or int(match[1]) in layers):
-            continue
-        if any(match[2] == target or match[2].endswith(f".{target}") for target in targets) and key not in adapted:
+    listed = isinstance(config.get("target_modules"), list) and not config.get("exclude_modules")
+    for key in base if listed else ():
+        match = re.fullmatch(r"(model\.layers\..+)\.weight", key)
+        if match and key not in adapted and _is_named(match[1], config):
             raise ConversionError(f"{file} has no LoRA matrices for {key!r}, which `target_modules` names.")
 
 
@@ -73,7 +71,36 @@ def lora_pairs(adapter: Weights, weights: Weights, config: dict[str, Any]) -> di
                 f"The LoRA matrices of {target!r} have the shapes {pair['A'].shape} and {pair['B'].shape}, expected "
                 f"{expected[0]} and {expected[1]}."
             )
+        if not _is_named(target.removesuffix(".weight"), config):
+            raise ConversionError(
+                f"The adapter has matrices of {target!r}, which {ADAPTER_CONFIG_FILE} does not name (`target_modules`, "
+                "`exclude_modules`, `layers_to_transform`): PEFT leaves them out."
+            )
     return {target: (pair["A"], pair["B"]) for target, pair in found.items()}
+
+
+def _is_named(module: str, config: dict[str, Any]) -> bool:
+    """Whether an adapter's config names a module, by the rules of PEFT."""
+    targets, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if targets in (None, "all-linear"):
+        return True
+    if _fits(module, config.get("exclude_modules") or []):
+        return False
+    if isinstance(targets, str) or module in targets or layers in (None, []):
+        return _fits(module, targets)
+    layers = [layers] if isinstance(layers, int) else layers
+    layer = re.match(r".*\.layers\.(\d+)\.", module)
+    return _fits(module, targets) and layer is not None and int(layer[1]) in layers
+
+
+def _fits(module: str, names: str | list[str]) -> bool:
+    """Whether a module has one of these names, or one that fits a pattern."""
+    if isinstance(names, list):
+        return any(module == name or module.endswith(f".{name}") for name in names)
+    try:
+        return re.fullmatch(names, module) is not None
+    except (TypeError, re.error) as error:
+        raise ConversionError(f"{ADAPTER_CONFIG_FILE}: {names!r} is no pattern of modules: {error}.") from error
 
 
 def merge_lora(weights: Weights, adapter: Weights, config: dict[str, Any]) -> Weights:

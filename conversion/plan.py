@@ -13,7 +13,7 @@ from torch import nn
 
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
 
-from .checkpoints.weights import Weights, check_dtypes
+from .checkpoints.weights import Weights, check_castable, check_dtypes
 from .fusion import CONNECTOR, new_fusion
 from .keys import ConversionError, to_hub
 from .lora import PEFT_PREFIX, lora_pairs, merge_lora, peft_weights
@@ -92,6 +92,7 @@ def _dtype(weights: Weights, config: LlavaSTFConfig, dtype: torch.dtype | None) 
     """Gives all weights a dtype, and the sub-models' configs the model's, as `save_pretrained` writes it."""
     config = copy.deepcopy(config)
     if dtype is not None:
+        check_castable(weights)
         weights = {name: weight.to(dtype) for name, weight in weights.items()}
         config.dtype = dtype
     config.text_config.dtype = config.vision_config.dtype = config.dtype

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import BitsAndBytesConfig, LlamaConfig, TorchAoConfig
 from transformers.utils import is_bitsandbytes_available, is_torchao_available
 
-from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration
+from modeling_llava_stf import LlavaSTFConfig, LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED
 
 from .checkpoints.folders import (
@@ -36,7 +36,7 @@ from .checkpoints.folders import (
     save_checkpoint,
 )
 from .checkpoints.weights import SAFETENSORS_DTYPES, Weights, check_dtypes, check_finite, read_folder
-from .config import read_our_config
+from .config import built, read_our_config
 from .keys import ConversionError, to_newest
 from .locate import HUB_ID, commit_of, fetch
 from .plan import check_complete, empty_model
@@ -133,6 +133,7 @@ def quantise(
     config = read_our_config(folder)
     require_kernel(scheme, config.text_config)
     weights = read_whole(folder, config)
+    built(LlavaSTFProcessor.from_pretrained, folder, pretrained_model_name_or_path=folder)
     _require_disk(destination, _bytes(weights, scheme))
     facts = _facts(source, folder, scheme, base_model)
     model = load(folder, scheme)
@@ -222,18 +223,33 @@ def load(folder: Path, scheme: str) -> LlavaSTFForConditionalGeneration:
     """Loads a checkpoint with its language model quantised.
 
     Raises:
-        ConversionError: if the library skipped a layer.
+        ConversionError: if transformers does not read all weights, or if the library skipped a layer.
     """
     # On a GPU only what needs it: the others give the same weights on a CPU, which has more memory.
     device = "cuda" if scheme in ("int4", "nf4") and torch.cuda.is_available() else "cpu"
-    model = LlavaSTFForConditionalGeneration.from_pretrained(
-        folder, dtype=DTYPE, quantization_config=SCHEMES[scheme].settings(), device_map=device
-    ).eval()
+    settings = SCHEMES[scheme].settings()
+    model, found = LlavaSTFForConditionalGeneration.from_pretrained(
+        folder, dtype=DTYPE, quantization_config=settings, device_map=device, output_loading_info=True
+    )
+    require_read(folder, found)
     left = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and is_quantised(name)}
     left -= set(quantised_layers(model))
     if left:
         raise ConversionError(f"{SCHEMES[scheme].package} left {len(left)} layers as they were, such as {min(left)}.")
-    return model
+    return model.eval()
+
+
+def require_read(folder: Path, found: dict[str, Any]) -> None:
+    """Raises a [`ConversionError`] unless transformers read all weights; `found` is its `loading_info`.
+
+    transformers before 5.24 does not know older names, which `read_whole` reads, and goes on with random weights.
+    """
+    missing = sorted({*found["missing_keys"], *found["unexpected_keys"]})
+    if missing:
+        raise ConversionError(
+            f"transformers {version('transformers')} did not read {len(missing)} weights of {folder}, such as "
+            f"{missing[0]}: they have names of another version."
+        )
 
 
 def quantised_layers(model: nn.Module) -> Iterator[str]:

@@ -116,6 +116,30 @@ LANGUAGE = Table(
         "use_sliding_window": (False,),
     },
 )
+# What `generate` does to an answer that is not sampled; each call of the original's says how it samples.
+GENERATION = Table(
+    carried=frozenset({"eos_token_id"}),
+    harmless=COMMON,
+    required={
+        "bad_words_ids": ([],),
+        "begin_suppress_tokens": ([],),
+        "encoder_no_repeat_ngram_size": (0,),
+        "encoder_repetition_penalty": (1,),
+        "exponential_decay_length_penalty": (),
+        "forced_bos_token_id": (),
+        "forced_decoder_ids": ([],),
+        "forced_eos_token_id": (),
+        "guidance_scale": (1,),
+        "min_length": (0,),
+        "min_new_tokens": (0,),
+        "no_repeat_ngram_size": (0,),
+        "num_beams": (1,),
+        "repetition_penalty": (1,),
+        "sequence_bias": ({}, []),
+        "stop_strings": ([],),
+        "suppress_tokens": ([],),
+    },
+)
 VISION = Table(
     carried=frozenset({*CLIPVisionConfig().to_dict()} - {*PreTrainedConfig().to_dict()}),
     # `dropout` and `vocab_size` stand in files of CLIP and of llava-hf; no version of its tower reads them.

@@ -17,16 +17,20 @@ from .config import (
     build_processor,
     build_text_config,
     context_length,
+    read_generation,
     read_vision_config,
+    rope_parameters,
 )
 from .fusion import MBTF, STF
-from .keys import TOWER_PREFIX, ConversionError
+from .keys import TOWER_PREFIX, ConversionError, renamed
 from .locate import Places, commit_of
 from .lora import PEFT_PREFIX, check_adapter_config, lora_target, require_adapted
 from .options import Options
 from .settings import LANGUAGE, check_settings
-from .tokenizer import load_tokenizer, two_tokenizers
+from .tokenizer import load_tokenizer, tokenizer_notes
 
+# In the order in which PEFT looks for them.
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
 LAYERS = TOWER_PREFIX + "vision_model.encoder.layers."
 LAYER = re.compile(re.escape(LAYERS) + r"(\d+)\.")
 # A CLIP tower that transformers 5 saved alone has no `vision_model.` in front of these.
@@ -61,6 +65,7 @@ class Source:
     weights: Weights  # with the tower's
     config: LlavaSTFConfig  # of these weights
     processor: LlavaSTFProcessor
+    end: int | list[int] | None  # the ids that end an answer
     notes: list[str]
 
 
@@ -74,6 +79,7 @@ def read(places: Places, options: Options) -> Source:
     run = read_run(places.run, places.base, options.init_fusion)
     _refuse_options(run, options)
     tower, weights = _with_tower(run, places)
+    end, generation_notes = read_generation(places.base or run.folder, run.config)
     settings = run.config if options.taps is None else {**run.config, "mm_vision_select_layer": options.taps}
     text = build_text_config(settings, run.folder / "config.json")
     context = context_length(text)
@@ -86,20 +92,31 @@ def read(places: Places, options: Options) -> Source:
     notes = [
         f"{run.folder}: {run.kind}",
         *run.notes,
+        *_left_over(run),
         *([] if weights is run.weights else [f"vision tower: {tower}"]),
         *_commits(source=places.run, base=places.base, vision_tower=tower),
         *_context_note(run, context),
+        *generation_notes,
         *_commits(tokenizer=tokenizer_folder if options.tokenizer else None),
-        *two_tokenizers(tokenizer_folder),
+        *tokenizer_notes(tokenizer_folder),
         *vision_notes,
         *image_notes,
     ]
-    return Source(run, weights, config, build_processor(config, image_processor, tokenizer), notes)
+    return Source(run, weights, config, build_processor(config, image_processor, tokenizer), end, notes)
+
+
+def _left_over(run: Run) -> list[str]:
+    """Notes on files of other kinds of runs, which nothing is read from."""
+    adapters = [name for name in ADAPTER_FILES if (run.folder / name).exists()]
+    left = adapters + [NON_LORA_FILE] if run.adapter is None else adapters[1:] + [PROJECTOR_FILE]
+    return [f"{run.folder / name} is not read ({run.kind})" for name in left if (run.folder / name).exists()]
 
 
 def _refuse_options(run: Run, options: Options) -> None:
     if options.taps is not None and not options.init_fusion:
         raise ConversionError("The taps of trained fusion weights are given: leave out --taps.")
+    if options.seed and not options.init_fusion:
+        raise ConversionError("All weights are given, and none is random: leave out --seed.")
     if options.keep_adapter and run.adapter is None:
         raise ConversionError(f"{run.folder} is a {run.kind}, which has no adapter: leave out --keep-adapter.")
 
@@ -184,8 +201,13 @@ def _base(base: Path | None, folder: Path, config: dict[str, Any], kind: str) ->
         raise ConversionError(f"{folder} is {kind}: name the language model that it was trained on with --base.")
     settings = read_json(base / "config.json")
     check_settings(base / "config.json", settings, LANGUAGE)
-    for name in ("hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta"):
-        ours, theirs = config.get(name), settings.get(name)
+    names = ("hidden_act", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+    compared = {name: (config.get(name), settings.get(name)) for name in names}
+    rope, base_rope = rope_parameters(config, folder / "config.json"), rope_parameters(settings, base / "config.json")
+    compared["rope_theta"] = rope["rope_theta"], base_rope["rope_theta"]
+    if base_rope["rope_type"] != "default":  # a run may extend the positions of its base, and keeps what that has
+        compared["rope_scaling"] = rope, base_rope
+    for name, (ours, theirs) in compared.items():
         if ours is not None and theirs is not None and ours != theirs:
             raise ConversionError(
                 f"{folder} was trained on another language model than {base}: `{name}` is {ours} here, {theirs} there."
@@ -202,12 +224,11 @@ def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[
         )
     adapter_config = read_json(place)
     check_adapter_config(adapter_config, place)
-    files = [folder / name for name in (ADAPTER_FILE, "adapter_model.bin")]
-    file = next((file for file in files if file.exists()), None)
+    file = next((folder / name for name in ADAPTER_FILES if (folder / name).exists()), None)
     if file is None:
         raise ConversionError(f"{folder} has {ADAPTER_CONFIG_FILE}, but no adapter_model.safetensors or .bin.")
     adapter = read_file(file)
-    rest = {key.removeprefix(PEFT_PREFIX): weight for key, weight in read_file(folder / NON_LORA_FILE).items()}
+    rest = renamed(read_file(folder / NON_LORA_FILE), lambda key: key.removeprefix(PEFT_PREFIX))
     _require_fusion(rest, folder / NON_LORA_FILE)
     for key in adapter:
         if lora_target(key) not in base:
@@ -218,10 +239,7 @@ def _read_lora(folder: Path, config: dict[str, Any], base: Weights, notes: list[
 
 def read_tower(folder: Path) -> Weights:
     """The vision tower of a CLIP folder (whole CLIP or its vision half) under the original's names."""
-    weights = {
-        f"vision_model.{key}" if key.startswith(TOWER_PARTS) else key: weight
-        for key, weight in read_folder(folder).items()
-    }
+    weights = renamed(read_folder(folder), lambda key: f"vision_model.{key}" if key.startswith(TOWER_PARTS) else key)
     tower = {TOWER_PREFIX + key: weight for key, weight in weights.items() if key.startswith("vision_model.")}
     if not tower:
         raise ConversionError(f"{folder} holds no CLIP vision tower: no weight is called vision_model.* or encoder.*.")
@@ -230,7 +248,7 @@ def read_tower(folder: Path) -> Weights:
 
 def _initialisation(weights: Weights) -> Weights:
     """Tower and language model of a plain LLaVA, or a language model, without the projector."""
-    named = {_original_name(key): weight for key, weight in weights.items()}
+    named = renamed(weights, _original_name)
     return {key: weight for key, weight in named.items() if not key.startswith((STF, MBTF))}
 
 

@@ -21,13 +21,23 @@ IMAGE_TOKEN = "<image>"
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 LLAMA_TOKENS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 # What a converted tokenizer does, with the only values of the settings for it; a missing one is the same.
-REQUIRED = {"add_bos_token": True, "add_eos_token": False, "split_special_tokens": False, "sp_model_kwargs": {}}
+REQUIRED = {
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "add_prefix_space": True,
+    "split_special_tokens": False,
+    "sp_model_kwargs": {},
+}
+# Those that read a tokenizer.model as Llama's; CodeLlama's, for one, reads the same file in another way.
+LLAMA_CLASSES = (None, "LlamaTokenizer", "LlamaTokenizerFast")
 PROBES = 5000
+# A token's content and flags.
+Flags = dict[str, Any]
 # Flags of added tokens, by their ids.
-Added = dict[int, dict[str, Any]]
+Added = dict[int, Flags]
 
 
-def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, model_max_length: int, original: bool = False) -> PreTrainedTokenizerFast:
     """Reads a Llama tokenizer and adds `<image>` as one special token.
 
     A tokenizer.json has its merges, which are used as they are; those of a tokenizer.model are in its scores.
@@ -40,6 +50,7 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
     Args:
         folder: has tokenizer.model (or tokenizer.json) and tokenizer_config.json.
         model_max_length: the model's context, in tokens.
+        original: read what the original reads, the tokenizer.model, also where a tokenizer.json lies beside it.
 
     Raises:
         ConversionError: if a file is missing or damaged, or if a fast tokenizer would read texts in another way than
@@ -49,23 +60,25 @@ def load_tokenizer(folder: Path, model_max_length: int) -> PreTrainedTokenizerFa
     _require_settings(settings, folder)
     named, special = _special_tokens(folder, settings)
     added = _added_tokens(folder, settings)
-    # transformers 4.37, which wrote the original's files, takes a missing flag as True.
-    legacy = settings.get("legacy") in (None, True)
-    if (folder / "tokenizer.json").exists():
+    # transformers 4.37, which wrote the original's files, takes a missing flag as True; its fast classes have none.
+    said = None if str(settings.get("tokenizer_class")).endswith("Fast") else settings.get("legacy")
+    source = None
+    if (folder / "tokenizer.json").exists() and not original:
         source = _read_tokenizer_json(folder / "tokenizer.json")
-        model = source.model
+        model, legacy = source.model, _prefixes_after(source, named["eos_token"]) if said is None else said
         in_file = json.loads(source.to_str())["added_tokens"]
         added = {token["id"]: _flags(token, folder) for token in in_file} | added
-        if settings.get("legacy") is None:
-            legacy = _prefixes_after(source, named["eos_token"])
     elif (folder / "tokenizer.model").exists():
+        _require_class(settings.get("tokenizer_class"), folder)
         cut = {*special, *(token["content"] for token in added.values()), IMAGE_TOKEN}
-        model = _read_tokenizer_model(folder / "tokenizer.model", cut)
+        model, legacy = _read_tokenizer_model(folder / "tokenizer.model", cut), said is not False
     else:
         raise ConversionError(f"{folder} has neither tokenizer.model nor tokenizer.json.")
 
     _require_pieces(named, model, added, folder)
     backend = _assemble(model, added, special, legacy, folder)
+    if source is not None:
+        _require_same(source, backend, folder / "tokenizer.json")
     bos = named["bos_token"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, backend.token_to_id(bos))]
@@ -91,6 +104,14 @@ def _require_settings(settings: dict[str, Any], folder: Path) -> None:
             )
 
 
+def _require_class(name: str | None, folder: Path) -> None:
+    if name not in LLAMA_CLASSES:
+        raise ConversionError(
+            f"{folder}: `tokenizer_class` is {name!r}, expected 'LlamaTokenizer': another class reads the file "
+            "tokenizer.model in another way."
+        )
+
+
 def _require_pieces(named: dict[str, str], model: Any, added: Added, folder: Path) -> None:
     """Raises a [`ConversionError`] for a BOS, EOS or unknown token that the model has never seen."""
     known = {token["content"] for token in added.values()}
@@ -99,20 +120,28 @@ def _require_pieces(named: dict[str, str], model: Any, added: Added, folder: Pat
             raise ConversionError(f"{folder}: the {name} {named[name]!r} is no token of the vocabulary.")
 
 
-def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], list[str]]:
-    """The named special tokens, and all of them in the order of their new ids, as transformers 4.37 reads them."""
+def _special_tokens(folder: Path, settings: dict[str, Any]) -> tuple[dict[str, str], dict[str, Flags]]:
+    """The named special tokens, and the flags of all in the order of their new ids, as transformers 4.37 reads them."""
     file = folder / "special_tokens_map.json"
     overriding = read_json(file) if file.exists() and "added_tokens_decoder" not in settings else {}
     values = {**LLAMA_TOKENS, **settings, **overriding}
-    named = {name: _content(values[name], folder) for name in NAMED_TOKENS if values.get(name) is not None}
+    named = {name: _flags(values[name], folder) for name in NAMED_TOKENS if values.get(name) is not None}
     if not named.keys() >= LLAMA_TOKENS.keys():
         raise ConversionError(f"{folder}: tokenizer_config.json names no {min(LLAMA_TOKENS.keys() - named.keys())}.")
-    others = values.get("additional_special_tokens") or values.get("extra_special_tokens") or []
+    others = [_flags(token, folder) for part in (settings, overriding) for token in _listed(part, folder)]
+    special: dict[str, Flags] = {}
+    for token in (*named.values(), *others):
+        special.setdefault(token["content"], token)
+    return {name: token["content"] for name, token in named.items()}, special
+
+
+def _listed(settings: dict[str, Any], folder: Path) -> list[Any]:
+    """The special tokens without a name of their own."""
+    others = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
     others = list(others.values()) if isinstance(others, dict) else others
     if not isinstance(others, list):
         raise ConversionError(f"{folder}: `additional_special_tokens` is {others!r:.100}, expected a list of tokens.")
-    special = [*named.values(), *(_content(token, folder) for token in others)]
-    return named, [token for token in dict.fromkeys(special) if token != IMAGE_TOKEN]
+    return others
 
 
 def _content(token: Any, folder: Path) -> str:
@@ -136,18 +165,34 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> Added:
         ) from error
 
 
-def _flags(token: Any, folder: Path) -> dict[str, Any]:
-    flags = ("lstrip", "rstrip", "single_word")
-    own = {flag: bool(token.get(flag)) for flag in flags} if isinstance(token, dict) else {}
-    return {"content": _content(token, folder), **own}
+def _flags(token: Any, folder: Path) -> Flags:
+    """A token with its flags; `<image>` has none, for the original cuts the text there before its tokenizer sees it."""
+    content = _content(token, folder)
+    if not isinstance(token, dict) or content == IMAGE_TOKEN:
+        return {"content": content}
+    return {"content": content, **{flag: bool(token.get(flag)) for flag in ("lstrip", "rstrip", "single_word")}}
 
 
-def _read_tokenizer_json(file: Path) -> Tokenizer:
+def read_tokenizer(file: Path) -> Tokenizer:
+    """A tokenizer.json, without what it says about the length of texts."""
     require_file(file)
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no other class
         raise ConversionError(f"Cannot read the tokenizer {file}: {error}") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def different_parts(*tokenizers: Tokenizer) -> list[str]:
+    """The parts that say which ids a text has, and are not the same in two tokenizers."""
+    here, there = (json.loads(tokenizer.to_str()) for tokenizer in tokenizers)
+    return [name for name in ("added_tokens", "model", "normalizer") if here[name] != there[name]]
+
+
+def _read_tokenizer_json(file: Path) -> Tokenizer:
+    tokenizer = read_tokenizer(file)
     parts = json.loads(tokenizer.to_str())
     steps = (parts["normalizer"] or {}).get("normalizers", [parts["normalizer"]])
     pre_tokenizer = parts["pre_tokenizer"] or {"type": "Metaspace"}
@@ -182,7 +227,7 @@ def _read_tokenizer_model(file: Path, cut: set[str]) -> BPE:
         fuse_unk=True,
         byte_fallback=proto.trainer_spec.byte_fallback,
     )
-    difference = _compare(model, sentencepiece, _scores(proto))
+    difference = _compare(model, sentencepiece, proto)
     if difference:
         raise ConversionError(
             f"{file}: {difference}. Usual causes: pieces with equal scores, or a piece with a character that is no "
@@ -219,7 +264,18 @@ def _scores(proto: Any) -> dict[str, float]:
     return {piece.piece: piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
 
 
-def two_tokenizers(folder: Path) -> list[str]:
+def tokenizer_notes(folder: Path) -> list[str]:
+    """What a folder's tokenizer does in the original, but not here."""
+    notes = _two_tokenizers(folder)
+    if read_json(folder / "tokenizer_config.json").get("clean_up_tokenization_spaces"):
+        notes.append(
+            f"{folder}: the original drops spaces before signs when it decodes (clean_up_tokenization_spaces); here an "
+            "answer is as its tokens spell it"
+        )
+    return notes
+
+
+def _two_tokenizers(folder: Path) -> list[str]:
     """A note where a folder's tokenizer.json, which is used, is not that of the tokenizer.model, the original's."""
     file, original = folder / "tokenizer.json", folder / "tokenizer.model"
     if not (file.exists() and original.exists()):
@@ -228,7 +284,7 @@ def two_tokenizers(folder: Path) -> list[str]:
     cut = {token["content"] for token in json.loads(source.to_str())["added_tokens"]}
     try:
         sentencepiece, proto = _read_sentencepiece(original, cut)
-        difference = _compare(source.model, sentencepiece, _scores(proto))
+        difference = _compare(source.model, sentencepiece, proto) or _other_tokens(folder)
     except ConversionError as error:
         difference = str(error)
     if difference is None:
@@ -239,6 +295,13 @@ def two_tokenizers(folder: Path) -> list[str]:
     ]
 
 
+def _other_tokens(folder: Path) -> str | None:
+    """In what the added tokens of a tokenizer.json are others than those of the files for a slow tokenizer."""
+    fast, slow = (load_tokenizer(folder, 1, original).backend_tokenizer for original in (False, True))
+    parts = [part for part in different_parts(fast, slow) if part != "model"]
+    return f"their {' and '.join(parts)} differ" if parts else None
+
+
 def _require_llama(file: Path, proto: Any) -> None:
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     expected = {
@@ -247,7 +310,8 @@ def _require_llama(file: Path, proto: Any) -> None:
         "add_dummy_prefix": (normalizer.add_dummy_prefix, True),
         "remove_extra_whitespaces": (normalizer.remove_extra_whitespaces, False),
         "escape_whitespaces": (normalizer.escape_whitespaces, True),
-        "normalizer": ("identity" if not normalizer.precompiled_charsmap else normalizer.name, "identity"),
+        "normalizer": (normalizer.name if normalizer.precompiled_charsmap else "identity", "identity"),
+        "precompiled_charsmap": (bool(normalizer.precompiled_charsmap), False),
     }
     for name, (found, wanted) in expected.items():
         if found != wanted:
@@ -276,11 +340,18 @@ def merges_of(scores: dict[str, float]) -> list[tuple[str, str]]:
     return [(piece[:-end], piece[-end:]) for _, end, piece in sorted(pairs)]
 
 
-def _compare(model: BPE, sentencepiece: Any, scores: dict[str, float]) -> str | None:
-    """Compares ids on the pieces and on random rows of them, of all and of those whose score others share."""
-    alike, generator = Counter(scores.values()), random.Random(0)
-    pools = [list(scores), [piece for piece, score in scores.items() if alike[score] > 1]]
-    texts = [*scores, *("".join(generator.choices(pool, k=6)) for pool in pools if pool for _ in range(PROBES))]
+def _rows(*pools: list[str]) -> list[str]:
+    """Random rows of pieces, of each pool alone."""
+    generator = random.Random(0)
+    return ["".join(generator.choices(pool, k=6)) for pool in pools if pool for _ in range(PROBES)]
+
+
+def _compare(model: BPE, sentencepiece: Any, proto: Any) -> str | None:
+    """Compares ids on the pieces and on random rows of words, of all and of those whose score others share."""
+    scores = _scores(proto)
+    alike = Counter(scores.values())
+    rows = _rows([*scores], [piece for piece, score in scores.items() if alike[score] > 1])
+    texts = [*(piece.piece for piece in proto.pieces), *rows]
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = _normalizer([], [], legacy=True)
     for text, expected, fast in zip(texts, sentencepiece.encode(texts), tokenizer.encode_batch(texts), strict=True):
@@ -290,21 +361,23 @@ def _compare(model: BPE, sentencepiece: Any, scores: dict[str, float]) -> str | 
     return None
 
 
-def _assemble(model: Any, added: Added, special: list[str], legacy: bool, folder: Path) -> Tokenizer:
+def _assemble(model: Any, added: Added, special: dict[str, Flags], legacy: bool, folder: Path) -> Tokenizer:
     backend = Tokenizer(model)
-    special_or_image = [*special, IMAGE_TOKEN]
-    plain = [token["content"] for token in added.values() if token["content"] not in special_or_image]
-    backend.normalizer = _normalizer(special, plain, legacy)
+    tokens = {token["content"]: token for _, token in sorted(added.items())}
+    # Flags in the list of added tokens count; an added_tokens.json has none.
+    tokens |= {name: {**flags, **tokens.get(name, {})} for name, flags in special.items()}
+    tokens.setdefault(IMAGE_TOKEN, {"content": IMAGE_TOKEN})
+    for token in tokens.values():
+        _refuse_flags(token, legacy, folder)
+    plain = [name for name in tokens if name not in special and name != IMAGE_TOKEN]
+    backend.normalizer = _normalizer([name for name in special if name != IMAGE_TOKEN], plain, legacy)
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    if not legacy:
-        _refuse_stripping(added, folder)
-    known = {token["content"]: token for _, token in sorted(added.items())}
-    for name, flags in (known | {name: {"content": name} | known.get(name, {}) for name in special_or_image}).items():
+    for name, flags in tokens.items():
         # A token that is matched before normalization ends the text before it; one that is matched after does not.
         normalized = not legacy and name != IMAGE_TOKEN
-        backend.add_tokens([AddedToken(**flags, normalized=normalized, special=name in special_or_image)])
+        backend.add_tokens([AddedToken(**flags, normalized=normalized, special=name not in plain)])
     for token_id, token in added.items():
         if backend.token_to_id(token["content"]) != token_id:
             raise ConversionError(
@@ -314,12 +387,42 @@ def _assemble(model: Any, added: Added, special: list[str], legacy: bool, folder
     return backend
 
 
-def _refuse_stripping(added: Added, folder: Path) -> None:
-    for token in added.values():
-        if token["content"] != IMAGE_TOKEN and (token.get("lstrip") or token.get("rstrip")):
+def _refuse_flags(token: Flags, legacy: bool, folder: Path) -> None:
+    """Raises a [`ConversionError`] for a token that a fast tokenizer finds at other places than the original's."""
+    content = token["content"]
+    if token.get("single_word"):
+        raise ConversionError(
+            f"{folder}: the added token {content!r} is one between spaces only (single_word), but in a fast tokenizer "
+            "also between other signs. Set it to false, if the model was trained without."
+        )
+    if not legacy and (token.get("lstrip") or token.get("rstrip")):
+        raise ConversionError(
+            f"{folder}: the added token {content!r} takes the spaces beside it (lstrip, rstrip), which a fast "
+            "tokenizer cannot do with `legacy: false`. Set both to false, if the model was trained without."
+        )
+    if not legacy and ("▁" in content or content.startswith(" ")):
+        raise ConversionError(
+            f"{folder}: the added token {content!r} begins with a space or has a ▁, which a fast tokenizer does not "
+            "tell from the space before a word with `legacy: false`."
+        )
+
+
+def _require_same(source: Tokenizer, backend: Tokenizer, file: Path) -> None:
+    """Raises a [`ConversionError`] if a tokenizer.json has rules of its own, for texts without an added token.
+
+    A text that begins with a space is not compared: files of transformers 5 leave out the prefix there, which
+    sentencepiece does not.
+    """
+    added = [token.content for token in backend.get_added_tokens_decoder().values()]
+    words = [word for word in sorted(source.get_vocab()) if word not in added and not word.startswith("<0x")]
+    rows = (text.lstrip(" ▁") for text in _rows(words))
+    texts = [text for text in rows if not any(token in text for token in added)]
+    read = [tokenizer.encode_batch(texts, add_special_tokens=False) for tokenizer in (source, backend)]
+    for text, expected, found in zip(texts, *read, strict=True):
+        if found.ids != expected.ids:
             raise ConversionError(
-                f"{folder}: the added token {token['content']!r} takes the spaces beside it (lstrip, rstrip), which a "
-                "fast tokenizer cannot do with `legacy: false`. Set both to false, if the model was trained without."
+                f"{file} has other rules than Llama's tokenizer: it reads {text!r} as {expected.tokens}, which would "
+                f"become {found.tokens}."
             )
 
 

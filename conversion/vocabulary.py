@@ -6,7 +6,6 @@ import copy
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modeling_llava_stf import LlavaSTFConfig
@@ -14,7 +13,7 @@ from modeling_llava_stf import LlavaSTFConfig
 from .checkpoints.folders import ORIGINAL_CONFIG_FILE
 from .checkpoints.weights import Weight, Weights, matrix
 from .keys import ConversionError
-from .tokenizer import IMAGE_TOKEN
+from .tokenizer import IMAGE_TOKEN, read_tokenizer
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
@@ -90,10 +89,7 @@ def _tokens_behind(file: Path, rows: int, pad_token_id: int | None) -> list[str]
     """Tokens with an id from `rows` on, but for `<image>` and the padding token, which the model never reads."""
     if not file.exists():
         return []
-    try:
-        words = Tokenizer.from_file(str(file)).get_vocab()
-    except Exception as error:  # the tokenizers library raises nothing else
-        raise ConversionError(f"Cannot read {file}: {error}") from error
+    words = read_tokenizer(file).get_vocab()
     unread = {words.get(IMAGE_TOKEN), pad_token_id}
     return sorted(word for word, index in words.items() if index >= rows and index not in unread)
 

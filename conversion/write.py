@@ -73,7 +73,7 @@ def _write_model(folder: Path, plan: Plan, max_shard_size: int) -> None:
     GenerationConfig(
         max_new_tokens=min(LONGEST_ANSWER, processor.tokenizer.model_max_length // 4),
         bos_token_id=config.text_config.bos_token_id,
-        eos_token_id=config.text_config.eos_token_id,
+        eos_token_id=plan.source.end,
         pad_token_id=config.text_config.pad_token_id,
         suppress_tokens=[config.image_token_id],
     ).save_pretrained(folder)

@@ -23,7 +23,7 @@ from conversion import ConversionError
 from conversion.checkpoints.folders import complete_or_absent, require_empty, save_checkpoint
 from conversion.config import read_our_config
 from conversion.locate import commit_of, fetch
-from conversion.quantise import finish, named_by, read_whole, require_multiples
+from conversion.quantise import finish, named_by, read_whole, require_multiples, require_read
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.modeling_llava_stf import NOT_QUANTISED_PATTERNS
 
@@ -42,7 +42,9 @@ def quantise_vllm(
         require_multiples(scheme, config.text_config, GROUP, 1, "Choose W8A8 or FP8_DYNAMIC.")
     read_whole(folder, config)
     dtype = torch.bfloat16 if config.dtype is torch.float32 else "auto"
-    model = LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+    model, found = LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    require_read(folder, found)
+    model.eval()
     recipe = QuantizationModifier(targets="Linear", scheme=scheme, ignore=NOT_QUANTISED_PATTERNS)
     oneshot(model=model, processor=LlavaSTFProcessor.from_pretrained(folder), recipe=recipe)
     base = base_model or named_by(source, folder)

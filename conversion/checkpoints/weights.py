@@ -118,7 +118,8 @@ def read_file(path: Path) -> Weights:
 
 def _is_named_tensor(item: tuple[Any, Any]) -> bool:
     name, tensor = item
-    return isinstance(name, str) and isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    return isinstance(name, str) and dense and not tensor.is_meta
 
 
 def _read_safetensors(path: Path) -> Weights:
@@ -183,6 +184,15 @@ def check_dtypes(weights: Weights) -> None:
         if weight.dtype not in SAFETENSORS_DTYPES:
             expected = ", ".join(str(dtype) for dtype in SAFETENSORS_DTYPES)
             raise ConversionError(f"{name!r} ({weight.origin}) is {weight.dtype}, expected one of {expected}.")
+
+
+def check_castable(weights: Weights) -> None:
+    """Raises a [`ConversionError`] for a weight of 8 bits or of whole numbers: without its scale a cast is wrong."""
+    for name, weight in weights.items():
+        if not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+            raise ConversionError(
+                f"{name!r} ({weight.origin}) is {weight.dtype}: it is quantised, expected whole weights."
+            )
 
 
 def parse_size(text: str) -> int:

@@ -874,3 +874,162 @@ def test_way_back_names_the_options_that_the_original_lacks(options, lost, tmp_p
     assert [line.removeprefix(note) for line in capsys.readouterr().out.splitlines() if line.startswith(note)] == (
         [lost] if lost else []
     )
+
+
+# What differs in silence
+
+
+def test_a_rope_that_says_two_things_is_refused(tmp_path):
+    scaling = {"type": "linear", "rope_type": "dynamic", "factor": 2.0}
+    refused("says two things: the rope's `type`", tmp_path, with_settings(tmp_path, rope_scaling=scaling))
+
+
+@pytest.mark.parametrize(
+    ("fields", "word"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_theta": ..., "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_theta"),
+    ],
+    ids=["extended", "in the words of transformers 5"],
+)
+def test_a_base_with_other_positions_is_refused(fields, word, tmp_path):
+    base = with_settings(tmp_path, "base", **fields)
+    refused(f"another language model than .*`{word}`", tmp_path, GOLDENS / "pretrain", base=base)
+
+
+@pytest.mark.parametrize("part", ["fusion modules", "tower", "language model"])
+def test_two_weights_of_one_name_are_refused(part, tmp_path):
+    """The last one was taken."""
+    name = {"fusion modules": "lora", "tower": "clip", "language model": "base"}[part]
+    folder = shutil.copytree(GOLDENS / name, tmp_path / name)
+    if part == "fusion modules":
+        file = folder / "non_lora_trainables.bin"
+        state = torch.load(file, weights_only=True)
+        torch.save(state | {key.removeprefix("base_model.model."): value + 1 for key, value in state.items()}, file)
+        refused("both become 'model.mm_projector", tmp_path, folder, base=BASE)
+    elif part == "tower":
+        older = {key.removeprefix("vision_model."): value + 1 for key, value in tensors(folder).items()}
+        edit_weights(folder, lambda state: state.update(older))
+        refused("both become 'vision_model.", tmp_path, GOLDENS / "original_no_tower", vision_tower=folder)
+    else:
+        norm = {"model.language_model.norm.weight": torch.ones(64)}
+        edit_weights(folder, lambda state: state.update(norm))
+        refused("both become 'model.norm.weight'", tmp_path, folder, init_fusion=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_quantised_weights_are_not_cast(dtype, tmp_path):
+    """Their scales are not in them."""
+    source = edited(tmp_path, lambda state: state.update({"model.norm.weight": torch.ones(64).to(dtype)}))
+    refused(f"is {dtype}: it is quantised", tmp_path, source, dtype=torch.float16)
+
+
+def test_weights_without_numbers_are_refused(tmp_path):
+    source = edited(tmp_path, lambda state: state.update({"model.norm.weight": torch.ones(64, device="meta")}))
+    refused("holds something else than named tensors", tmp_path, source)
+
+
+def ended(folder):
+    return json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_answers_end_as_in_the_original(tmp_path, capsys):
+    """In transformers 4.37 generation_config.json counts, config.json where that does not exist."""
+    source = with_settings(tmp_path, file="generation_config.json", eos_token_id=[2, 9], repetition_penalty=1.2)
+    out = convert(source, tmp_path / "out", vision_tower=CLIP)
+    notes = capsys.readouterr().out
+    assert "settings of `generate` that are not carried over: repetition_penalty 1.2" in notes
+    assert "an answer ends with [2, 9], as" in notes
+    assert ended(out) == [2, 9] and LlavaSTFConfig.from_pretrained(out).text_config.eos_token_id == 2
+    back = convert_back(out, tmp_path / "back", vision_tower=CLIP)
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == [2, 9]
+    edit_config(source, eos_token_id=7, no_repeat_ngram_size=3)
+    (source / "generation_config.json").unlink()
+    assert ended(convert(source, tmp_path / "without", vision_tower=CLIP)) == 7
+    assert "not carried over: no_repeat_ngram_size 3" in capsys.readouterr().out
+    (source / "generation_config.json").write_text('{"eos_token_id": 420}')
+    refused("generation_config.json: `eos_token_id` is 420", tmp_path, source)
+
+
+@pytest.mark.parametrize("key", ["encoder.layers.3.mlp.fc1.weight", "pre_layrnorm.bias"])
+def test_way_back_compares_the_whole_tower(key, tmp_path, checkpoint):
+    """The original's code takes the tower from CLIP, whatever the checkpoint holds."""
+    clip = with_settings(tmp_path, "clip")
+    edit_weights(clip, lambda state: state[f"vision_model.{key}"].view(-1)[5].add_(1e-3))
+    back_refused(f"another tower: its weights are not those of .*{key}", tmp_path, checkpoint, vision_tower=clip)
+
+
+def test_way_back_says_that_a_tower_was_not_compared(tmp_path, capsys):
+    whole = convert(GOLDENS / "original", tmp_path / "whole", keep_full_tower=True)
+    convert_back(whole, tmp_path / "back")
+    assert "takes tower and preprocessor from clip, whatever is written here" in capsys.readouterr().out
+    convert_back(whole, tmp_path / "compared", vision_tower=CLIP)
+    assert "takes tower" not in capsys.readouterr().out
+
+
+def test_a_seed_that_cannot_act_is_refused(tmp_path):
+    refused("leave out --seed", tmp_path, GOLDENS / "original", seed=3)
+
+
+def test_way_back_of_a_tower_that_was_rounded_twice(tmp_path):
+    """Once in training, and by --dtype."""
+    source = edited(tmp_path, lambda state: state.update({key: value.bfloat16() for key, value in state.items()}))
+    half = convert(source, tmp_path / "half", vision_tower=CLIP, dtype=torch.float16)
+    assert convert_back(half, tmp_path / "back", vision_tower=CLIP).exists()
+
+
+@pytest.mark.parametrize("change", ["vocabulary", "legacy"])
+def test_way_back_refuses_another_tokenizer(change, tmp_path, checkpoint):
+    words = shutil.copytree(GOLDENS / "base", tmp_path / "words", ignore=shutil.ignore_patterns("model*"))
+    if change == "vocabulary":
+        shutil.copyfile(GOLDENS.parent / "tokenizers" / "space_runs" / "tokenizer.model", words / "tokenizer.model")
+    else:
+        (words / "tokenizer_config.json").write_text(
+            (GOLDENS / "tokenizer_legacy_false" / "tokenizer_config.json").read_text()
+        )
+    # The original does not read it.
+    shutil.copyfile(checkpoint / "tokenizer.json", words / "tokenizer.json")
+    part = {"vocabulary": "model", "legacy": "normalizer"}[change]
+    back_refused(f"holds another tokenizer than .*{part} differ", tmp_path, checkpoint, tokenizer=words)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": ["q_proj"]},
+        {"target_modules": r".*\.q_proj"},
+        {"exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [0]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("keep_adapter", [False, True])
+def test_matrices_that_the_config_does_not_name_are_refused(keep_adapter, fields, tmp_path):
+    """PEFT makes no place for them; they were merged."""
+    source = with_settings(tmp_path, "lora", "adapter_config.json", **fields)
+    refused("adapter has matrices of .* does not name", tmp_path, source, base=BASE, keep_adapter=keep_adapter)
+
+
+def test_a_pattern_names_matrices(tmp_path, checkpoints):
+    pattern = r"model\.layers\.\d+\.(self_attn|mlp)\..*_proj"
+    source = with_settings(tmp_path, "lora", "adapter_config.json", target_modules=pattern)
+    out = convert(source, tmp_path / "out", base=BASE, vision_tower=CLIP)
+    assert_same(tensors(out), tensors(checkpoints("lora")))
+    edit = with_settings(tmp_path / "broken", "lora", "adapter_config.json", target_modules="(")
+    refused("'\\(' is no pattern of modules", tmp_path, edit, base=BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("original", "adapter_model.bin"),
+        ("original", "non_lora_trainables.bin"),
+        ("pretrain", "adapter_model.safetensors"),
+        ("lora", "mm_projector.bin"),
+    ],
+)
+def test_files_of_another_kind_of_run_are_named(name, left, tmp_path, capsys):
+    source = with_settings(tmp_path, name)
+    (source / left).write_bytes(b"")
+    convert(source, tmp_path / "out", base=None if name == "original" else BASE, vision_tower=CLIP)
+    assert f"{left} is not read (" in capsys.readouterr().out

@@ -229,6 +229,7 @@ DAMAGE = {
     "it is quantised": (quantised, "the weights are quantised"),
     "it is an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}"), "is an adapter"),
     "its card is not UTF-8": (lambda folder: (folder / "README.md").write_bytes(b"\xe9"), "README.md is not UTF-8"),
+    "it has no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "backend tokenizer"),
     "it has no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
 }
 
@@ -241,6 +242,15 @@ def test_a_source_that_is_none(damage, wide, run, tmp_path, everything_installed
     status, errors = run(source, tmp_path / "out", "--scheme", "nf4")
     assert status == 2 and expected in errors[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_weights_that_transformers_does_not_read_are_refused(wide, tmp_path):
+    """As those of older names before transformers 5.24: the layers had random weights."""
+    needs("nf4")
+    source = shutil.copytree(wide, tmp_path / "source")
+    without_a_weight(source)
+    with pytest.raises(ConversionError, match="did not read 1 weights of .*layers.0.mlp.gate_proj"):
+        load(source, "nf4")
 
 
 OPTIONS = {

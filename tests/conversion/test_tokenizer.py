@@ -292,6 +292,12 @@ def edited_piece(proto, **fields):
         setattr(proto.pieces[500], name, value)
 
 
+def with_charsmap(proto):
+    """Characters are replaced, but the name of the rules is Llama's."""
+    other = vocabulary(random.Random(3), normalization_rule_name="nfkc").normalizer_spec
+    proto.normalizer_spec.precompiled_charsmap = other.precompiled_charsmap
+
+
 @pytest.mark.parametrize(
     ("changes", "edit", "message"),
     [
@@ -302,16 +308,21 @@ def edited_piece(proto, **fields):
         ({"remove_extra_whitespaces": True}, None, "`remove_extra_whitespaces` is True, expected False"),
         ({"treat_whitespace_as_suffix": True}, None, "`treat_whitespace_as_suffix` is True"),
         ({"model_type": "unigram"}, None, "`model_type` is 'UNIGRAM', expected 'BPE'"),
+        ({}, lambda proto: with_charsmap(proto), "`precompiled_charsmap` is True, expected False"),
         # A piece that is made of a character that is none: sentencepiece makes it, a fast tokenizer cannot.
         ({}, lambda proto: edited_piece(proto, piece="\u2603e", score=0.0), "a fast tokenizer reads"),
+        # A control piece of one character, and an unknown token that is one: no text becomes either.
+        ({"control_symbols": ["中"]}, None, "a fast tokenizer reads '中'"),
+        ({"unk_piece": "e"}, None, "a fast tokenizer reads 'e'"),
     ],
 )
 def test_what_a_fast_tokenizer_cannot_follow_is_refused(changes, edit, message, tmp_path):
     proto = vocabulary(random.Random(3), **changes)
     if edit is not None:
         edit(proto)
+    unknown = changes.get("unk_piece", "<unk>")
     with pytest.raises(ConversionError, match=message):
-        load_tokenizer(tokenizer_folder(tmp_path / "words", proto), 4096)
+        load_tokenizer(tokenizer_folder(tmp_path / "words", proto, unk_token=unknown), 4096)
 
 
 # Files of other versions
@@ -364,6 +375,12 @@ def test_added_tokens_in_a_file_of_their_own(mode, tmp_path):
         ({"legacy": "yes"}, "`legacy` of the tokenizer is 'yes'"),
         ({"additional_special_tokens": "<a>"}, "expected a list of tokens"),
         ({"legacy": False, "added_tokens_decoder": {"516": {"content": "<a>", "lstrip": True}}}, "takes the spaces"),
+        ({"legacy": False, "eos_token": {"content": "</s>", "rstrip": True}}, "'</s>' takes the spaces"),
+        ({"legacy": False, "added_tokens_decoder": {"516": {"content": " foo"}}}, "' foo' begins with a space"),
+        ({"legacy": False, "additional_special_tokens": ["▁<PRE>"]}, "or has a ▁"),
+        ({"added_tokens_decoder": {"516": {"content": "<a>", "single_word": True}}}, "between spaces only"),
+        ({"tokenizer_class": "CodeLlamaTokenizer"}, "`tokenizer_class` is 'CodeLlamaTokenizer'"),
+        ({"add_prefix_space": False}, "`add_prefix_space` of the tokenizer is False, expected True"),
     ],
 )
 def test_settings_that_cannot_be_followed_are_refused(settings, message, tmp_path):
@@ -394,6 +411,18 @@ def test_two_tokenizers_that_disagree_are_named(mode, tmp_path, capsys):
             "tokenizer.json is used, but the original reads the tokenizer.model beside it" in capsys.readouterr().out
         )
         assert noted is (merges == "ids")
+    content = json.loads(right.to_str())
+    content["added_tokens"].append({**content["added_tokens"][-1], "id": 517, "content": "<extra>", "special": False})
+    write(source, "tokenizer.json", content)
+    convert(source, tmp_path / "added", vision_tower=GOLDENS / "clip")
+    assert "says otherwise: their added_tokens" in capsys.readouterr().out
+
+
+def test_an_answer_is_as_its_tokens_spell_it(tmp_path, capsys):
+    source = shutil.copytree(GOLDENS / "original", tmp_path / "source")
+    tokenizer_folder(source, clean_up_tokenization_spaces=True)
+    convert(source, tmp_path / "out", vision_tower=GOLDENS / "clip")
+    assert "drops spaces before signs when it decodes (clean_up_tokenization_spaces)" in capsys.readouterr().out
 
 
 def saved_by_transformers(folder):
@@ -443,3 +472,82 @@ def test_tokens_beyond_the_tables_get_the_mean_row(source, tmp_path, caplog, mon
     processor = AutoProcessor.from_pretrained(folder)
     batch = processor(text=["a", "a b c"], padding=True, return_tensors="pt")
     assert batch["input_ids"][0, 0] == 421 and model(**batch).logits.isfinite().all()
+
+
+# Settings that act in the original (ids of transformers 4.37.2, slow)
+
+
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word"])
+def test_flags_of_the_placeholder_do_not_act(flag, mode, tmp_path):
+    """The original cuts the text at `<image>`, before its tokenizer sees it."""
+    added = {"516": {"content": "<image>", flag: True}}
+    folder = tokenizer_folder(tmp_path / "words", legacy=mode == "legacy_true", added_tokens_decoder=added)
+    tokenizer = load_tokenizer(folder, 4096)
+    for row in PROMPTS["raw"]:
+        assert image_as_recorded(tokenizer, tokenizer(row["text"]).input_ids) == row[mode], row["text"]
+    assert tokenizer("a<image>b").input_ids == [1, 262, 516, 376]
+
+
+@pytest.mark.parametrize(("flag", "expected"), [("rstrip", [1, 262, 481, 2, 376]), ("lstrip", [1, 262, 2, 481, 376])])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_flags_of_named_tokens_act(file, flag, expected, tmp_path):
+    named = {"eos_token": {"content": "</s>", flag: True}}
+    folder = tokenizer_folder(tmp_path / "words", **(named if file == "tokenizer_config.json" else {}))
+    if file == "special_tokens_map.json":
+        write(folder, file, named)
+        write(folder, "added_tokens.json", {"</s>": 2})
+    assert load_tokenizer(folder, 4096)("a </s> b").input_ids == expected
+    # Where both speak, the list of added tokens counts.
+    tokenizer_folder(folder, **named, added_tokens_decoder={"2": {"content": "</s>"}})
+    assert load_tokenizer(folder, 4096)("a </s> b").input_ids == [1, 262, 481, 2, 481, 376]
+
+
+def test_special_tokens_of_both_files_count(tmp_path):
+    folder = tokenizer_folder(tmp_path / "words", additional_special_tokens=["<a>", "<image>"])
+    write(folder, "special_tokens_map.json", {"additional_special_tokens": ["<b>", "<a>"]})
+    tokenizer = load_tokenizer(folder, 4096)
+    assert tokenizer("<a><b><image>").input_ids == [1, 516, 518, 517] and tokenizer.image_token_id == 517
+
+
+@pytest.mark.parametrize(("name", "behind"), [("LlamaTokenizer", 495), ("LlamaTokenizerFast", 376)])
+def test_a_fast_class_knows_no_legacy(name, behind, tmp_path):
+    """In transformers 4.37; the same file, read by its fast class, has the prefix behind every special token."""
+    folder = tokenizer_folder(tmp_path / "words", tokenizer_class=name, legacy=False)
+    assert load_tokenizer(folder, 4096)("a</s>b").input_ids == [1, 262, 2, behind]
+
+
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+PADDING = {"strategy": {"Fixed": 64}, "direction": "Left", "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>"}
+
+
+def as_json(folder, **changes):
+    """The tokenizer of `space_runs` as a tokenizer.json without a word on `legacy`, with other rules."""
+    load_tokenizer(tokenizer_folder(folder), 4096).save_pretrained(folder)
+    write(folder, "tokenizer_config.json", NAMED)
+    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    write(folder, "tokenizer.json", content | changes)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": REPLACE},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁▁"}, REPLACE]}},
+        {
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "never", "split": False},
+        },
+    ],
+    ids=["no prefix", "two prefixes", "no prefix by Metaspace"],
+)
+def test_a_tokenizer_json_with_other_rules_is_refused(changes, tmp_path):
+    """It was read as if it had Llama's."""
+    with pytest.raises(ConversionError, match="other rules than Llama's tokenizer: it reads"):
+        load_tokenizer(as_json(tmp_path / "words", **changes), 4096)
+
+
+def test_padding_in_a_tokenizer_json_is_no_rule(tmp_path):
+    """With it `legacy`, which is tried on a text, came out false."""
+    tokenizer = load_tokenizer(as_json(tmp_path / "words", padding={**PADDING, "pad_to_multiple_of": None}), 4096)
+    assert tokenizer("a</s>b").input_ids == [1, 262, 2, 376]
