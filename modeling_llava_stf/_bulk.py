@@ -483,7 +483,7 @@ def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
             place = f"Item {number} of {file}"
             yield place, _conversation(one, place) if isinstance(one, dict) and "conversations" in one else one
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would divide texts with other breaks
         if line.strip():
             try:
                 yield f"Line {number} of {file}", json.loads(line)
@@ -582,9 +582,12 @@ def _leaves(schema: Any) -> list[tuple[str, str]]:
 def _row(found: dict[str, Any], path: str, picture: Any, prompt: str, root: Path) -> Row:
     question_id = found.get("question_id")
     own = found.get("prompt") or (found.get("text") if question_id is not None else None)
+    own = prompt if own is None else own
+    if not isinstance(own, str):
+        raise ValueError(f"The question about {path} is a {type(own).__name__}, expected a string: {own!r:.100}.")
     if isinstance(picture, str) and not picture.startswith(("http://", "https://", "data:image/")):
         picture = root / picture
-    return Row(path, own if isinstance(own, str) else prompt, picture, question_id)
+    return Row(path, own, picture, question_id)
 
 
 # Output
