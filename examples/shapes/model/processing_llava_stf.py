@@ -837,14 +837,19 @@ def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture
 
 
+def orientation_of(picture: PIL.Image.Image) -> int | None:
+    """Returns the EXIF orientation, 1 if there is none; None if the tags cannot be read."""
+    try:
+        return picture.getexif().get(ORIENTATION, 1)
+    except (*UNREADABLE, AttributeError):  # Pillow 10.0 raises the last for a TIFF of several pages
+        return None
+
+
 def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Rotates a picture by its EXIF orientation. It reads no other tag: damaged ones are common in photos."""
     picture = _decoded(picture)
-    try:
-        orientation = picture.getexif().get(ORIENTATION, 1)
-    except (*UNREADABLE, AttributeError):  # Pillow 10.0 raises the last for a TIFF of several pages
-        return picture
-    if orientation == 1:
+    orientation = orientation_of(picture)
+    if orientation in (1, None):
         return picture
     picture = picture.copy()
     for tags in ("exif", "Raw profile type exif"):
