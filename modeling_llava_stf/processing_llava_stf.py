@@ -463,6 +463,7 @@ class LlavaSTFProcessor(LlavaProcessor):
             ValueError: if placeholders and images differ in number, a picture is unreadable, `max_soft_tokens` is not
                 allowed, a prompt with images is longer than the model's context, or only some prompts begin with BOS.
         """
+        text = text if text is None or isinstance(text, str) else [*text]
         if "add_special_tokens" not in kwargs | (kwargs.get("text_kwargs") or {}) and self.begin_with_bos(text):
             kwargs["add_special_tokens"] = False
         offsets_wanted = kwargs.pop("return_text_replacement_offsets", False)
@@ -487,9 +488,9 @@ class LlavaSTFProcessor(LlavaProcessor):
             self._check_context(outputs["input_ids"])
         return outputs
 
-    def begin_with_bos(self, text: Any) -> bool:
+    def begin_with_bos(self, text: str | Sequence[str] | None) -> bool:
         """Returns whether prompts begin with the BOS token; raises a `ValueError` if only some of them do."""
-        bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text or []
+        bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text or ()
         found = [bos is not None and isinstance(prompt, str) and prompt.startswith(bos) for prompt in prompts]
         if any(found) and not all(found):
             raise ValueError(

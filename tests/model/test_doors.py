@@ -5,6 +5,7 @@ import json
 import warnings
 from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -80,6 +81,8 @@ def test_a_prompt_of_the_chat_template_has_one_bos(processor, inputs_of, picture
         assert processor(images=pictures[0], text=prompt)["input_ids"] == [expected]
     assert processor(images=pictures, text=[text, text])["input_ids"] == [expected] * 2
     assert processor(images=pictures[0], text=text, text_kwargs={"padding": True})["input_ids"] == [expected]
+    for prompts in (np.array([text]), iter([text])):
+        assert processor(images=pictures[0], text=prompts)["input_ids"] == [expected]
     doubled = [processor.tokenizer.bos_token_id, *expected]
     assert processor(images=pictures[0], text=text, add_special_tokens=True)["input_ids"] == [doubled]
     assert processor(images=pictures[0], text=text, text_kwargs={"add_special_tokens": True})["input_ids"] == [doubled]
