@@ -143,7 +143,8 @@ def generate_many(
         questions: the next message of each conversation.
         cache ([`StaticCache`], *optional*): is overwritten and used, for a compiled model; its batch is that of the
             questions, its length that of the longest conversation with its answer.
-        kwargs: of `model.generate`, such as `max_new_tokens`, `do_sample`, `num_beams`, `streamer`.
+        kwargs: of `model.generate`, such as `max_new_tokens`, `do_sample`, `num_beams`, `streamer`; those that draft
+            tokens, such as `prompt_lookup_num_tokens`, are refused.
 
     Returns:
         `torch.Tensor` of shape `(questions, longest answer)`: the answers' token ids, padded at the end. With

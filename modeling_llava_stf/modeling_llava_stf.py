@@ -560,7 +560,8 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates text (see [`GenerationMixin.generate`]); accepts `cache` before transformers 5.24, too.
 
-        Raises a `ValueError` if the text has not the tokens of the images (see [`LlavaSTFModel.check_places`]).
+        Raises a `ValueError` if the text has not the tokens of the images (see [`LlavaSTFModel.check_places`]), or if
+        transformers would answer without them: drafts on a cache, drafts and a chunked prefill of `inputs_embeds`.
         """
         if "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
@@ -585,8 +586,8 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
 
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # transformers (5.16 to 5.24) drafts on a given cache as if it were empty: it reads the whole prompt once more,
-        # behind what the cache holds, and without the images. Of embeddings its first pass reads no draft, and takes
-        # other logits for those of the draft. Remove this when its first pass reads what is new, and the draft.
+        # behind what the cache holds, and without the images. With embeddings its first pass leaves out the draft, and
+        # other logits are taken for those of the draft. Remove this when the first pass reads what is new and the draft.
         cache, given = kwargs.get(CACHE), None
         if cache is not None and cache.get_seq_length() > 0:
             given = "a cache that holds a part of the prompt"
