@@ -587,7 +587,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
     def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         # transformers (5.16 to 5.24) drafts on a given cache as if it were empty: it reads the whole prompt once more,
         # behind what the cache holds, and without the images. With embeddings its first pass leaves out the draft, and
-        # other logits are taken for those of the draft. Remove this when the first pass reads what is new and the draft.
+        # other logits are taken for those of the draft. Remove this when that pass reads what is new and the draft.
         cache, given = kwargs.get(CACHE), None
         if cache is not None and cache.get_seq_length() > 0:
             given = "a cache that holds a part of the prompt"
