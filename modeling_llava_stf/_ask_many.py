@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, StaticCache
 
 from .modeling_llava_stf import CACHE, LlavaSTFForConditionalGeneration
-from .processing_llava_stf import LlavaSTFProcessor
+from .processing_llava_stf import LlavaSTFProcessor, _OneAtATime
 
 
 class PictureCache:
@@ -143,7 +143,8 @@ def generate_many(
         questions: the next message of each conversation.
         cache ([`StaticCache`], *optional*): is overwritten and used, for a compiled model; its batch is that of the
             questions, its length that of the longest conversation with its answer.
-        kwargs: of `model.generate`, such as `max_new_tokens`, `do_sample`, `num_beams`, `streamer`.
+        kwargs: of `model.generate`, such as `max_new_tokens`, `do_sample`, `num_beams`, `streamer`; those that draft
+            tokens, such as `prompt_lookup_num_tokens`, are refused.
 
     Returns:
         `torch.Tensor` of shape `(questions, longest answer)`: the answers' token ids, padded at the end. With
@@ -207,7 +208,8 @@ def prompt_ids(
     texts = processor.apply_chat_template(conversations, add_generation_prompt=add_generation_prompt, tokenize=False)
     token, numbers = processor.image_token, iter(image_tokens)
     texts = [re.sub(re.escape(token), lambda _: token * next(numbers, 1), text) for text in texts]
-    ids = processor.tokenizer(texts, add_special_tokens=False)["input_ids"]  # the template writes them
+    tokenizer = _OneAtATime(processor.tokenizer)
+    ids = tokenizer(texts, add_special_tokens=not processor.begin_with_bos(texts))["input_ids"]
     processor._check_context(ids)
     return ids
 
@@ -234,7 +236,8 @@ def _copies(model: LlavaSTFForConditionalGeneration, kwargs: dict[str, Any]) -> 
 
 
 def _setting(model: LlavaSTFForConditionalGeneration, kwargs: dict[str, Any], name: str) -> int | None:
-    return kwargs.get(name) or getattr(kwargs.get("generation_config") or model.generation_config, name)
+    configs = (kwargs.get("generation_config"), model.generation_config)  # `generate` fills the first from the second
+    return kwargs.get(name) or next((found for config in configs if (found := getattr(config, name, None))), None)
 
 
 def _check_texts(processor: LlavaSTFProcessor, texts: Sequence[str]) -> None:

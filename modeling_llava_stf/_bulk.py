@@ -21,7 +21,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-import PIL.ExifTags
 import PIL.Image
 import PIL.ImageColor
 import torch
@@ -29,7 +28,7 @@ from tqdm.auto import tqdm
 
 from ._ask_many import picture_inputs, prompt_ids
 from .modeling_llava_stf import LlavaSTFForConditionalGeneration
-from .processing_llava_stf import LlavaSTFProcessor, load_picture, to_rgb
+from .processing_llava_stf import LlavaSTFProcessor, load_picture, orientation_of, to_rgb
 
 PROMPT = "Describe the picture."
 PLACEHOLDER = "<image>"  # of the picture in LLaVA's files
@@ -413,7 +412,7 @@ def _data_url(picture: bytes | str | Path, **image_options: Any) -> str:
     opened = load_picture(picture)
     content = picture.read_bytes() if isinstance(picture, Path) else picture
     kind = SENT_AS_THEY_ARE.get(opened.format or "")
-    upright = opened.getexif().get(PIL.ExifTags.Base.Orientation, 1) == 1
+    upright = orientation_of(opened) == 1
     opaque = opened.mode in ("L", "RGB") and "transparency" not in opened.info
     if not (isinstance(content, bytes) and kind and upright and opaque):
         kind, stream = "image/png", BytesIO()
@@ -483,7 +482,7 @@ def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
             place = f"Item {number} of {file}"
             yield place, _conversation(one, place) if isinstance(one, dict) and "conversations" in one else one
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # `splitlines` would divide texts with other breaks
         if line.strip():
             try:
                 yield f"Line {number} of {file}", json.loads(line)
@@ -582,9 +581,12 @@ def _leaves(schema: Any) -> list[tuple[str, str]]:
 def _row(found: dict[str, Any], path: str, picture: Any, prompt: str, root: Path) -> Row:
     question_id = found.get("question_id")
     own = found.get("prompt") or (found.get("text") if question_id is not None else None)
+    own = prompt if own is None else own
+    if not isinstance(own, str):
+        raise ValueError(f"The question about {path} is {own!r:.100}, expected a string.")
     if isinstance(picture, str) and not picture.startswith(("http://", "https://", "data:image/")):
         picture = root / picture
-    return Row(path, own if isinstance(own, str) else prompt, picture, question_id)
+    return Row(path, own, picture, question_id)
 
 
 # Output

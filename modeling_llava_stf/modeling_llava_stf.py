@@ -59,6 +59,8 @@ TAKES_ENCODED_PICTURES = version.parse(transformers.__version__).release >= (5, 
 # Before transformers 5.23 (seen in 5.16.1) a chunked prefill takes its first pass for a later one if a cache is given,
 # and drops the pictures. Remove the refusal when 5.23 is the oldest supported version.
 CHUNKS_SEE_NEW_PICTURES = version.parse(transformers.__version__).release >= (5, 23)
+# The stock model takes these in each call; here the weights fit one value.
+TAP_ARGUMENTS = ("vision_feature_layer", "vision_feature_select_strategy")
 # This is finite, but so far below any other logit that the probability is zero.
 NO_ANSWER_LOGIT = -1e4
 # These modules stay in 16 bit when the language model is quantised; then the fields of transformers that list them.
@@ -274,9 +276,9 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
                 not allowed, or if a call asks for other taps than those of the config.
         """
         self._check_pixels(pixel_values)
-        for name in ("vision_feature_layer", "vision_feature_select_strategy"):
-            if kwargs.pop(name, None) not in (None, getattr(self.config, name)):
-                raise ValueError(f"`{name}` is {getattr(self.config, name)} for these weights and cannot be changed.")
+        self._check_taps(kwargs)
+        for name in TAP_ARGUMENTS:
+            kwargs.pop(name, None)
 
         images = pixel_values.flatten(0, -4)  # (B, 3, H, W)
         numbers = self._checked_tokens(image_tokens, len(images))
@@ -284,6 +286,11 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         for start, chunk in enumerate(images.split(size)):
             passes.append(self._encode(chunk, numbers and numbers[size * start : size * (start + 1)], **kwargs))
         return passes[0] if len(passes) == 1 else _concatenate(passes)
+
+    def _check_taps(self, given: dict[str, Any]) -> None:
+        for name in TAP_ARGUMENTS:
+            if given.get(name) not in (None, getattr(self.config, name)):
+                raise ValueError(f"`{name}` is {getattr(self.config, name)} for these weights and cannot be changed.")
 
     def _checked_tokens(self, image_tokens: Sequence[int] | torch.Tensor | None, images: int) -> list[int] | None:
         """Returns the number of tokens of each image; None if all have T."""
@@ -400,14 +407,19 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         mask = self.find_placeholders(input_ids, inputs_embeds).cpu()
         before_text = mask & ~nn.functional.pad(mask, (0, 1))[:, 1:]  # the last place of each run of placeholders
         ends = mask.flatten().cumsum(0)[before_text.flatten()].tolist()
-        if int(mask.sum()) != sum(numbers):
-            raise ValueError(self._mismatch(int(mask.sum()), sum(numbers)))
+        self.check_number(input_ids, inputs_embeds, sum(numbers))
         if image_tokens is not None and not {*ends} <= {*accumulate(numbers)}:
             runs = [end - start for start, end in zip([0, *ends], ends, strict=False)]
             raise ValueError(
                 f"`image_tokens` is {numbers}, but the text has image tokens in runs of {runs}. Give the numbers in "
                 "the order of the images in the text, as the processor returns them."
             )
+
+    def check_number(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, features: int) -> None:
+        """Raises a `ValueError` unless the text has as many image tokens as there are features."""
+        in_text = int(self.find_placeholders(input_ids, inputs_embeds).sum())
+        if in_text != features:
+            raise ValueError(self._mismatch(in_text, features))
 
     def find_placeholders(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         """Returns a mask of the image tokens, (batch, sequence), from the ids or, without ids, the embeddings."""
@@ -435,6 +447,7 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         In training, a batch without images encodes a blank image and does not use the result, so that every rank of a
         distributed run uses the same parameters (original: the dummy image of its collator).
         """
+        self._check_taps(kwargs)
         if attention_mask is None and cache is None and kwargs.get(CACHE) is None and position_ids is not None:
             self._check_gaps(position_ids, kwargs.get("use_cache"))
         has_images = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
@@ -448,7 +461,8 @@ class LlavaSTFModel(LlavaSTFPreTrainedModel, LlavaModel):
         if pixel_values is not None and image_tokens is not None and not kwargs.get("mm_encoder_outputs"):
             if not is_tracing(pixel_values):
                 self.check_places(input_ids, inputs_embeds, pixel_values, image_tokens)
-            encoded = self.get_image_features(pixel_values, image_tokens, return_dict=True)
+            states = {name: kwargs[name] for name in ("output_hidden_states", "output_attentions") if name in kwargs}
+            encoded = self.get_image_features(pixel_values, image_tokens, return_dict=True, **states)
             pixel_values = None
             if TAKES_ENCODED_PICTURES:
                 kwargs["mm_encoder_outputs"] = {"image": encoded}
@@ -546,17 +560,45 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generates text (see [`GenerationMixin.generate`]); accepts `cache` before transformers 5.24, too.
 
-        Raises a `ValueError` if the text has not the tokens of the images (see [`LlavaSTFModel.check_places`]).
+        Raises a `ValueError` if the text has not the tokens of the images (see [`LlavaSTFModel.check_places`]), or if
+        transformers would answer without them: drafts on a cache, drafts and a chunked prefill of `inputs_embeds`.
         """
         if "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
+        self._check_images({"input_ids": kwargs.get("inputs", args[0] if args else None), **kwargs})
+        return super().generate(*args, **kwargs)
+
+    def _check_images(self, given: dict[str, Any]) -> None:
         # transformers 5.23 and 5.24 give each chunk of a chunked prefill as many tokens as it has places, and compare
         # nothing. A cache may hold the images of earlier turns, whose places are in `input_ids`, too.
-        given = {"input_ids": kwargs.get("inputs", args[0] if args else None), **kwargs}
-        pixels, ids, embeds = (given.get(name) for name in ("pixel_values", "input_ids", "inputs_embeds"))
-        if pixels is not None and not (ids is None and embeds is None) and given.get(CACHE) is None:
+        ids, embeds, pixels = (given.get(name) for name in ("input_ids", "inputs_embeds", "pixel_values"))
+        cache = given.get(CACHE, given.get("past_key_values"))
+        encoded = (given.get("mm_encoder_outputs") or {}).get("image")
+        drafts = getattr(given.get("generation_config"), "is_assistant", None)  # it gets its images anew in each round
+        if drafts or (ids is None and (embeds is None or cache is not None)):
+            return
+        if ids is not None:
+            ids = _unread(ids, given.get("attention_mask"), cache)
+        if pixels is not None:
             self.model.check_places(ids, embeds, pixels, given.get("image_tokens"))
-        return super().generate(*args, **kwargs)
+        elif encoded is not None:
+            self.model.check_number(ids, embeds, sum(len(tokens) for tokens in encoded.pooler_output))
+
+    def _assisted_decoding(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        # transformers (5.16 to 5.24) drafts on a given cache as if it were empty: it reads the whole prompt once more,
+        # behind what the cache holds, and without the images. With embeddings its first pass leaves out the draft, and
+        # other logits are taken for those of the draft. Remove this when that pass reads what is new and the draft.
+        cache, given = kwargs.get(CACHE), None
+        if cache is not None and cache.get_seq_length() > 0:
+            given = "a cache that holds a part of the prompt"
+        elif kwargs.get("inputs_embeds") is not None:
+            given = "`inputs_embeds`"
+        if given:
+            raise ValueError(
+                f"transformers {transformers.__version__} cannot draft tokens with {given}: leave that out, or "
+                "`assistant_model` and `prompt_lookup_num_tokens`."
+            )
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
 
     def _prepare_generation_config(self, generation_config: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
         # If a call sets `max_length` and the checkpoint `max_new_tokens`, transformers keeps both, and the
@@ -573,6 +615,12 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             raise ValueError(
                 f"transformers {transformers.__version__} loses new pictures in a chunked prefill on a given cache: "
                 "leave `prefill_chunk_size` out, or use 5.23 or newer."
+            )
+        if prepared.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
+            # 5.16 answers without the embeddings, 5.24 fails. Remove this when the chunks are those of embeddings, too.
+            raise ValueError(
+                f"transformers {transformers.__version__} cannot prefill `inputs_embeds` in chunks: leave "
+                "`prefill_chunk_size` out. `reduce_image_tokens` returns no embeddings from 5.18 on."
             )
         return prepared, model_kwargs
 
@@ -623,7 +671,7 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         embeds, cache = model_kwargs.get("inputs_embeds"), model_kwargs.get(CACHE)
         new_ids = input_ids
         if expand_size > 1 and cache is not None and input_ids is not None:
-            new_ids = input_ids[:, cache.get_seq_length() :]
+            new_ids = _unread(input_ids, model_kwargs.get("attention_mask"), cache)
             if model_kwargs.get("mm_encoder_outputs"):
                 encoded = model_kwargs.pop("mm_encoder_outputs")
                 images["mm_encoder_outputs"] = self._expand_multimodal_outputs(new_ids, encoded, expand_size, embeds)
@@ -656,6 +704,12 @@ def _numbers_in(image_tokens: Any) -> list:
         return image_tokens.flatten().tolist()
     prompts = image_tokens if isinstance(image_tokens, (list, tuple)) else []
     return [number for prompt in prompts for number in (prompt if isinstance(prompt, (list, tuple)) else [prompt])]
+
+
+def _unread(input_ids: torch.Tensor, attention_mask: torch.Tensor | None, cache: Any | None) -> torch.Tensor:
+    """Returns the ids that the cache does not hold; they are given alone if the mask has more places than there are."""
+    alone = attention_mask is not None and attention_mask.shape[1] != input_ids.shape[1]
+    return input_ids if cache is None or alone else input_ids[:, int(cache.get_seq_length()) :]
 
 
 def _repeated(placeholders: list[int], image_tokens: list[int], times: int) -> list[int]:

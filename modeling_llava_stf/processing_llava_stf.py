@@ -5,6 +5,7 @@
 import asyncio
 import base64
 import copy
+import inspect
 import json
 import math
 import os
@@ -31,7 +32,14 @@ import torch
 from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-from transformers.processing_utils import ImagesKwargs, MultiModalData, ProcessingKwargs, Unpack
+from transformers.processing_utils import (
+    ImagesKwargs,
+    MultiModalData,
+    ProcessingKwargs,
+    TextKwargs,
+    Unpack,
+    VideosKwargs,
+)
 from transformers.utils import cached_file
 
 from .configuration_llava_stf import LlavaSTFConfig, allowed_token_budgets
@@ -99,6 +107,13 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
 
 
 OWN_OPTIONS = LlavaSTFImagesKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+# A call of the processor takes these; what `apply_chat_template` takes itself, such as `return_tensors`, is left out.
+OPTIONS = {
+    *LlavaSTFImagesKwargs.__annotations__,
+    *TextKwargs.__annotations__,
+    *VideosKwargs.__annotations__,
+    *ProcessingKwargs.__annotations__,
+} - inspect.signature(LlavaProcessor.apply_chat_template).parameters.keys()
 
 
 class LlavaSTFImageProcessor(LlavaImageProcessorPil):
@@ -274,7 +289,7 @@ class LlavaSTFProcessor(LlavaProcessor):
 
     Raises:
         ValueError: if patch size, window or strategy are missing or do not fit the image processor, or if the
-            tokenizer does not know the image token.
+            tokenizer does not know the image token, or the image processor is another one.
     """
 
     # Each video has one entry; their lengths differ. They are merged with the images before the processor returns.
@@ -307,6 +322,11 @@ class LlavaSTFProcessor(LlavaProcessor):
             chat_template=chat_template,
             image_token=image_token,
         )
+        if not hasattr(image_processor, "max_soft_tokens"):  # not `isinstance`: its code may come from a model's folder
+            raise ValueError(
+                f"The image processor is a {type(image_processor).__name__}, expected a LlavaSTFImageProcessor: others "
+                "give other pixels. In a folder, `image_processor_type` names it."
+            )
         if self.tokenizer.convert_tokens_to_ids(self.image_token) in (None, self.tokenizer.unk_token_id):
             raise ValueError(
                 f"The tokenizer does not know {self.image_token!r}. Use the tokenizer of a converted checkpoint, or "
@@ -382,6 +402,11 @@ class LlavaSTFProcessor(LlavaProcessor):
                     "template's text. That of training's stage 1, `plain`, comes with the installed package."
                 )
             chat_template = PLAIN.read_text(encoding="utf-8")
+        if kwargs.get("processor_kwargs"):
+            # transformers 5.16 drops these options if the call has some beside them; 5.24 writes into the dictionary.
+            # Remove this when the oldest supported version does neither.
+            beside = {name: kwargs.pop(name) for name in OPTIONS & kwargs.keys()}
+            kwargs["processor_kwargs"] = kwargs["processor_kwargs"] | beside
         return super().apply_chat_template(conversation, chat_template, *args, **kwargs)
 
     def check_settings(self) -> None:
@@ -425,7 +450,8 @@ class LlavaSTFProcessor(LlavaProcessor):
         Args:
             images: a picture, a list of pictures in the order of the placeholders, or one list per prompt. A picture
                 is whatever [`LlavaSTFImageProcessor`] takes.
-            text (`str` or `list[str]`): prompts, with one `<image>` per image and one `<video>` per video.
+            text (`str` or `list[str]`): prompts, with one `<image>` per image and one `<video>` per video. Those that a
+                chat template wrote begin with BOS, and get no second one, unless `add_special_tokens` says so.
             videos: a video or a list of videos; a video is a list of frames, a 4-D array, an animated GIF, WebP, PNG
                 or AVIF, or a file that PyAV reads. A file is read at one frame per second, unless `fps` or
                 `num_frames` says otherwise; an animation by the durations of its frames, and no frame twice.
@@ -439,8 +465,11 @@ class LlavaSTFProcessor(LlavaProcessor):
 
         Raises:
             ValueError: if placeholders and images differ in number, a picture is unreadable, `max_soft_tokens` is not
-                allowed, or a prompt with images is longer than the model's context.
+                allowed, a prompt with images is longer than the model's context, or only some prompts begin with BOS.
         """
+        text = text if text is None or isinstance(text, str) else [*text]
+        if "add_special_tokens" not in kwargs | (kwargs.get("text_kwargs") or {}) and self.begin_with_bos(text):
+            kwargs["add_special_tokens"] = False
         offsets_wanted = kwargs.pop("return_text_replacement_offsets", False)
         guarded = copy.copy(self)
         guarded.tokenizer = _OneAtATime(self.tokenizer)
@@ -462,6 +491,17 @@ class LlavaSTFProcessor(LlavaProcessor):
         if text is not None:
             self._check_context(outputs["input_ids"])
         return outputs
+
+    def begin_with_bos(self, text: str | Sequence[str] | None) -> bool:
+        """Returns whether prompts begin with the BOS token; raises a `ValueError` if only some of them do."""
+        bos, prompts = self.tokenizer.bos_token, [text] if isinstance(text, str) else text or ()
+        found = [bos is not None and isinstance(prompt, str) and prompt.startswith(bos) for prompt in prompts]
+        if any(found) and not all(found):
+            raise ValueError(
+                f"{sum(found)} of {len(found)} prompts begin with {bos}, which the tokenizer would write twice. "
+                "Remove it from them, or write it in all of them, as the chat template does."
+            )
+        return any(found)
 
     # One function counts tokens, both to replace placeholders and for serving engines.
 
@@ -802,14 +842,19 @@ def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
     return picture
 
 
+def orientation_of(picture: PIL.Image.Image) -> int | None:
+    """Returns the EXIF orientation, 1 if there is none; None if the tags cannot be read."""
+    try:
+        return picture.getexif().get(ORIENTATION, 1)
+    except (*UNREADABLE, AttributeError):  # Pillow 10.0 raises the last for a TIFF of several pages
+        return None
+
+
 def _upright(picture: PIL.Image.Image) -> PIL.Image.Image:
     """Rotates a picture by its EXIF orientation. It reads no other tag: damaged ones are common in photos."""
     picture = _decoded(picture)
-    try:
-        orientation = picture.getexif().get(ORIENTATION, 1)
-    except (*UNREADABLE, AttributeError):  # Pillow 10.0 raises the last for a TIFF of several pages
-        return picture
-    if orientation == 1:
+    orientation = orientation_of(picture)
+    if orientation in (1, None):
         return picture
     picture = picture.copy()
     for tags in ("exif", "Raw profile type exif"):

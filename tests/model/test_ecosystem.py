@@ -33,6 +33,7 @@ from transformers import (
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf import modeling_llava_stf as code
 from modeling_llava_stf import processing_llava_stf as processing
+from modeling_llava_stf._ask_many import prompt_ids
 from modeling_llava_stf.configuration_llava_stf import SUPPORTED_TRANSFORMERS
 from modeling_llava_stf.modeling_llava_stf import CACHE
 from modeling_llava_stf.processing_llava_stf import MODEL_SETTINGS
@@ -327,6 +328,7 @@ def calls_of(processor, tokenizer):
     settings = [{}, {"padding": "max_length", "max_length": 200}, {"truncation": True, "max_length": 5}]
     settings += [{"padding": True, "pad_to_multiple_of": 64}]
     for text in WORDS:
+        yield lambda t=text: prompt_ids(processor, [chat(t)], [])[0]  # of a `PictureCache`, and of `caption`
         for kwargs in settings:
             yield lambda t=text, k=kwargs: processor(text=t, **k)["input_ids"][0]
             yield lambda t=text, k=kwargs: processor.apply_chat_template(
