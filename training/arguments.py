@@ -16,7 +16,7 @@ import yaml
 from trl import SFTConfig
 
 from .budgets import ALL, SAMPLE, check_budgets
-from .settings import BY_US, REFUSED, check_settings
+from .settings import BY_US, REFUSED, check_optimizer, check_settings
 from .upstream import CheckedParser
 
 CONNECTOR = "multi_modal_projector"
@@ -176,6 +176,13 @@ class LlavaSTFTrainingArguments(SFTConfig):
         super().__post_init__()
         if self.accelerator_config.split_batches:
             raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
+        if "num_steps" in (self.accelerator_config.gradient_accumulation_kwargs or {}):
+            raise ValueError("`num_steps` of `accelerator_config` is refused: it is `gradient_accumulation_steps`.")
+        if self.eval_strategy == "epoch" and self.eval_steps is not None:
+            raise ValueError("`eval_steps` does not act with `eval_strategy` epoch: leave it out, or choose steps.")
+        if self.gradient_checkpointing_kwargs and not self.gradient_checkpointing:
+            raise ValueError("`gradient_checkpointing_kwargs` does not act without `gradient_checkpointing`.")
+        check_optimizer(self)
         for name in ("fp16", "activation_offloading"):
             if getattr(self, name) and self.device.type == "cpu":
                 raise ValueError(f"`{name}` does not act on a CPU: leave it out.")

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a training, from its options to its folder."""
 
+import argparse
 import gc
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +33,7 @@ from .upstream import keep_commit
 # Options of the command line that say what was trained; others, such as paths, are not for a card.
 TOLD = {"global_batch_size", "max_length", "token_budget_mode", "use_peft", *DECIDING, *LENGTHS}
 TOLD |= {name for name, needed in NEEDS.items() if needed == LORA}
+KINDS: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 LESS_MEMORY = (
     "A lower `per_device_train_batch_size` needs less, and with `global_batch_size` it trains the same; docs/train.md "
@@ -40,9 +42,8 @@ LESS_MEMORY = (
 
 
 def train_command(arguments: list[str]) -> int:
-    kinds: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
     read_recipe(arguments)
-    data, args, choice = Parser(kinds, prog="python -m training").parse_args_and_config(arguments)
+    data, args, choice = Parser(KINDS, prog="python -m training").parse_args_and_config(arguments)
     train(data, args, choice, recipe_settings(arguments, data, args, choice))
     # The trainer is gone by now: DDP's reducer must not outlive the process group. It would take that down with the
     # interpreter locked, for which gloo's threads now and then wait for ever (torch 2.13).
@@ -80,13 +81,20 @@ def recipe_settings(
     arguments: list[str], data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
 ) -> dict[str, Any]:
     """Returns the settings that the recipe names, and those of the command line that say what was trained, as used."""
-    given = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"]
-    names = [name for name in given if name in TOLD]
+    names = [name for name in given_options(arguments) if name in TOLD]
     if "--config" in arguments:
         recipe = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
         names = [*recipe, *names]
     used = {**asdict(data), **asdict(choice), **args.to_dict()}
     return {name: used[name] for name in names if name in used}
+
+
+def given_options(arguments: list[str]) -> list[str]:
+    """Returns the names of the options that the command line gives, also as `--no_NAME` or shortened."""
+    parser = Parser(KINDS)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return list(vars(parser.parse_known_args(arguments)[0]))
 
 
 def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
@@ -109,6 +117,8 @@ def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
         return last
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ValueError(f"{wanted} is not a checkpoint of a run: it has no trainer_state.json.")
+    if Path(wanted).resolve().parent != folder.resolve():
+        check_unused(args.output_dir, last)
     return wanted
 
 
@@ -187,7 +197,7 @@ def prepare(
     checker = Checker(
         processor,
         template_text(processor, args.chat_template_name),
-        args.max_length or processor.tokenizer.model_max_length,
+        args.max_length,
         decode=data.on_bad_image == "skip",
         budgets=budgets,
     )

@@ -25,11 +25,13 @@ from modeling_llava_stf.processing_llava_stf import PLAIN
 from .arguments import CONNECTOR, TOWER, LlavaSTFTrainingArguments, launched_processes
 from .batches import Collator
 from .budgets import ALL, BudgetEpoch, TokenBudgets, budgets_of, row_key
-from .rows import DataError
+from .checks import longest_row
+from .rows import DataError, undecoded
 from .sampler import BudgetLengthSampler, ModalityLengthSampler
 from .saving import CheckpointError, SavingTrainer
 from .throughput import Meter, measure_tflops
 from .upstream import (
+    GivenSteps,
     NoEndlessEpochs,
     SamplerEpoch,
     StopByHand,
@@ -76,6 +78,10 @@ class LlavaSTFTrainer(SavingTrainer):
         self.budgets = budgets_of(args.token_budgets, args.token_budget_mode, args.order_seed, processing_class)
         if self.budgets is not None and data_collator is not None:
             raise ValueError("`token_budgets` does not act on a `data_collator` of your own: leave one of them out.")
+        if kwargs.get("optimizers", (None, None))[0] is not None and args.projector_learning_rate is not None:
+            raise ValueError(
+                "`projector_learning_rate` does not act on an optimizer of your own: leave one of them out."
+            )
         collator = collator_of(processing_class, args, self.budgets)
         super().__init__(
             model, args, processing_class=processing_class, data_collator=data_collator or collator, **kwargs
@@ -84,9 +90,15 @@ class LlavaSTFTrainer(SavingTrainer):
         if self.budgets is not None:
             self.add_callback(BudgetEpoch(self.budgets))
         self._check_stream()
+        if args.lr_scheduler_type == "constant" and args.warmup_steps and args.should_log:
+            logger.warning(
+                f"`warmup_steps` {args.warmup_steps:g} does not act: `lr_scheduler_type` constant has no warmup, "
+                "constant_with_warmup has one."
+            )
         if isinstance(self.model, PeftModel):
             name_base_commit(self.model)
         self.add_callback(NoEndlessEpochs())
+        self.add_callback(GivenSteps())
         self._choose_trained()
         self._meter = Meter()
 
@@ -114,6 +126,17 @@ class LlavaSTFTrainer(SavingTrainer):
         except DataError as error:
             raise DataError(f"{message_of(error)}. {self._way_back()}") from error
 
+    # Rows
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leaves rows of texts as they are, too: TRL would cut them, and leave out those without an answer then."""
+        return dataset
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """Makes a loader as [`Trainer`] does; photos are turned if the processor says so, not by `datasets`."""
+        turns = getattr(self.processing_class.image_processor, "do_exif_transpose", True)
+        return super()._get_dataloader(dataset if turns else undecoded(dataset), *args, **kwargs)
+
     # What trains
 
     def _choose_trained(self) -> None:
@@ -140,13 +163,7 @@ class LlavaSTFTrainer(SavingTrainer):
     def _check_adapter(self, model: PeftModel) -> None:
         if self.args.trainable is not None:
             raise ValueError("`trainable` is not for LoRA: name `lora_target_modules` and `lora_modules_to_save`.")
-        adapted = [name for name, weight in model.named_parameters() if weight.requires_grad and TOWER in name]
-        if adapted:
-            raise ValueError(
-                f"The adapter would change the frozen vision tower ({len(adapted)} weights, such as {adapted[0]}). "
-                "Let `lora_target_modules` match the language model only, "
-                r"'.*language_model.*\.(q|k|v|o)_proj', and `lora_modules_to_save` not the tower."
-            )
+        check_tower(model)
         for name in model.peft_config["default"].modules_to_save or ():
             if not any(f"{name}.modules_to_save" in parameter for parameter, _ in model.named_parameters()):
                 raise ValueError(f"`lora_modules_to_save` {name!r} matches no module; expected {CONNECTOR!r}.")
@@ -217,6 +234,7 @@ class LlavaSTFTrainer(SavingTrainer):
             named = rows.select_columns(["id", "messages"]).iter(1000)
             keys = [row_key(*row) for batch in named for row in zip(batch["id"], batch["messages"], strict=True)]
             sampler = BudgetLengthSampler(lengths, vision, keys, self.budgets, **batches)
+        self.remove_callback(SamplerEpoch)  # that of a loader that was made before
         self.add_callback(SamplerEpoch(sampler))
         return sampler
 
@@ -341,6 +359,17 @@ class LlavaSTFTrainer(SavingTrainer):
         return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
 
 
+def check_tower(model: nn.Module) -> None:
+    """Raises a `ValueError` if a training of this model with an adapter would change the vision tower."""
+    adapted = [name for name, weight in model.named_parameters() if weight.requires_grad and TOWER in name]
+    if adapted:
+        raise ValueError(
+            f"The adapter would change the frozen vision tower ({len(adapted)} weights, such as {adapted[0]}). "
+            "Let `lora_target_modules` match the language model only, "
+            r"'.*language_model.*\.(q|k|v|o)_proj', and `lora_modules_to_save` not the tower."
+        )
+
+
 def collator_of(
     processor: ProcessorMixin, args: LlavaSTFTrainingArguments, budgets: TokenBudgets | None = None
 ) -> Collator:
@@ -362,6 +391,7 @@ def collator_of(
         pad_to_multiple_of=args.pad_to_multiple_of,
         chat_template=template,
         budgets=budgets,
+        longest=longest_row(args.max_length, processor),
     )
 
 

@@ -28,7 +28,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from training import DataError
 from training.sampler import ModalityLengthSampler
-from training.upstream import NoEndlessEpochs, wait_for_everyone
+from training.upstream import GivenSteps, NoEndlessEpochs, wait_for_everyone
 
 
 @pytest.fixture
@@ -82,6 +82,15 @@ def test_leave_out_image_tokens(trainer):
     assert (batch["labels"] == made.model.config.image_token_id).any()
 
 
+def test_go_on_counting(trainer, tmp_path):
+    settings = {"save_steps": 1, "data": eight_rows(tmp_path)}
+    whole = trainer(**settings)
+    whole.train()
+    again = trainer(**settings)
+    Trainer.train(again, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert again._total_train_tokens < whole._total_train_tokens
+
+
 def test_number_of():
     parsed = TrlParser((SFTConfig,)).parse_args(["--output_dir", "out", "--pad_to_multiple_of", "8"])
     assert parsed.pad_to_multiple_of == "8"
@@ -116,6 +125,15 @@ def test_no_endless_epochs(trainer):
     made.add_callback(endless := Endless())
     made.train()
     assert (endless.epochs, made.state.global_step) == (3, 0)
+
+
+def test_given_steps(trainer, tmp_path):
+    settings = {"max_steps": 3, "data": eight_rows(tmp_path)}
+    trainer(**settings, save_steps=2).train()
+    again = trainer(**settings, save_steps=1)
+    again.remove_callback(GivenSteps)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert again.state.save_steps == 2
 
 
 def test_finished(trainer, tmp_path):
