@@ -14,6 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
@@ -30,6 +31,7 @@ from .settings import DECIDING, LORA, NEEDS, check_settings
 from .trainer import LlavaSTFTrainer, template_text
 from .upstream import keep_commit
 
+logger = logging.get_logger(__name__)
 # Options of the command line that say what was trained; others, such as paths, are not for a card.
 TOLD = {"global_batch_size", "max_length", "token_budget_mode", "use_peft", *DECIDING, *LENGTHS}
 TOLD |= {name for name, needed in NEEDS.items() if needed == LORA}
@@ -144,6 +146,8 @@ def make_trainer(
         check_settings(settings)
     if data.eval_data_path and args.eval_strategy == "no" and not args.eval_on_start:
         raise ValueError("`eval_data_path` does not act without `eval_strategy` or `eval_on_start`: set that, too.")
+    if data.eval_data_path == data.data_path:
+        logger.warning("`eval_data_path` is `data_path`: evaluation is on the rows that are trained.")
     commit = commit_of(choice.model_name_or_path, choice.model_revision)
     processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=commit)
     rows, report = prepare(data.data_path, data, args, processor)

@@ -37,6 +37,7 @@ from .upstream import (
     StopByHand,
     finished,
     image_token_masked,
+    keep_as_loaded,
     message_of,
     name_base_commit,
     without_adapter,
@@ -97,6 +98,8 @@ class LlavaSTFTrainer(SavingTrainer):
             )
         if isinstance(self.model, PeftModel):
             name_base_commit(self.model)
+            if kwargs.get("peft_config") is not None and not self.is_deepspeed_enabled:
+                keep_as_loaded(self.model)
         self.add_callback(NoEndlessEpochs())
         self.add_callback(GivenSteps())
         self._choose_trained()

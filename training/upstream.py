@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
@@ -112,6 +113,19 @@ def with_options(processor: ProcessorMixin, **options: Any) -> Any:
 
     applied.apply_chat_template = apply_chat_template
     return applied
+
+
+def keep_as_loaded(model: PeftModel) -> None:
+    """Gives modules that are trained in full beside an adapter the weights that they were loaded with.
+
+    Project: TRL 1.16.
+    Why: beside a quantised model it rounds them to bfloat16.
+    Remove when: it rounds the adapter's own weights only.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for trained in module.modules_to_save.values():
+                trained.float().load_state_dict(module.original_module.state_dict())
 
 
 def go_on_counting(trainer: Trainer, tokens: int) -> None:

@@ -13,11 +13,11 @@ import torch
 import yaml
 from accelerate import DistributedType, PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
-from training_runs import CONVERSATIONS, ROOT, eight_rows, run, trainer_of
+from training_runs import CONVERSATIONS, ROOT, eight_rows, run, trainer_of, weights_of
 from transformers import Trainer, TrainerCallback
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.dynamic_module_utils import custom_object_save
@@ -80,6 +80,21 @@ def test_leave_out_image_tokens(trainer):
     row = next(row for row in made.train_dataset if row["vision"])
     batch = collator([made.data_collator._with_media(row)])
     assert (batch["labels"] == made.model.config.image_token_id).any()
+
+
+def test_keep_as_loaded(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    base = weights_of(checkpoint)
+
+    def kept(folder):
+        made = trainer_of("finetune_qlora", checkpoint, CONVERSATIONS, tmp_path / folder)  # loads float32
+        whole = get_peft_model_state_dict(made.model)
+        names = {name: name.removeprefix("base_model.model.") for name in whole if "multi_modal_projector" in name}
+        return names and all(torch.equal(whole[name], base[of_base]) for name, of_base in names.items())
+
+    assert kept("ours")
+    monkeypatch.setattr("training.trainer.keep_as_loaded", lambda model: None)
+    assert not kept("theirs")
 
 
 def test_go_on_counting(trainer, tmp_path):
