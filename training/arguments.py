@@ -81,9 +81,9 @@ class LlavaSTFTrainingArguments(SFTConfig):
             "it, so that a recipe is the same on any number of devices."
         },
     )
-    gradient_accumulation_steps: int = field(
-        default=1,
-        metadata={"help": "Micro-batches of one optimizer step; not beside `global_batch_size`, which says them."},
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches of one step, by default 1; not beside `global_batch_size`, which says them."},
     )
     group_by_modality_length: bool = field(
         default=False,
@@ -167,12 +167,13 @@ class LlavaSTFTrainingArguments(SFTConfig):
         self._check_budgets()
         if self.global_batch_size is not None:
             steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, launched_processes())
-            if self.gradient_accumulation_steps not in (1, steps):
+            if self.gradient_accumulation_steps not in (None, steps):
                 raise ValueError(
                     f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but {steps} follows from "
                     "`global_batch_size`: leave one of them out."
                 )
             self.gradient_accumulation_steps = steps
+        self.gradient_accumulation_steps = self.gradient_accumulation_steps or 1
         super().__post_init__()
         if self.accelerator_config.split_batches:
             raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")

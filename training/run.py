@@ -27,7 +27,7 @@ from .merge import commit_of
 from .report import draw_curves, start_lines
 from .rows import load_rows
 from .saving import LENGTHS, way_back
-from .settings import DECIDING, LORA, NEEDS, check_settings
+from .settings import DECIDING, LORA, NEEDS, check_given, check_settings
 from .trainer import LlavaSTFTrainer, template_text
 from .upstream import keep_commit
 
@@ -46,6 +46,8 @@ LESS_MEMORY = (
 def train_command(arguments: list[str]) -> int:
     read_recipe(arguments)
     data, args, choice = Parser(KINDS, prog="python -m training").parse_args_and_config(arguments)
+    for settings in (args, choice):
+        check_given(settings, {*recipe_of(arguments), *given_options(arguments)})
     train(data, args, choice, recipe_settings(arguments, data, args, choice))
     # The trainer is gone by now: DDP's reducer must not outlive the process group. It would take that down with the
     # interpreter locked, for which gloo's threads now and then wait for ever (torch 2.13).
@@ -84,11 +86,16 @@ def recipe_settings(
 ) -> dict[str, Any]:
     """Returns the settings that the recipe names, and those of the command line that say what was trained, as used."""
     names = [name for name in given_options(arguments) if name in TOLD]
-    if "--config" in arguments:
-        recipe = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
-        names = [*recipe, *names]
+    names = [*recipe_of(arguments), *names]
     used = {**asdict(data), **asdict(choice), **args.to_dict()}
     return {name: used[name] for name in names if name in used}
+
+
+def recipe_of(arguments: list[str]) -> dict[str, Any]:
+    """Returns what the recipe says, if there is one."""
+    if "--config" not in arguments:
+        return {}
+    return yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
 
 
 def given_options(arguments: list[str]) -> list[str]:

@@ -196,6 +196,17 @@ def _check_company(settings: Any, name: str) -> None:
         raise ValueError(f"`{name}` does not act without {others}: set that, or leave it out.")
 
 
+def check_given(settings: Any, names: set[str]) -> None:
+    """Checks options that were given, also those with the value that is their default.
+
+    Raises:
+        ValueError: if one acts only beside another, which is not set.
+    """
+    for option in dataclasses.fields(settings):
+        if option.name in NEEDS.keys() & names and getattr(settings, option.name) not in (None, False):
+            _check_company(settings, option.name)
+
+
 def check_optimizer(args: Any) -> None:
     """Checks the options of the optimizer and of its schedule, by making them.
 

@@ -115,6 +115,9 @@ def test_what_does_not_act_is_refused_from_python(name):
         ({"eval_steps": 2}, ["`eval_steps` does not act without `eval_strategy`"]),
         ({"eval_data_path": CONVERSATIONS}, ["`eval_data_path` does not act without `eval_strategy`"]),
         ({"gradient_accumulation_steps": 4}, ["`gradient_accumulation_steps` is 4, but 2 follows"]),
+        ({"gradient_accumulation_steps": 1}, ["`gradient_accumulation_steps` is 1, but 2 follows"]),
+        ({"lora_r": 16, "lora_alpha": 32}, ["does not act without `use_peft`"]),  # TRL's defaults
+        ({"token_budget_mode": "sample"}, ["`token_budget_mode` does not act without `token_budgets`"]),
         ({"train_sampling_strategy": "sequential"}, ["`group_by_modality_length` orders"]),
         ({"model_revision": "v1"}, ["is a folder, which has no revision 'v1'"]),
         ({"split": "test"}, ["is a file, which has no configuration and no split"]),

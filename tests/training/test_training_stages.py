@@ -298,7 +298,7 @@ def test_preferences_are_not_longer_than_allowed_and_padded_as_wanted(processor,
 
 @pytest.mark.parametrize("turn", [True, False])
 def test_photos_of_preferences_are_turned_only_if_the_processor_turns_them(turn, processor, picture, tmp_path):
-    save_photos(picture("wide.png"), tmp_path)
+    save_photos(picture("wide.png").resize((40, 40)), tmp_path)
     processor.image_processor.do_exif_transpose = turn
     row = {**next(iter(dpo_rows(picture))), "images": [{"path": str(tmp_path / "lying.png"), "bytes": None}]}
     wanted = Picture.open(tmp_path / ("upright.png" if turn else "as_it_lies.png"))

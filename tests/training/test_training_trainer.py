@@ -494,7 +494,7 @@ def test_rows_from_python_are_trained_whole_or_refused(kind, checkpoint, tmp_pat
 @pytest.mark.parametrize("turn", [True, False])
 def test_a_decoded_photo_is_turned_only_if_the_processor_turns_it(turn, checkpoint, tmp_path, processor, picture):
     """`datasets` turns it when it decodes."""
-    save_photos(picture("wide.png"), tmp_path)
+    save_photos(picture("wide.png").resize((40, 40)), tmp_path)
     processor.image_processor.do_exif_transpose = turn
     rows = rows_of_trl([str(tmp_path / "lying.png")])
     run = trainer_from_python(checkpoint, processor, tmp_path / "out", rows, do_exif_transpose=turn)
