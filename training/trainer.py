@@ -108,14 +108,21 @@ class LlavaSTFTrainer(SavingTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains as [`Trainer.train`] does; a run that had done all its steps is loaded, and nothing is added to it.
 
+        Args:
+            resume_from_checkpoint: checkpoint to go on from, `"last"` or `True` for the newest; by default that of the
+                arguments.
+            **kwargs: those of [`Trainer.train`].
+
         Raises:
-            CheckpointError: if the checkpoint is incomplete, damaged or of another run.
+            CheckpointError: if the checkpoint is missing, incomplete, damaged or of another run.
         """
         self.prepare_folder()
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
-        if resume_from_checkpoint is True:  # transformers' way to say "the last"
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if str(resume_from_checkpoint).lower() in ("last", "true"):  # True is transformers' way to say it
+            resume_from_checkpoint = self._last_checkpoint()
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self.check_checkpoint(Path(resume_from_checkpoint))
@@ -128,6 +135,13 @@ class LlavaSTFTrainer(SavingTrainer):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except DataError as error:
             raise DataError(f"{message_of(error)}. {self._way_back()}") from error
+
+    def _last_checkpoint(self) -> str:
+        folder = str(self.args.output_dir)
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        if last is None:
+            raise CheckpointError(f"{folder} has no complete checkpoint to go on from.")
+        return last
 
     # Rows
 

@@ -11,6 +11,7 @@ import torch
 from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, history, options, run, trainer_of, weights_of
 
 from training.run import resume_from
+from training.saving import CheckpointError
 
 # Four steps of four rows, with a checkpoint within the first epoch: the captions have three rows, the eight
 # conversations have two steps an epoch. Dropout makes the random state matter.
@@ -173,3 +174,16 @@ def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(tmp_path):
         assert resume_from(SimpleNamespace(output_dir=tmp_path / folder, resume_from_checkpoint=wanted)) == wanted
     with pytest.raises(ValueError, match="two has the checkpoints of an earlier run"):
         resume_from(SimpleNamespace(output_dir=tmp_path / "two", resume_from_checkpoint=wanted))
+
+
+@pytest.mark.parametrize("wanted", [True, "last"])
+def test_from_python_a_checkpoint_that_is_wanted_is_there_or_named(wanted, checkpoint, tmp_path):
+    """A folder without one was trained into from the beginning, and so was whatever the arguments name."""
+    made = trainer_of("finetune", checkpoint, CONVERSATIONS, tmp_path / "out")
+    for _ in range(2):  # also in a folder that exists
+        with pytest.raises(CheckpointError, match="out has no complete checkpoint to go on from"):
+            made.train(resume_from_checkpoint=wanted)
+        (tmp_path / "out").mkdir(exist_ok=True)
+    made.args.resume_from_checkpoint = wanted
+    with pytest.raises(CheckpointError, match="out has no complete checkpoint to go on from"):
+        made.train()
