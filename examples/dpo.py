@@ -5,7 +5,7 @@
 python -m examples.dpo --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --learning_rate 5e-6
 
 DATA has `images`, `prompt`, `chosen` and `rejected` in TRL's conversational form, like
-HuggingFaceH4/rlaif-v_formatted.
+HuggingFaceH4/rlaif-v_formatted. `--use_peft false` trains the whole model but its vision tower.
 """
 
 from dataclasses import dataclass
@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 from datasets import load_dataset
-from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 from trl.data_utils import prepare_multimodal_messages
 
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
-from training.checks import check_tokens
-from training.rows import DataError, to_row
+from modeling_llava_stf import LlavaSTFProcessor
+from training.checks import check_tokens, open_image
+from training.rows import DataError, to_row, undecoded
+from training.run import load_model
+from training.settings import check_settings
+from training.trainer import check_tower
+
+LORA = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 @dataclass
@@ -30,12 +34,14 @@ class PreferenceCollator:
     """
 
     processor: LlavaSTFProcessor
+    max_length: int | None = None
+    pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """`input_ids`, `attention_mask` and `completion_mask` are (2 * rows, sequence).
 
         Raises:
-            DataError: if a row cannot be trained exactly as it is written.
+            DataError: if a row cannot be trained exactly as it is written, or is longer than `max_length`.
         """
         conversations = [self._conversation(row, answer) for answer in ("chosen", "rejected") for row in rows]
         batch = self.processor.apply_chat_template(
@@ -44,8 +50,15 @@ class PreferenceCollator:
             return_dict=True,
             return_tensors="pt",
             return_assistant_tokens_mask=True,
-            processor_kwargs={"padding": True, "padding_side": "right"},
+            processor_kwargs={
+                "padding": True,
+                "padding_side": "right",
+                "pad_to_multiple_of": self.pad_to_multiple_of,
+            },
         )
+        longest = int(batch["attention_mask"].sum(1).max())
+        if self.max_length is not None and longest > self.max_length:
+            raise DataError(f"A row has {longest} tokens, `max_length` allows {self.max_length}, and none is cut.")
         batch["completion_mask"] = _last_run(batch.pop("assistant_masks"))
         return batch
 
@@ -62,7 +75,8 @@ class PreferenceCollator:
         if checked["problem"]:
             raise DataError(checked["problem"])
         check_tokens(checked["messages"], self.processor.tokenizer.all_special_tokens)
-        return prepare_multimodal_messages(checked["messages"], images=checked["images"])
+        images = [open_image(image, self.processor.image_processor) for image in checked["images"]]
+        return prepare_multimodal_messages(checked["messages"], images=images)
 
 
 def _last_run(mask: torch.Tensor) -> torch.Tensor:
@@ -72,17 +86,26 @@ def _last_run(mask: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    script, args, choice = TrlParser((ScriptArguments, DPOConfig, ModelConfig)).parse_args_and_config()
-    args.max_length = None  # truncation could cut through an image
-    processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path)
+    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig))
+    parser.set_defaults(use_peft=True, max_length=None)
+    script, args, choice = parser.parse_args_and_config()
+    if choice.use_peft and choice.lora_target_modules is None:
+        choice.lora_target_modules = LORA
+    check_settings(choice)
+    model = load_model(choice)
+    model.model.vision_tower.requires_grad_(False)
+    processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=choice.model_revision)
+    data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
     trainer = DPOTrainer(
-        LlavaSTFForConditionalGeneration.from_pretrained(choice.model_name_or_path, dtype=choice.dtype),
+        model,
         args=args,
-        train_dataset=load_dataset(script.dataset_name, split=script.dataset_train_split),
+        train_dataset=undecoded(data[script.dataset_train_split]),
+        eval_dataset=None if args.eval_strategy == "no" else undecoded(data[script.dataset_test_split]),
         processing_class=processor,
-        data_collator=PreferenceCollator(processor),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"),
+        data_collator=PreferenceCollator(processor, args.max_length, args.pad_to_multiple_of),
+        peft_config=get_peft_config(choice),
     )
+    check_tower(trainer.model)
     trainer.train()
     trainer.save_model()
 

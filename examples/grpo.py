@@ -4,16 +4,22 @@
 
 python examples/grpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --num_generations 8
 
-DATA has `image`, `prompt` in TRL's conversational form, and the right answer as `solution`.
+DATA has `image`, `prompt` in TRL's conversational form, and the right answer as `solution`. `--use_peft false` trains
+the whole model but its vision tower.
 """
 
 from typing import Any
 
 from datasets import load_dataset
-from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf import LlavaSTFProcessor
+from training.rows import undecoded
+from training.run import load_model
+from training.settings import check_settings
+from training.trainer import check_tower
+
+LORA = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def right_answer(completions: list[list[dict[str, str]]], solution: list[str], **kwargs: Any) -> list[float]:
@@ -26,15 +32,25 @@ def right_answer(completions: list[list[dict[str, str]]], solution: list[str], *
 
 
 def main() -> None:
-    script, args, choice = TrlParser((ScriptArguments, GRPOConfig, ModelConfig)).parse_args_and_config()
+    parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig))
+    parser.set_defaults(use_peft=True, disable_dropout=True)
+    script, args, choice = parser.parse_args_and_config()
+    if choice.use_peft and choice.lora_target_modules is None:
+        choice.lora_target_modules = LORA
+    check_settings(choice)
+    model = load_model(choice)
+    model.model.vision_tower.requires_grad_(False)
+    data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
     trainer = GRPOTrainer(
-        LlavaSTFForConditionalGeneration.from_pretrained(choice.model_name_or_path, dtype=choice.dtype),
+        model,
         reward_funcs=right_answer,
         args=args,
-        train_dataset=load_dataset(script.dataset_name, split=script.dataset_train_split),
-        processing_class=LlavaSTFProcessor.from_pretrained(choice.model_name_or_path),
-        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"),
+        train_dataset=undecoded(data[script.dataset_train_split]),
+        eval_dataset=None if args.eval_strategy == "no" else undecoded(data[script.dataset_test_split]),
+        processing_class=LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=choice.model_revision),
+        peft_config=get_peft_config(choice),
     )
+    check_tower(trainer.model)
     trainer.train()
     trainer.save_model()
 

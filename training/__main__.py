@@ -86,9 +86,9 @@ def check_command(arguments: list[str]) -> int:
     template = template_text(processor, chosen.chat_template_name)
     checker = Checker(processor, template, chosen.max_length, decode=True, budgets=budgets)
     report = Report.of(check_rows(rows, checker, chosen.num_proc), budgets)
-    print("\n".join(report.lines(chosen.max_length)))
+    print("\n".join(report.lines(checker.allowed)))
     if chosen.plot and report.lengths:
-        draw_lengths(report.longest(), chosen.max_length, Path(chosen.plot))
+        draw_lengths(report.longest(), checker.allowed, Path(chosen.plot))
         print(f"wrote {chosen.plot}")
     return 1 if report.problems else 0
 

@@ -16,7 +16,7 @@ import yaml
 from trl import SFTConfig
 
 from .budgets import ALL, SAMPLE, check_budgets
-from .settings import BY_US, REFUSED, check_settings
+from .settings import BY_US, REFUSED, check_optimizer, check_settings
 from .upstream import CheckedParser
 
 CONNECTOR = "multi_modal_projector"
@@ -81,9 +81,9 @@ class LlavaSTFTrainingArguments(SFTConfig):
             "it, so that a recipe is the same on any number of devices."
         },
     )
-    gradient_accumulation_steps: int = field(
-        default=1,
-        metadata={"help": "Micro-batches of one optimizer step; not beside `global_batch_size`, which says them."},
+    gradient_accumulation_steps: int | None = field(
+        default=None,
+        metadata={"help": "Micro-batches of one step, by default 1; not beside `global_batch_size`, which says them."},
     )
     group_by_modality_length: bool = field(
         default=False,
@@ -167,15 +167,23 @@ class LlavaSTFTrainingArguments(SFTConfig):
         self._check_budgets()
         if self.global_batch_size is not None:
             steps = accumulation_steps(self.global_batch_size, self.per_device_train_batch_size, launched_processes())
-            if self.gradient_accumulation_steps not in (1, steps):
+            if self.gradient_accumulation_steps not in (None, steps):
                 raise ValueError(
                     f"`gradient_accumulation_steps` is {self.gradient_accumulation_steps}, but {steps} follows from "
                     "`global_batch_size`: leave one of them out."
                 )
             self.gradient_accumulation_steps = steps
+        self.gradient_accumulation_steps = self.gradient_accumulation_steps or 1
         super().__post_init__()
         if self.accelerator_config.split_batches:
             raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
+        if "num_steps" in (self.accelerator_config.gradient_accumulation_kwargs or {}):
+            raise ValueError("`num_steps` of `accelerator_config` is refused: it is `gradient_accumulation_steps`.")
+        if self.eval_strategy == "epoch" and self.eval_steps is not None:
+            raise ValueError("`eval_steps` does not act with `eval_strategy` epoch: leave it out, or choose steps.")
+        if self.gradient_checkpointing_kwargs and not self.gradient_checkpointing:
+            raise ValueError("`gradient_checkpointing_kwargs` does not act without `gradient_checkpointing`.")
+        check_optimizer(self)
         for name in ("fp16", "activation_offloading"):
             if getattr(self, name) and self.device.type == "cpu":
                 raise ValueError(f"`{name}` does not act on a CPU: leave it out.")

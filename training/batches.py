@@ -13,7 +13,7 @@ from modeling_llava_stf.processing_llava_stf import is_picture
 
 from .budgets import TokenBudgets
 from .checks import check_tokens, open_image
-from .rows import DataError, is_animated, to_row
+from .rows import TOO_LONG, DataError, is_animated, is_row, to_row
 from .upstream import leave_out_image_tokens, with_options
 
 logger = logging.get_logger(__name__)
@@ -28,10 +28,11 @@ class Collator(DataCollatorForVisionLanguageModeling):
     is in the batch once with each.
 
     Raises:
-        DataError: names the image that cannot be read.
+        DataError: names the image that cannot be read, or a row of more than `longest` tokens.
     """
 
     budgets: TokenBudgets | None = None
+    longest: int | None = None  # TRL's `max_length` would cut a row
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [self._row(example) for example in examples]
@@ -46,10 +47,18 @@ class Collator(DataCollatorForVisionLanguageModeling):
             collator = dataclasses.replace(self, processor=with_options(self.processor, **options))
         batch = super(Collator, collator).torch_call([self._with_media(row) for row in rows])
         leave_out_image_tokens(batch, self.processor.image_token_id)
+        self._check_lengths(batch, rows)
         return batch
 
+    def _check_lengths(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        for length, row in zip(batch["attention_mask"].sum(1).tolist(), rows, strict=True):
+            if self.longest is not None and length > self.longest:
+                raise DataError(
+                    f"Row {row['id']} cannot be trained on: {TOO_LONG}: {length} tokens, {self.longest} are allowed."
+                )
+
     def _row(self, example: dict[str, Any]) -> dict[str, Any]:
-        row = example if "problem" in example else self._checked(example)  # or a row of TRL, as it is
+        row = example if is_row(example) else self._checked(example)  # or a row of TRL, as it is
         if row["problem"]:
             raise DataError(f"Row {row['id']} cannot be trained on: {row['problem']}.")
         return row
@@ -70,7 +79,7 @@ class Collator(DataCollatorForVisionLanguageModeling):
         return {"messages": messages, "images": [open_image(image, image_processor) for image in row["images"]]}
 
     def _checked(self, example: dict[str, Any]) -> dict[str, Any]:
-        row = to_row(example, 0, "")
+        row = to_row(example, "without an id", "")
         check_tokens(row["messages"], self.processor.tokenizer.all_special_tokens)
         for note in row["notes"]:
             logger.warning_once(f"note: {note}")

@@ -56,16 +56,19 @@ class Checker:
     Args:
         processor: of the checkpoint to be trained.
         template: text of the chat template that the training uses.
-        max_length: longest row, in tokens.
+        max_length: longest row, in tokens; by default the model's context, which is the longest in any case.
         decode: open every image in full; otherwise only see whether its file is there.
         budgets: of the training; the longest that they make a row is compared with `max_length`.
     """
 
     processor: LlavaSTFProcessor
     template: str
-    max_length: int
+    max_length: int | None
     decode: bool
     budgets: TokenBudgets | None = None
+
+    def __post_init__(self) -> None:
+        self.allowed = longest_row(self.max_length, self.processor)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         found = {"length": 0, "vision": 0, "targets": 0, "notes": row["notes"], "problem": row["problem"]}
@@ -106,8 +109,8 @@ class Checker:
             problem = f"{PLACEHOLDER}: the template writes {rendered} <image> for {media} images or videos"
         elif targets == 0:
             problem = NO_TARGET
-        elif longest > self.max_length:
-            problem = f"{TOO_LONG}: {longest} tokens, {self.max_length} are allowed"
+        elif longest > self.allowed:
+            problem = f"{TOO_LONG}: {longest} tokens, {self.allowed} are allowed"
         notes = [*row["notes"], LEFT_OUT] if left_out else row["notes"]
         return {"length": length, "vision": vision, "targets": targets, "notes": notes, "problem": problem}
 
@@ -120,6 +123,12 @@ class Checker:
         ]
         rendered = self.processor.tokenizer.apply_chat_template(marked, chat_template=self.template, tokenize=False)
         return any(text not in rendered for text in _texts(marked))
+
+
+def longest_row(max_length: int | None, processor: Any) -> int:
+    """Returns how many tokens a row may have: `max_length`, but no more than the model's context."""
+    context = processor.tokenizer.model_max_length
+    return context if max_length is None else min(max_length, context)
 
 
 def _as_image(part: dict[str, Any]) -> dict[str, Any]:

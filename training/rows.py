@@ -19,7 +19,8 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ LONGEST_PATH = 4096  # characters; a longer one is a picture in base64
 # What becomes of a row beside what its author wrote.
 FRONT = "`<image>` comes first in its message, then the text without the blanks around it, as in the original"
 ONE_KEPT = "several `<image>` in a message stand for one picture and one is kept, as in the original"
+IMAGES_FIRST = "a text has `<video>` before `<image>`, but its images come first: give each a part of its own"
 DIVIDED = "texts of one message that no blank divides are divided by a line break, as in the chat template"
 # Keys that are read, and keys with a meaning that would be lost: these are refused if they have a value. Any other key
 # is named once.
@@ -155,16 +157,22 @@ def load_rows(
     columns = source.column_names
     if columns is None or not {"messages", "conversations"} & set(columns):
         raise DataError(f"{data_path} has the columns {columns}, {WANTED}. {_conversion_hint(columns or [])}")
-    for name, feature in (source.features or {}).items():
-        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
-            source = source.cast_column(name, type(feature)(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
-            source = source.cast_column(name, List(datasets.Image(decode=False)))
+    source = undecoded(source)
     settings: dict[str, Any] = {"remove_columns": columns, "features": FEATURES}
     if streaming and source.num_shards > 1:
         return source.map(partial(_streamed_row, root=str(root)), **settings)
     settings |= {} if streaming else {"load_from_cache_file": False}
     return source.map(partial(to_row, root=str(root)), with_indices=True, **settings)
+
+
+def undecoded(rows: Any) -> Any:
+    """Returns a dataset whose pictures are read as bytes or paths: `datasets` turns photos upright where it decodes."""
+    for name, feature in (rows.features or {}).items():
+        if isinstance(feature, datasets.Image | datasets.Audio | datasets.Video):
+            rows = rows.cast_column(name, type(feature)(decode=False))
+        elif isinstance(feature, List) and isinstance(feature.feature, datasets.Image):
+            rows = rows.cast_column(name, List(datasets.Image(decode=False)))
+    return rows
 
 
 def _is_saved(path: Path) -> bool:
@@ -293,6 +301,11 @@ def _line(read: Any, number: int, line: str) -> Any:
 
 
 # One row
+
+
+def is_row(names: Iterable[str]) -> bool:
+    """Tells whether these keys or columns are those of a row of this module; others may have one of them, too."""
+    return FEATURES.keys() <= set(names)
 
 
 def to_row(example: Any, index: int | str, root: str) -> dict[str, Any]:
@@ -603,6 +616,9 @@ def _changes(turns: list[tuple[str, Any]], messages: list[dict[str, Any]]) -> li
         texts = [part["text"] for part in message["content"] if part["text"]]
         if any(len((one[-1] + other[0]).strip()) == 2 for one, other in itertools.pairwise(texts)):
             notes.append(DIVIDED)
+        kinds = [re.findall("<(image|video)>", part["text"]) for part in parts if part["type"] == "text"]
+        if any(found != sorted(found) for found in kinds):
+            notes.append(IMAGES_FIRST)
         written = "".join(part["text"] if part["type"] == "text" else "<image>\n" for part in parts)
         written = written.replace("<video>", "<image>")
         images = sum(part["type"] != "text" for part in message["content"])

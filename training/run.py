@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a training, from its options to its folder."""
 
+import argparse
 import gc
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,7 @@ from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
@@ -25,13 +27,15 @@ from .merge import commit_of
 from .report import draw_curves, start_lines
 from .rows import load_rows
 from .saving import LENGTHS, way_back
-from .settings import DECIDING, LORA, NEEDS, check_settings
+from .settings import DECIDING, LORA, NEEDS, check_given, check_settings
 from .trainer import LlavaSTFTrainer, template_text
 from .upstream import keep_commit
 
+logger = logging.get_logger(__name__)
 # Options of the command line that say what was trained; others, such as paths, are not for a card.
 TOLD = {"global_batch_size", "max_length", "token_budget_mode", "use_peft", *DECIDING, *LENGTHS}
 TOLD |= {name for name, needed in NEEDS.items() if needed == LORA}
+KINDS: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 LESS_MEMORY = (
     "A lower `per_device_train_batch_size` needs less, and with `global_batch_size` it trains the same; docs/train.md "
@@ -40,9 +44,10 @@ LESS_MEMORY = (
 
 
 def train_command(arguments: list[str]) -> int:
-    kinds: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
     read_recipe(arguments)
-    data, args, choice = Parser(kinds, prog="python -m training").parse_args_and_config(arguments)
+    data, args, choice = Parser(KINDS, prog="python -m training").parse_args_and_config(arguments)
+    for settings in (args, choice):
+        check_given(settings, {*recipe_of(arguments), *given_options(arguments)})
     train(data, args, choice, recipe_settings(arguments, data, args, choice))
     # The trainer is gone by now: DDP's reducer must not outlive the process group. It would take that down with the
     # interpreter locked, for which gloo's threads now and then wait for ever (torch 2.13).
@@ -80,13 +85,25 @@ def recipe_settings(
     arguments: list[str], data: DataArguments, args: LlavaSTFTrainingArguments, choice: ModelConfig
 ) -> dict[str, Any]:
     """Returns the settings that the recipe names, and those of the command line that say what was trained, as used."""
-    given = [word.partition("=")[0].removeprefix("--").replace("-", "_") for word in arguments if word[:2] == "--"]
-    names = [name for name in given if name in TOLD]
-    if "--config" in arguments:
-        recipe = yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
-        names = [*recipe, *names]
+    names = [name for name in given_options(arguments) if name in TOLD]
+    names = [*recipe_of(arguments), *names]
     used = {**asdict(data), **asdict(choice), **args.to_dict()}
     return {name: used[name] for name in names if name in used}
+
+
+def recipe_of(arguments: list[str]) -> dict[str, Any]:
+    """Returns what the recipe says, if there is one."""
+    if "--config" not in arguments:
+        return {}
+    return yaml.safe_load(Path(arguments[arguments.index("--config") + 1]).read_text(encoding="utf-8"))
+
+
+def given_options(arguments: list[str]) -> list[str]:
+    """Returns the names of the options that the command line gives, also as `--no_NAME` or shortened."""
+    parser = Parser(KINDS)
+    for action in parser._actions:
+        action.default, action.required = argparse.SUPPRESS, False
+    return list(vars(parser.parse_known_args(arguments)[0]))
 
 
 def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
@@ -109,6 +126,8 @@ def resume_from(args: LlavaSTFTrainingArguments) -> str | None:
         return last
     if not (Path(wanted) / "trainer_state.json").is_file():
         raise ValueError(f"{wanted} is not a checkpoint of a run: it has no trainer_state.json.")
+    if Path(wanted).resolve().parent != folder.resolve():
+        check_unused(args.output_dir, last)
     return wanted
 
 
@@ -134,6 +153,8 @@ def make_trainer(
         check_settings(settings)
     if data.eval_data_path and args.eval_strategy == "no" and not args.eval_on_start:
         raise ValueError("`eval_data_path` does not act without `eval_strategy` or `eval_on_start`: set that, too.")
+    if data.eval_data_path == data.data_path:
+        logger.warning("`eval_data_path` is `data_path`: evaluation is on the rows that are trained.")
     commit = commit_of(choice.model_name_or_path, choice.model_revision)
     processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=commit)
     rows, report = prepare(data.data_path, data, args, processor)
@@ -187,7 +208,7 @@ def prepare(
     checker = Checker(
         processor,
         template_text(processor, args.chat_template_name),
-        args.max_length or processor.tokenizer.model_max_length,
+        args.max_length,
         decode=data.on_bad_image == "skip",
         budgets=budgets,
     )

@@ -28,9 +28,11 @@ from trl import SFTTrainer
 from conversion.checkpoints.folders import copy_licences, name_auto_class
 
 from .arguments import LlavaSTFTrainingArguments
+from .rows import is_row
 from .settings import DECIDING
 from .upstream import (
     base_commit,
+    go_on_counting,
     keep_names,
     own_class,
     part_of,
@@ -60,6 +62,7 @@ UNFINISHED = "_unfinished"
 ADAPTER = ("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "use_dora")
 # Beside the state of transformers: what decides the numbers of the run.
 RUN = "training_run.json"
+TOKENS = "tokens so far"  # in it: those of all batches until the checkpoint
 STATE, OPTIMIZER, SCHEDULER = "trainer_state.json", "optimizer.pt", "scheduler.pt"
 WEIGHTS = ("model.safetensors", "adapter_model.safetensors")
 INDEX = "model.safetensors.index.json"
@@ -107,7 +110,8 @@ class SavingTrainer(SFTTrainer):
                 self._staging = False
             wait_for_everyone()
             if self.args.should_save:
-                (staging / name / RUN).write_text(json.dumps(self.run, indent=2) + "\n", encoding="utf-8")
+                run_file = {**self.run, TOKENS: self._total_train_tokens}
+                (staging / name / RUN).write_text(json.dumps(run_file, indent=2) + "\n", encoding="utf-8")
                 self._name_best(staging, run, name)
                 _replace(staging / name, run / name)
         wait_for_everyone()
@@ -219,6 +223,7 @@ class SavingTrainer(SFTTrainer):
                 shapes.pop("lm_head.weight", None)
         for note in check_checkpoint(folder, self.run, shapes, self.accelerator.scaler is not None):
             logger.warning(note)
+        go_on_counting(self, read_json(folder / RUN).get(TOKENS, 0))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
@@ -447,7 +452,7 @@ def rows_of(dataset: Any, workers: int) -> dict[str, Any]:
     """
     if isinstance(dataset, IterableDataset):
         return {"dataloader_num_workers": workers}
-    if not isinstance(dataset, Dataset) or "problem" not in dataset.column_names:
+    if not isinstance(dataset, Dataset) or not is_row(dataset.column_names):
         return {}
     digest = hashlib.sha256()
     for batch in dataset.select_columns(["id", "messages"]).iter(1000):

@@ -6,6 +6,7 @@ An option is in exactly one of `UNCHANGED`, `BY_US` and `REFUSED`; a test holds 
 that an option which comes with a new version has to be looked at.
 """
 
+import copy
 import dataclasses
 import math
 import re
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
 from .upstream import number_of
@@ -141,6 +143,9 @@ RANGES: list[tuple[str, Callable[[float], bool], str]] = [
     ("-1 (not set), or 1 or more", lambda number: number == -1 or number >= 1, "max_steps"),
 ]
 PATTERNS = ("trainable", "lora_target_modules")
+# Schedules that multiply all rates by one number, which follows from `learning_rate`.
+RELATIVE = ("cosine_with_min_lr", "cosine_warmup_with_min_lr", "polynomial")
+OF_ADAM = ("adam_beta1", "adam_beta2", "adam_epsilon")
 # What decides the numbers of a run: a resumed run has these as they were.
 DECIDING = sorted(
     """
@@ -149,6 +154,7 @@ DECIDING = sorted(
     average_tokens_across_devices bf16 fp16 neftune_noise_alpha loss_type loss_reduction trainable
     assistant_only_loss chat_template_name image_aspect_ratio do_exif_transpose alpha_background seed data_seed
     full_determinism dataloader_drop_last train_sampling_strategy group_by_modality_length token_budgets
+    accelerator_config
     """.split()
 )
 
@@ -159,6 +165,7 @@ def check_settings(settings: Any) -> None:
     Raises:
         ValueError: if one would not act, or cannot be meant: names it, its value, and what is expected.
     """
+    types = typing.get_type_hints(type(settings))  # the parser takes None out of those of the options
     for option in dataclasses.fields(settings):
         if not option.init:
             continue
@@ -166,9 +173,12 @@ def check_settings(settings: Any) -> None:
         given = value != _default(option)
         if given and option.name in REFUSED:
             raise ValueError(f"`{option.name}` does not act here: {REFUSED[option.name]}.")
-        choices = option.metadata.get("choices")
-        if choices and value is not None and value not in choices:
+        kind = types[option.name]
+        choices = option.metadata.get("choices") or ((True, False) if kind is bool else None)
+        if choices and value not in choices and not (value is None and "None" in str(kind)):
             raise ValueError(f"`{option.name}` is {value!r}, expected one of {', '.join(map(str, choices))}.")
+        if isinstance(value, list) and "list" not in str(kind):
+            raise ValueError(f"`{option.name}` is {value!r}, expected one value and no list.")
         if given and option.name in NEEDS:
             _check_company(settings, option.name)
     _check_numbers(settings)
@@ -184,6 +194,63 @@ def _check_company(settings: Any, name: str) -> None:
     if all(getattr(settings, other) == defaults[other] for other in NEEDS[name]):
         others = " or ".join(f"`{other}`" for other in NEEDS[name])
         raise ValueError(f"`{name}` does not act without {others}: set that, or leave it out.")
+
+
+def check_given(settings: Any, names: set[str]) -> None:
+    """Checks options that were given, also those with the value that is their default.
+
+    Raises:
+        ValueError: if one acts only beside another, which is not set.
+    """
+    for option in dataclasses.fields(settings):
+        if option.name in NEEDS.keys() & names and getattr(settings, option.name) not in (None, False):
+            _check_company(settings, option.name)
+
+
+def check_optimizer(args: Any) -> None:
+    """Checks the options of the optimizer and of its schedule, by making them.
+
+    Raises:
+        ValueError: if one changes nothing, or is not known: names it, and what to use.
+    """
+    texts = [text.strip() for text in (args.optim_args or "").split(",") if text.strip()]
+    for text in texts:
+        name = text.partition("=")[0].strip()
+        if name == "weight_decay":
+            raise ValueError("`optim_args` has `weight_decay`, which does not act there: it is an option of its own.")
+        if "=" not in text or not _acts(args, "optim_args", ",".join(other for other in texts if other != text)):
+            raise ValueError(
+                f"`optim_args` has {text!r}, which changes nothing with `optim` {args.optim.value}: leave it out."
+            )
+    for option in dataclasses.fields(args):
+        if option.name in OF_ADAM and getattr(args, option.name) != option.default:
+            if not _acts(args, option.name, option.default):
+                raise ValueError(f"`{option.name}` does not act with `optim` {args.optim.value}: leave it out.")
+    _check_schedule(args)
+
+
+def _acts(args: Any, name: str, otherwise: Any) -> bool:
+    """Tells whether the optimizer would be another one if this option had another value."""
+    changed = copy.copy(args)
+    setattr(changed, name, otherwise)
+    return Trainer.get_optimizer_cls_and_kwargs(changed) != Trainer.get_optimizer_cls_and_kwargs(args)
+
+
+def _check_schedule(args: Any) -> None:
+    kind, given = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
+    if given and kind in ("constant", "constant_with_warmup"):
+        raise ValueError(f"`lr_scheduler_kwargs` does not act with `lr_scheduler_type` {kind}: leave it out.")
+    least = {"min_lr", "lr_end"} & given.keys()
+    if least and kind in RELATIVE and args.projector_learning_rate not in (None, args.learning_rate):
+        raise ValueError(
+            f"`lr_scheduler_kwargs` has {min(least)!r}, but `projector_learning_rate` would fall to the same share of "
+            "itself as `learning_rate`: choose cosine_with_min_lr, and `min_lr_rate` to say that share."
+        )
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
+    try:
+        get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=given)
+    except (TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"`lr_scheduler_kwargs` {given} is not for {kind}: {error}.") from error
 
 
 def _check_numbers(settings: Any) -> None:

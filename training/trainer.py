@@ -25,16 +25,19 @@ from modeling_llava_stf.processing_llava_stf import PLAIN
 from .arguments import CONNECTOR, TOWER, LlavaSTFTrainingArguments, launched_processes
 from .batches import Collator
 from .budgets import ALL, BudgetEpoch, TokenBudgets, budgets_of, row_key
-from .rows import DataError
+from .checks import longest_row
+from .rows import DataError, undecoded
 from .sampler import BudgetLengthSampler, ModalityLengthSampler
 from .saving import CheckpointError, SavingTrainer
 from .throughput import Meter, measure_tflops
 from .upstream import (
+    GivenSteps,
     NoEndlessEpochs,
     SamplerEpoch,
     StopByHand,
     finished,
     image_token_masked,
+    keep_as_loaded,
     message_of,
     name_base_commit,
     without_adapter,
@@ -76,6 +79,10 @@ class LlavaSTFTrainer(SavingTrainer):
         self.budgets = budgets_of(args.token_budgets, args.token_budget_mode, args.order_seed, processing_class)
         if self.budgets is not None and data_collator is not None:
             raise ValueError("`token_budgets` does not act on a `data_collator` of your own: leave one of them out.")
+        if kwargs.get("optimizers", (None, None))[0] is not None and args.projector_learning_rate is not None:
+            raise ValueError(
+                "`projector_learning_rate` does not act on an optimizer of your own: leave one of them out."
+            )
         collator = collator_of(processing_class, args, self.budgets)
         super().__init__(
             model, args, processing_class=processing_class, data_collator=data_collator or collator, **kwargs
@@ -84,23 +91,38 @@ class LlavaSTFTrainer(SavingTrainer):
         if self.budgets is not None:
             self.add_callback(BudgetEpoch(self.budgets))
         self._check_stream()
+        if args.lr_scheduler_type == "constant" and args.warmup_steps and args.should_log:
+            logger.warning(
+                f"`warmup_steps` {args.warmup_steps:g} does not act: `lr_scheduler_type` constant has no warmup, "
+                "constant_with_warmup has one."
+            )
         if isinstance(self.model, PeftModel):
             name_base_commit(self.model)
+            if kwargs.get("peft_config") is not None and not self.is_deepspeed_enabled:
+                keep_as_loaded(self.model)
         self.add_callback(NoEndlessEpochs())
+        self.add_callback(GivenSteps())
         self._choose_trained()
         self._meter = Meter()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Trains as [`Trainer.train`] does; a run that had done all its steps is loaded, and nothing is added to it.
 
+        Args:
+            resume_from_checkpoint: checkpoint to go on from, `"last"` or `True` for the newest; by default that of the
+                arguments.
+            **kwargs: those of [`Trainer.train`].
+
         Raises:
-            CheckpointError: if the checkpoint is incomplete, damaged or of another run.
+            CheckpointError: if the checkpoint is missing, incomplete, damaged or of another run.
         """
         self.prepare_folder()
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
-        if resume_from_checkpoint is True:  # transformers' way to say "the last"
-            resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is None:
+            resume_from_checkpoint = self.args.resume_from_checkpoint
+        if str(resume_from_checkpoint).lower() in ("last", "true"):  # True is transformers' way to say it
+            resume_from_checkpoint = self._last_checkpoint()
         if isinstance(resume_from_checkpoint, str | os.PathLike):
             resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             self.check_checkpoint(Path(resume_from_checkpoint))
@@ -113,6 +135,24 @@ class LlavaSTFTrainer(SavingTrainer):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         except DataError as error:
             raise DataError(f"{message_of(error)}. {self._way_back()}") from error
+
+    def _last_checkpoint(self) -> str:
+        folder = str(self.args.output_dir)
+        last = get_last_checkpoint(folder) if os.path.isdir(folder) else None
+        if last is None:
+            raise CheckpointError(f"{folder} has no complete checkpoint to go on from.")
+        return last
+
+    # Rows
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """Leaves rows of texts as they are, too: TRL would cut them, and leave out those without an answer then."""
+        return dataset
+
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> DataLoader:
+        """Makes a loader as [`Trainer`] does; photos are turned if the processor says so, not by `datasets`."""
+        turns = getattr(self.processing_class.image_processor, "do_exif_transpose", True)
+        return super()._get_dataloader(dataset if turns else undecoded(dataset), *args, **kwargs)
 
     # What trains
 
@@ -140,13 +180,7 @@ class LlavaSTFTrainer(SavingTrainer):
     def _check_adapter(self, model: PeftModel) -> None:
         if self.args.trainable is not None:
             raise ValueError("`trainable` is not for LoRA: name `lora_target_modules` and `lora_modules_to_save`.")
-        adapted = [name for name, weight in model.named_parameters() if weight.requires_grad and TOWER in name]
-        if adapted:
-            raise ValueError(
-                f"The adapter would change the frozen vision tower ({len(adapted)} weights, such as {adapted[0]}). "
-                "Let `lora_target_modules` match the language model only, "
-                r"'.*language_model.*\.(q|k|v|o)_proj', and `lora_modules_to_save` not the tower."
-            )
+        check_tower(model)
         for name in model.peft_config["default"].modules_to_save or ():
             if not any(f"{name}.modules_to_save" in parameter for parameter, _ in model.named_parameters()):
                 raise ValueError(f"`lora_modules_to_save` {name!r} matches no module; expected {CONNECTOR!r}.")
@@ -217,6 +251,7 @@ class LlavaSTFTrainer(SavingTrainer):
             named = rows.select_columns(["id", "messages"]).iter(1000)
             keys = [row_key(*row) for batch in named for row in zip(batch["id"], batch["messages"], strict=True)]
             sampler = BudgetLengthSampler(lengths, vision, keys, self.budgets, **batches)
+        self.remove_callback(SamplerEpoch)  # that of a loader that was made before
         self.add_callback(SamplerEpoch(sampler))
         return sampler
 
@@ -341,6 +376,17 @@ class LlavaSTFTrainer(SavingTrainer):
         return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
 
 
+def check_tower(model: nn.Module) -> None:
+    """Raises a `ValueError` if a training of this model with an adapter would change the vision tower."""
+    adapted = [name for name, weight in model.named_parameters() if weight.requires_grad and TOWER in name]
+    if adapted:
+        raise ValueError(
+            f"The adapter would change the frozen vision tower ({len(adapted)} weights, such as {adapted[0]}). "
+            "Let `lora_target_modules` match the language model only, "
+            r"'.*language_model.*\.(q|k|v|o)_proj', and `lora_modules_to_save` not the tower."
+        )
+
+
 def collator_of(
     processor: ProcessorMixin, args: LlavaSTFTrainingArguments, budgets: TokenBudgets | None = None
 ) -> Collator:
@@ -362,6 +408,7 @@ def collator_of(
         pad_to_multiple_of=args.pad_to_multiple_of,
         chat_template=template,
         budgets=budgets,
+        longest=longest_row(args.max_length, processor),
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
@@ -114,6 +115,29 @@ def with_options(processor: ProcessorMixin, **options: Any) -> Any:
     return applied
 
 
+def keep_as_loaded(model: PeftModel) -> None:
+    """Gives modules that are trained in full beside an adapter the weights that they were loaded with.
+
+    Project: TRL 1.16.
+    Why: beside a quantised model it rounds them to bfloat16.
+    Remove when: it rounds the adapter's own weights only.
+    """
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            for trained in module.modules_to_save.values():
+                trained.float().load_state_dict(module.original_module.state_dict())
+
+
+def go_on_counting(trainer: Trainer, tokens: int) -> None:
+    """Tells how many tokens a run was trained on before it was stopped.
+
+    Project: TRL 1.16.
+    Why: `num_tokens` of its logs begins at 0 again in a resumed run.
+    Remove when: `SFTTrainer` keeps its count in the checkpoint.
+    """
+    trainer._total_train_tokens = tokens
+
+
 def number_of(text: str) -> Any:
     """Reads a number, where it is one.
 
@@ -176,18 +200,36 @@ class NoEndlessEpochs(TrainerCallback):
             )
 
 
+class GivenSteps(TrainerCallback):
+    """Lets `logging_steps`, `eval_steps` and `save_steps` of a resumed run act.
+
+    Project: transformers 5.24.
+    Why: those of the checkpoint win, and only a warning says that they differ.
+    Remove when: `Trainer._init_training_state` calls `compute_steps` behind the loading.
+    """
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        state.compute_steps(args, state.max_steps)
+
+
 def finished(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
     """Loads a checkpoint in which all steps are done, and trains nothing; returns `None` for another one.
+
+    The weights are those that the run ended with: of the best checkpoint, with `load_best_model_at_end`.
 
     Project: transformers 5.24.
     Why: `Trainer.train` does one step more if the last epoch was not a whole one.
     Remove when: it stops before the first step.
     """
     state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))
-    if not 0 < trainer.args.max_steps <= state.global_step:
+    with torch.random.fork_rng(devices=[]):
+        *_, steps = trainer.set_initial_training_values(trainer.args, trainer.get_train_dataloader())
+    if state.global_step < steps:
         return None
     trainer.state = state
     trainer._load_from_checkpoint(checkpoint)
+    if trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+        trainer._load_best_model()
     return TrainOutput(state.global_step, 0.0, {})
 
 

@@ -615,6 +615,7 @@ def test_damage_in_a_file_is_that_of_its_row(tmp_path):
 
 
 FRONT, ONE_KEPT, DIVIDED, LEFT_OUT = "comes first", "one is kept", "divided by a line break", "leaves out a text"
+IMAGES_FIRST = "its images come first"
 CHANGED = {
     "two places": (llava(human("First <image> then <image>"), gpt("Ho"), **TWO), [FRONT]),
     "the end": (llava(human("What is it?\n<image>"), gpt("Ho"), **ONE), [FRONT]),
@@ -623,6 +624,10 @@ CHANGED = {
     "between parts": (trl([text("one "), PICTURE, text("two")], **ONE), [FRONT]),
     "between words": (trl([text("one"), PICTURE, text("two"), PICTURE, text("cmp")], **TWO), [DIVIDED, FRONT]),
     "two texts": (trl([text("one"), text("two")]), [DIVIDED]),
+    "a video before a picture": (
+        llava(human("<video>\n<image>\nSame?"), gpt("Ho"), **ONE, video=["frame_0.png", "frame_1.png"]),
+        [IMAGES_FIRST],
+    ),
     "an answer first": (llava(gpt("Welcome."), *HI), [LEFT_OUT]),
     "words of the system text": (llava(gpt("a curious user"), *HI), [LEFT_OUT]),
     "at the front": (llava(human("<image>\nWhat is it?"), gpt("Ho"), **ONE), []),
@@ -649,6 +654,17 @@ def test_the_question_that_stage_1_leaves_out_is_counted(processor):
     checker = Checker(processor, template_text(processor, "plain"), 4096, decode=False)
     notes = [row["notes"] for row in check_rows(load_rows(str(CAPTIONS), str(IMAGES)), checker)]
     assert [any(LEFT_OUT in note for note in found) for found in notes] == [True, False, True]
+
+
+@pytest.mark.parametrize("max_length", [None, 4096])
+def test_no_row_is_longer_than_the_context(max_length, processor, tmp_path):
+    """Without pictures it was trained, at positions that the model does not have."""
+    processor.tokenizer.model_max_length = 100
+    rows = load_rows(write_json(tmp_path, [llava(human("Hi"), gpt("very " * 100 + "long")), llava(*HI)]))
+    checker = Checker(processor, template_text(processor, "default"), max_length, decode=False)
+    long, short = check_rows(rows, checker)
+    assert long["problem"].startswith("too long: ") and long["problem"].endswith(" tokens, 100 are allowed")
+    assert short["problem"] == ""
 
 
 def test_a_key_that_nothing_reads_is_named_once(processor, tmp_path, caplog):

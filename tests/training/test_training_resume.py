@@ -4,10 +4,14 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, history, options, run, trainer_of, weights_of
+
+from training.run import resume_from
+from training.saving import CheckpointError
 
 # Four steps of four rows, with a checkpoint within the first epoch: the captions have three rows, the eight
 # conversations have two steps an epoch. Dropout makes the random state matter.
@@ -122,3 +126,64 @@ def test_nothing_to_resume(wanted, message, checkpoint, tmp_path, monkeypatch, c
     monkeypatch.setattr(sys, "argv", ["training", *arguments])
     assert main() == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_steps_that_a_resumed_run_is_given_act(checkpoint, tmp_path):
+    """Those of the checkpoint won, and the count of tokens began anew."""
+    settings = {"data": eight_rows(tmp_path), "save_total_limit": 4}
+    whole = trainer_of("finetune", checkpoint, output=tmp_path / "whole", save_steps=2, **settings)
+    whole.train()
+    resumed = trainer_of("finetune", checkpoint, output=tmp_path / "resumed", save_steps=1, logging_steps=2, **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert (tmp_path / "resumed" / "checkpoint-3").is_dir()
+    assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2, 4]
+    tokens = [[row["num_tokens"] for row in made.state.log_history if "loss" in row] for made in (whole, resumed)]
+    assert tokens[1] == [tokens[0][index] for index in (0, 1, 3)]
+
+
+def test_a_done_run_is_loaded_as_it_ended(checkpoint, tmp_path):
+    """A part of an epoch was done once more, and the best weights became the last ones."""
+    data = eight_rows(tmp_path)
+    settings = {
+        "max_steps": -1,
+        "num_train_epochs": 1.5,
+        "eval_data_path": data,
+        "eval_strategy": "steps",
+        "eval_steps": 1,
+        "save_steps": 1,
+        "load_best_model_at_end": True,
+        "greater_is_better": True,  # the worst: the first
+        "learning_rate": 1e-3,
+        "save_total_limit": 4,
+    }
+    trainer_of("finetune", checkpoint, data, tmp_path / "out", **settings).train()
+    again = trainer_of("finetune", checkpoint, data, tmp_path / "out", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 3
+    best, last = (weights_of(tmp_path / "out" / f"checkpoint-{step}") for step in (1, 3))
+    assert all(torch.equal(weight, best[name]) for name, weight in again.model.state_dict().items())
+    assert any(not torch.equal(weight, last[name]) for name, weight in best.items())
+
+
+def test_a_checkpoint_from_elsewhere_does_not_overwrite_a_run(tmp_path):
+    for folder in ("one", "two"):
+        (tmp_path / folder / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    wanted = str(tmp_path / "one" / "checkpoint-2")
+    for folder in ("one", "three"):
+        assert resume_from(SimpleNamespace(output_dir=tmp_path / folder, resume_from_checkpoint=wanted)) == wanted
+    with pytest.raises(ValueError, match="two has the checkpoints of an earlier run"):
+        resume_from(SimpleNamespace(output_dir=tmp_path / "two", resume_from_checkpoint=wanted))
+
+
+@pytest.mark.parametrize("wanted", [True, "last"])
+def test_from_python_a_checkpoint_that_is_wanted_is_there_or_named(wanted, checkpoint, tmp_path):
+    """A folder without one was trained into from the beginning, and so was whatever the arguments name."""
+    made = trainer_of("finetune", checkpoint, CONVERSATIONS, tmp_path / "out")
+    for _ in range(2):  # also in a folder that exists
+        with pytest.raises(CheckpointError, match="out has no complete checkpoint to go on from"):
+            made.train(resume_from_checkpoint=wanted)
+        (tmp_path / "out").mkdir(exist_ok=True)
+    made.args.resume_from_checkpoint = wanted
+    with pytest.raises(CheckpointError, match="out has no complete checkpoint to go on from"):
+        made.train()

@@ -15,6 +15,7 @@ from modeling_llava_stf import LlavaSTFForConditionalGeneration
 from training import LlavaSTFTrainingArguments, settings
 from training.__main__ import main
 from training.arguments import DataArguments, Parser
+from training.run import recipe_settings
 from training.settings import BY_US, DECIDING, NEEDS, PATTERNS, RANGES, REFUSED, UNCHANGED
 
 KINDS = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
@@ -114,6 +115,9 @@ def test_what_does_not_act_is_refused_from_python(name):
         ({"eval_steps": 2}, ["`eval_steps` does not act without `eval_strategy`"]),
         ({"eval_data_path": CONVERSATIONS}, ["`eval_data_path` does not act without `eval_strategy`"]),
         ({"gradient_accumulation_steps": 4}, ["`gradient_accumulation_steps` is 4, but 2 follows"]),
+        ({"gradient_accumulation_steps": 1}, ["`gradient_accumulation_steps` is 1, but 2 follows"]),
+        ({"lora_r": 16, "lora_alpha": 32}, ["does not act without `use_peft`"]),  # TRL's defaults
+        ({"token_budget_mode": "sample"}, ["`token_budget_mode` does not act without `token_budgets`"]),
         ({"train_sampling_strategy": "sequential"}, ["`group_by_modality_length` orders"]),
         ({"model_revision": "v1"}, ["is a folder, which has no revision 'v1'"]),
         ({"split": "test"}, ["is a file, which has no configuration and no split"]),
@@ -125,6 +129,29 @@ def test_what_does_not_act_is_refused_from_python(name):
         ({"trainable": "("}, ["`trainable` '(' is no regular expression"]),
         ({"lora_target_modules": "(", "recipe": "finetune_lora"}, ["`lora_target_modules` '(' is no regular"]),
         ({"loss_reduction": "tokens"}, ["loss_reduction", "token", "microbatch"]),
+        ({"optim": "sgd", "adam_beta1": 0.8}, ["`adam_beta1` does not act with `optim` sgd"]),
+        ({"optim": "sgd", "optim_args": "momentum=0.9,lr=1"}, ["`optim_args` has 'lr=1', which changes nothing"]),
+        ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, ["`optim_args` has `weight_decay`"]),
+        ({"optim": "adamw_torch", "optim_args": "beta1=0.8"}, ["'beta1=0.8', which changes nothing", "adamw_torch"]),
+        ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"power": 2}'}, ["is not for linear", "'power'"]),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": '{"power": 2}'},
+            ["`lr_scheduler_kwargs` does not act with `lr_scheduler_type` constant_with_warmup"],
+        ),
+        (
+            {
+                "projector_learning_rate": 1e-3,
+                "lr_scheduler_type": "cosine_with_min_lr",
+                "lr_scheduler_kwargs": '{"min_lr": 1e-6}',
+            },
+            ["`lr_scheduler_kwargs` has 'min_lr'", "`min_lr_rate`"],
+        ),
+        ({"accelerator_config": '{"gradient_accumulation_kwargs": {"num_steps": 3}}'}, ["`num_steps`"]),
+        ({"eval_strategy": "epoch", "eval_steps": 2}, ["`eval_steps` does not act with `eval_strategy` epoch"]),
+        (
+            {"gradient_checkpointing": False, "gradient_checkpointing_kwargs": '{"use_reentrant": false}'},
+            ["`gradient_checkpointing_kwargs` does not act without"],
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(changes, parts, command):
@@ -266,6 +293,10 @@ RECIPE_FAULTS = {
     "list": ("per_device_train_batch_size: [2]\n", "per_device_train_batch_size"),
     "null": ("per_device_train_batch_size: null\n", "per_device_train_batch_size"),
     "boolean": ("use_peft: perhaps\n", "use_peft"),
+    "no way of padding": ("image_aspect_ratio: null\n", "`image_aspect_ratio` is None, expected one of pad, square"),
+    "no way with bad rows": ("on_bad_row: null\n", "`on_bad_row` is None, expected one of error, skip"),
+    "neither true nor false": ("assistant_only_loss: null\n", "`assistant_only_loss` is None, expected one of True"),
+    "a list of patterns": ("trainable: [lm_head]\n", "`trainable` is ['lm_head'], expected one value and no list"),
     "not YAML": ("a: [1\n", "is not YAML"),
     "not text": (b"\xff\xfe\x00", "is not YAML"),
     "a list": ("- a\n- b\n", "has no options"),
@@ -310,6 +341,32 @@ def test_the_output_cannot_be_a_file(output, command, tmp_path):
     (tmp_path / "file").write_text("mine")
     refused(command(output=tmp_path / output), "cannot be a folder", "is a file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_acts_with_an_optimizer_is_taken():
+    for given in (
+        {"optim": "sgd", "optim_args": "momentum=0.9, nesterov=true"},
+        {"optim": "adamw_torch", "adam_beta2": 0.95},
+        {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": 2, "lr_end": 0.0}},
+        {
+            "projector_learning_rate": 1e-3,
+            "lr_scheduler_type": "cosine_with_min_lr",
+            "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
+        },
+    ):
+        LlavaSTFTrainingArguments("out", use_cpu=True, bf16=False, report_to="none", **given)
+
+
+def test_a_warmup_that_does_not_act_is_named(checkpoint, tmp_path, caplog):
+    trainer_of("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", lr_scheduler_type="constant")
+    assert "`warmup_steps` 0.03 does not act: `lr_scheduler_type` constant has no warmup" in caplog.text
+
+
+def test_options_are_kept_for_the_card_however_they_are_written(checkpoint):
+    given = ["--no_assistant_only_loss", "--max_grad", "0.5", "--weight-decay=0.1", "--output_dir", "out"]
+    named = ["--model_name_or_path", str(checkpoint), "--data_path", "x", "--use_cpu", "true", "--bf16", "no", *given]
+    kept = recipe_settings(named, *Parser(KINDS).parse_args_and_config(named))
+    assert kept == {"bf16": False, "assistant_only_loss": False, "max_grad_norm": 0.5, "weight_decay": 0.1}
 
 
 def test_a_fault_of_ours_is_a_traceback(command, monkeypatch):

@@ -11,17 +11,20 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset, Image, List
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from photos import save_photos
 from PIL import Image as Picture
 from training_runs import CONVERSATIONS, IMAGES, ROOT, run, trainer_of, weights_of
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from examples import dpo, grpo
 from examples.dpo import PreferenceCollator
 from hub_card import freeze
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training import DataError
 from training.merge import merge
+from training.trainer import check_tower
 
 CONNECTOR = "multi_modal_projector"
 
@@ -281,6 +284,62 @@ def test_preferences_may_have_one_picture_each(processor, picture):
     row = next(iter(dpo_rows(picture)))
     image = row.pop("images")[0]
     assert PreferenceCollator(processor)([{**row, "image": image}])["pixel_values"].shape[0] == 2
+
+
+def test_preferences_are_not_longer_than_allowed_and_padded_as_wanted(processor, picture):
+    rows = list(dpo_rows(picture))
+    batch = PreferenceCollator(processor, pad_to_multiple_of=64)(rows)
+    assert batch["input_ids"].shape[1] % 64 == 0
+    longest = int(batch["attention_mask"].sum(1).max())
+    PreferenceCollator(processor, max_length=longest)(rows)
+    with pytest.raises(DataError, match=f"A row has {longest} tokens, `max_length` allows {longest - 1}"):
+        PreferenceCollator(processor, max_length=longest - 1)(rows)
+
+
+@pytest.mark.parametrize("turn", [True, False])
+def test_photos_of_preferences_are_turned_only_if_the_processor_turns_them(turn, processor, picture, tmp_path):
+    save_photos(picture("wide.png").resize((40, 40)), tmp_path)
+    processor.image_processor.do_exif_transpose = turn
+    row = {**next(iter(dpo_rows(picture))), "images": [{"path": str(tmp_path / "lying.png"), "bytes": None}]}
+    wanted = Picture.open(tmp_path / ("upright.png" if turn else "as_it_lies.png"))
+    expected = processor.image_processor(wanted, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(PreferenceCollator(processor)([row])["pixel_values"][0], expected)
+
+
+class Made(Exception):
+    """Stops an example once its trainer is made."""
+
+
+@pytest.mark.parametrize("method", [dpo, grpo])
+def test_options_of_the_examples_act(method, checkpoint, tmp_path, picture, monkeypatch):
+    """LoRA's, the splits and the base's were taken, and nothing was done with them."""
+    rows = (dpo_rows if method is dpo else grpo_rows)(picture)
+    for split in ("mine", "validation"):
+        rows.to_parquet(tmp_path / f"{split}.parquet")
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: own\n  data_files:\n"
+        "  - {split: mine, path: mine.parquet}\n  - {split: validation, path: validation.parquet}\n---\n"
+    )
+    made = {}
+
+    def trainer(model, **given):
+        made.update(given, model=model)
+        raise Made
+
+    monkeypatch.setattr(method, f"{method.__name__.rsplit('.')[-1].upper()}Trainer", trainer)
+    named = f"--model_name_or_path {checkpoint} --dataset_name {tmp_path} --dataset_config own --output_dir out "
+    named += "--dataset_train_split mine --dataset_test_split validation --eval_strategy steps --eval_steps 1 "
+    named += "--lora_r 3 --use_rslora true --attn_implementation eager --use_cpu true --bf16 false --report_to none"
+    monkeypatch.setattr(sys, "argv", ["example", *named.split()])
+    with pytest.raises(Made):
+        method.main()
+    adapter = made["peft_config"]
+    assert (adapter.r, adapter.use_rslora, adapter.target_modules) == (3, True, method.LORA)
+    assert made["model"].config._attn_implementation == "eager"
+    assert not any(weight.requires_grad for weight in made["model"].model.vision_tower.parameters())
+    assert len(made["train_dataset"]) == len(made["eval_dataset"]) == len(rows)
+    with pytest.raises(ValueError, match="would change the frozen vision tower"):
+        check_tower(get_peft_model(made["model"], LoraConfig(target_modules=["q_proj"])))
 
 
 @pytest.mark.parametrize("method", ["dpo", "grpo"])

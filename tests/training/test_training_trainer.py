@@ -5,10 +5,12 @@ import math
 import shutil
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from conftest import GOLDENS
 from datasets import Dataset, Image, List
+from photos import save_photos
 from torch.utils.flop_counter import FlopCounterMode
 from training_runs import CAPTIONS, CONVERSATIONS, IMAGES, eight_rows, trainer_of, weights_of
 from trl import ModelConfig
@@ -457,6 +459,56 @@ def test_rows_of_trl_train_as_they_are(checkpoint, tmp_path, processor, picture)
     assert batch["pixel_values"].shape[0] == 2
     assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * run.model.config.tokens_per_image
     run.train()
+
+
+def rows_of_trl(pictures, answer="A shape."):
+    """Two rows as a user of TRL has them, with a column that `training.rows` has with another meaning."""
+    turns = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": answer}]
+    rows = {"messages": [turns] * 2, "problem": ["1 + 1?"] * 2}
+    if pictures is None:
+        return Dataset.from_dict(rows)
+    return Dataset.from_dict({**rows, "images": [pictures] * 2}).cast_column("images", List(Image()))
+
+
+def trainer_from_python(checkpoint, processor, output, rows, **settings):
+    settings = {"use_cpu": True, "bf16": False, "max_steps": 1, "report_to": "none", "peak_tflops": 1.0, **settings}
+    own = {name: settings.pop(name) for name in ("optimizers",) if name in settings}
+    model = LlavaSTFForConditionalGeneration.from_pretrained(checkpoint)
+    args = LlavaSTFTrainingArguments(output, save_strategy="no", **settings)
+    return LlavaSTFTrainer(model, args, train_dataset=rows, processing_class=processor, **own)
+
+
+@pytest.mark.parametrize("kind", ["pictures", "texts"])
+def test_rows_from_python_are_trained_whole_or_refused(kind, checkpoint, tmp_path, processor, picture):
+    """Longer ones were trained without a word; TRL cut those without pictures, and left some of them out."""
+    pictures = [picture("wide.png")] if kind == "pictures" else None
+    run = trainer_from_python(checkpoint, processor, tmp_path / "out", rows_of_trl(pictures))
+    assert run.train_dataset.column_names == rows_of_trl(pictures).column_names
+    run.train()
+    long = rows_of_trl(pictures, "very " * 100 + "long")
+    run = trainer_from_python(checkpoint, processor, tmp_path / "out", long, max_length=100)
+    with pytest.raises(DataError, match=r"too long: \d+ tokens, 100 are allowed"):
+        run.train()
+
+
+@pytest.mark.parametrize("turn", [True, False])
+def test_a_decoded_photo_is_turned_only_if_the_processor_turns_it(turn, checkpoint, tmp_path, processor, picture):
+    """`datasets` turns it when it decodes."""
+    save_photos(picture("wide.png").resize((40, 40)), tmp_path)
+    processor.image_processor.do_exif_transpose = turn
+    rows = rows_of_trl([str(tmp_path / "lying.png")])
+    run = trainer_from_python(checkpoint, processor, tmp_path / "out", rows, do_exif_transpose=turn)
+    wanted = "upright.png" if turn else "as_it_lies.png"
+    expected = processor.image_processor(PIL.Image.open(tmp_path / wanted), return_tensors="pt")["pixel_values"][0]
+    for loader in (run.get_train_dataloader(), run.get_eval_dataloader(rows)):
+        assert torch.equal(next(iter(loader))["pixel_values"][0], expected)
+
+
+def test_a_rate_beside_an_optimizer_of_one_s_own_is_refused(checkpoint, tmp_path, processor):
+    own = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    settings = {"optimizers": (own, None), "projector_learning_rate": 1e-3}
+    with pytest.raises(ValueError, match="`projector_learning_rate` does not act on an optimizer of your own"):
+        trainer_from_python(checkpoint, processor, tmp_path / "out", rows_of_trl(None), **settings)
 
 
 def test_the_best_checkpoint_is_named_where_it_is(trainer, tmp_path):

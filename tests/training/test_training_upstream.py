@@ -13,11 +13,11 @@ import torch
 import yaml
 from accelerate import DistributedType, PartialState, skip_first_batches
 from accelerate.data_loader import prepare_data_loader
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, Dataset
-from training_runs import CONVERSATIONS, ROOT, eight_rows, run, trainer_of
+from training_runs import CONVERSATIONS, ROOT, eight_rows, run, trainer_of, weights_of
 from transformers import Trainer, TrainerCallback
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.dynamic_module_utils import custom_object_save
@@ -28,7 +28,7 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 from training import DataError
 from training.sampler import ModalityLengthSampler
-from training.upstream import NoEndlessEpochs, wait_for_everyone
+from training.upstream import GivenSteps, NoEndlessEpochs, wait_for_everyone
 
 
 @pytest.fixture
@@ -82,6 +82,30 @@ def test_leave_out_image_tokens(trainer):
     assert (batch["labels"] == made.model.config.image_token_id).any()
 
 
+def test_keep_as_loaded(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    base = weights_of(checkpoint)
+
+    def kept(folder):
+        made = trainer_of("finetune_qlora", checkpoint, CONVERSATIONS, tmp_path / folder)  # loads float32
+        whole = get_peft_model_state_dict(made.model)
+        names = {name: name.removeprefix("base_model.model.") for name in whole if "multi_modal_projector" in name}
+        return names and all(torch.equal(whole[name], base[of_base]) for name, of_base in names.items())
+
+    assert kept("ours")
+    monkeypatch.setattr("training.trainer.keep_as_loaded", lambda model: None)
+    assert not kept("theirs")
+
+
+def test_go_on_counting(trainer, tmp_path):
+    settings = {"save_steps": 1, "data": eight_rows(tmp_path)}
+    whole = trainer(**settings)
+    whole.train()
+    again = trainer(**settings)
+    Trainer.train(again, resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-3"))
+    assert again._total_train_tokens < whole._total_train_tokens
+
+
 def test_number_of():
     parsed = TrlParser((SFTConfig,)).parse_args(["--output_dir", "out", "--pad_to_multiple_of", "8"])
     assert parsed.pad_to_multiple_of == "8"
@@ -116,6 +140,15 @@ def test_no_endless_epochs(trainer):
     made.add_callback(endless := Endless())
     made.train()
     assert (endless.epochs, made.state.global_step) == (3, 0)
+
+
+def test_given_steps(trainer, tmp_path):
+    settings = {"max_steps": 3, "data": eight_rows(tmp_path)}
+    trainer(**settings, save_steps=2).train()
+    again = trainer(**settings, save_steps=1)
+    again.remove_callback(GivenSteps)
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-2"))
+    assert again.state.save_steps == 2
 
 
 def test_finished(trainer, tmp_path):
