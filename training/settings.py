@@ -238,6 +238,8 @@ def _acts(args: Any, name: str, otherwise: Any) -> bool:
 
 def _check_schedule(args: Any) -> None:
     kind, given = args.lr_scheduler_type.value, args.lr_scheduler_kwargs or {}
+    if not isinstance(given, dict):
+        raise ValueError(f"`lr_scheduler_kwargs` is {given!r}, expected an object, such as '{{\"num_cycles\": 2}}'.")
     if given and kind in ("constant", "constant_with_warmup"):
         raise ValueError(f"`lr_scheduler_kwargs` does not act with `lr_scheduler_type` {kind}: leave it out.")
     least = {"min_lr", "lr_end"} & given.keys()

@@ -134,6 +134,7 @@ def test_what_does_not_act_is_refused_from_python(name):
         ({"optim": "sgd", "optim_args": "weight_decay=0.1"}, ["`optim_args` has `weight_decay`"]),
         ({"optim": "adamw_torch", "optim_args": "beta1=0.8"}, ["'beta1=0.8', which changes nothing", "adamw_torch"]),
         ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"power": 2}'}, ["is not for linear", "'power'"]),
+        ({"lr_scheduler_kwargs": "power=2"}, ["`lr_scheduler_kwargs` is 'power=2', expected an object"]),
         (
             {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": '{"power": 2}'},
             ["`lr_scheduler_kwargs` does not act with `lr_scheduler_type` constant_with_warmup"],
