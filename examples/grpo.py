@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Trains the language model by reinforcement learning (GRPO, with LoRA), which rewards right answers about pictures.
 
-python examples/grpo.py --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --num_generations 8
+python -m examples.grpo --model_name_or_path MODEL --dataset_name DATA --output_dir DIR --num_generations 8
 
 DATA has `image`, `prompt` in TRL's conversational form, and the right answer as `solution`. `--use_peft false` trains
 the whole model but its vision tower.
