@@ -136,12 +136,15 @@ def _check_tokens(original: dict[str, Any], place: Path) -> None:
                 raise ConversionError(f"{place}: `{name}` is {value!r}, expected ids from 0 to {rows - 1}.")
 
 
-def read_generation(folder: Path, original: dict[str, Any]) -> tuple[int | list[int] | None, list[str]]:
+def read_generation(
+    folder: Path, original: dict[str, Any], text: LlamaConfig
+) -> tuple[int | list[int] | None, list[str]]:
     """The ids that end an answer in the original's `generate`, and notes on what else it does to answers.
 
     Args:
         folder: of the language model. Its generation_config.json counts, as in transformers 4.37.
         original: the run's settings. They count without that file, and where it was made from them and they say more.
+        text: the configuration that was made of them.
     """
     file = folder / "generation_config.json"
     settings = read_json(file) if file.exists() else original
@@ -149,11 +152,10 @@ def read_generation(folder: Path, original: dict[str, Any]) -> tuple[int | list[
         settings = original
     acting = [f"{name} {settings[name]!r:.100}" for name in foreign_settings(settings, GENERATION)]
     notes = [f"{folder}: settings of `generate` that are not carried over: {', '.join(acting)}"] if acting else []
-    said = original.get("eos_token_id", LlamaConfig().eos_token_id)
-    end = settings.get("eos_token_id", said)
-    _check_tokens({"eos_token_id": end, "vocab_size": original.get("vocab_size")}, file)
-    if end != said:
-        notes.append(f"an answer ends with {end}, as {file} says; config.json says {said}")
+    end = settings.get("eos_token_id", text.eos_token_id)
+    _check_tokens({"eos_token_id": end, "vocab_size": text.vocab_size}, file)
+    if end != text.eos_token_id:
+        notes.append(f"an answer ends with {end}, as {file} says; config.json says {text.eos_token_id}")
     return end, notes
 
 

@@ -79,9 +79,9 @@ def read(places: Places, options: Options) -> Source:
     run = read_run(places.run, places.base, options.init_fusion)
     _refuse_options(run, options)
     tower, weights = _with_tower(run, places)
-    end, generation_notes = read_generation(places.base or run.folder, run.config)
     settings = run.config if options.taps is None else {**run.config, "mm_vision_select_layer": options.taps}
     text = build_text_config(settings, run.folder / "config.json")
+    end, generation_notes = read_generation(places.base or run.folder, run.config, text)
     context = context_length(text)
     tokenizer_folder = places.tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder, context)
