@@ -173,10 +173,18 @@ def load_checkpoint(
         if "ignore_mismatched_sizes" not in str(error):
             raise
         raise ValueError(f"The weights in {folder} have other shapes than its config.json says.") from error
+    check_loaded(folder, found)
+    return processor, network
+
+
+def check_loaded(folder: str, found: dict[str, Any]) -> None:
+    """Raises a `ValueError` unless `from_pretrained` found each weight; `found` is its `loading_info`.
+
+    transformers warns of a missing weight and goes on with random numbers.
+    """
     missing = sorted(found["missing_keys"])
     if missing:
         raise ValueError(f"{folder} lacks {len(missing)} weights, among them {missing[0]!r}: it is not complete.")
     surplus = sorted(found["unexpected_keys"])
     if surplus:
         raise ValueError(f"{folder} has {len(surplus)} weights that its config.json has no place for: {surplus[0]!r}.")
-    return processor, network

@@ -12,6 +12,7 @@ from transformers.utils.hub import extract_commit_hash
 
 from conversion.checkpoints.folders import TOKEN_BUDGETS, complete_or_absent, require_empty, save_checkpoint
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from modeling_llava_stf._folder import check_loaded
 
 from .saving import readable
 
@@ -43,9 +44,12 @@ def merge(adapter: str, destination: str, base: str | None = None, base_revision
     if not Path(base).is_dir() and (Path(base).is_absolute() or base.count("/") != 1):
         raise ValueError(f"The adapter names the base {base}, which is not there. Give it with --base.")
     commit = commit_of(base, base_revision)
-    model = LlavaSTFForConditionalGeneration.from_pretrained(base, revision=commit, dtype="auto")
+    model, found = LlavaSTFForConditionalGeneration.from_pretrained(
+        base, revision=commit, dtype="auto", output_loading_info=True
+    )
     if getattr(model, "is_quantized", False):
         raise ValueError(f"{base} is quantised. Give the checkpoint that it was made from with --base.")
+    check_loaded(base, found)
     before, now = model.config.token_budgets, (settings.auto_mapping or {}).get(TOKEN_BUDGETS)
     if before and before != now:
         logger.warning(

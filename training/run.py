@@ -18,6 +18,7 @@ from transformers.utils import logging
 from trl import ModelConfig, get_peft_config
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf._folder import check_loaded
 from modeling_llava_stf._memory import full_gpu
 
 from .arguments import DataArguments, LlavaSTFTrainingArguments, Parser, read_recipe
@@ -171,7 +172,11 @@ def make_trainer(
 
 
 def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
-    """Loads the checkpoint to train; with `load_in_4bit` or `load_in_8bit` its language model is quantised."""
+    """Loads the checkpoint to train; with `load_in_4bit` or `load_in_8bit` its language model is quantised.
+
+    Raises:
+        ValueError: if it is an adapter, or its weights are not those of its config.json.
+    """
     quantisation = None
     name = str(choice.model_name_or_path)
     if (Path(name) / "adapter_config.json").is_file():
@@ -189,13 +194,15 @@ def load_model(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
             bnb_4bit_quant_type=choice.bnb_4bit_quant_type,
             bnb_4bit_use_double_quant=choice.use_bnb_nested_quant,
         )
-    model = LlavaSTFForConditionalGeneration.from_pretrained(
+    model, found = LlavaSTFForConditionalGeneration.from_pretrained(
         name,
         revision=commit,
         dtype=dtype,
         attn_implementation=choice.attn_implementation,
         quantization_config=quantisation,
+        output_loading_info=True,
     )
+    check_loaded(name, found)
     keep_commit(model, commit)
     return model
 

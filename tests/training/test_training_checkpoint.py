@@ -16,11 +16,13 @@ from hub_server import File, Hub
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, options, run, trainer_of, weights_of
+from trl import ModelConfig
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
 from training import LlavaSTFTrainer
 from training.__main__ import main
 from training.merge import merge
+from training.run import load_model
 from training.saving import CheckpointError
 
 SETTINGS = {"save_steps": 1, "max_steps": 3, "save_total_limit": 3}
@@ -352,6 +354,21 @@ def test_a_damaged_adapter_is_not_merged(name, damage, adapter, tmp_path, monkey
     assert main() == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert str(adapter) in line
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("damage", ["lacks 1 weights", "has 1 weights that"])
+def test_a_base_that_is_not_whole_is_neither_trained_nor_merged(damage, adapter, checkpoint, tmp_path):
+    """transformers warns, and goes on with random weights in place of those that it did not find."""
+    base, name = shutil.copytree(checkpoint, tmp_path / "base"), "model.language_model.layers.0.mlp.up_proj.weight"
+    change = {name + "s": torch.ones(2)}
+    edit_weights(
+        base / "model.safetensors", lambda found: found.pop(name) if "lacks" in damage else found.update(change)
+    )
+    with pytest.raises(ValueError, match=damage):
+        load_model(ModelConfig(model_name_or_path=str(base)))
+    with pytest.raises(ValueError, match=damage):
+        merge(str(adapter), str(tmp_path / "merged"), base=str(base))
     assert not (tmp_path / "merged").exists()
 
 
