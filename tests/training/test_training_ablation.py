@@ -58,7 +58,7 @@ def started(monkeypatch):
         def __init__(self, status):
             self.status = status
 
-        def wait(self):
+        def wait(self, timeout=None):
             return self.status
 
     def start_module(module, *words, **options):
