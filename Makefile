@@ -136,7 +136,7 @@ $(FLOOR_VENV)/constraints.txt: constraints.txt
 # The package is not installed: a Space has only its requirements.
 $(SPACE_VENV)/.stamp: examples/space/requirements.txt constraints.txt
 	$(PYTHON) -m venv $(SPACE_VENV)
-	grep -v -e '^pillow==' -e '^huggingface-hub==' constraints.txt > $(SPACE_VENV)/constraints.txt
+	grep -v '^pillow==' constraints.txt > $(SPACE_VENV)/constraints.txt
 	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt torch
 	$(SPACE_VENV)/bin/python -m pip install $(PIP_FLAGS) -c $(SPACE_VENV)/constraints.txt -r $< playwright==1.65.2 pytest
 	$(SPACE_VENV)/bin/python -m pip check
