@@ -11,8 +11,8 @@ import urllib.request
 from pathlib import Path
 from threading import enumerate as threads
 
-import httpx
 import pytest
+from huggingface_hub.utils import httpx
 
 gradio = pytest.importorskip("gradio")
 sync_api = pytest.importorskip("playwright.sync_api")

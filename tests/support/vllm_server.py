@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
+from huggingface_hub.utils import httpx
 
 NAME = "llava-stf"  # the model's name in requests
 HANGS = 3600  # seconds after which a wait is given up: the guard of a test that hangs, not a demand on the machine
