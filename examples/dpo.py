@@ -16,7 +16,7 @@ from datasets import load_dataset
 from trl import DPOConfig, DPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 from trl.data_utils import prepare_multimodal_messages
 
-from modeling_llava_stf import LlavaSTFProcessor
+from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from training.checks import check_tokens, open_image
 from training.rows import DataError, to_row, undecoded
 from training.run import load_model
@@ -85,15 +85,21 @@ def _last_run(mask: torch.Tensor) -> torch.Tensor:
     return mask * (runs == runs[:, -1:])
 
 
-def main() -> None:
-    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig))
-    parser.set_defaults(use_peft=True, max_length=None)
-    script, args, choice = parser.parse_args_and_config()
+def load(choice: ModelConfig) -> LlavaSTFForConditionalGeneration:
+    """Loads the model to train, with a frozen vision tower; without other options LoRA adapts the language model."""
     if choice.use_peft and choice.lora_target_modules is None:
         choice.lora_target_modules = LORA
     check_settings(choice)
     model = load_model(choice)
     model.model.vision_tower.requires_grad_(False)
+    return model
+
+
+def main() -> None:
+    parser = TrlParser((ScriptArguments, DPOConfig, ModelConfig))
+    parser.set_defaults(use_peft=True, max_length=None)
+    script, args, choice = parser.parse_args_and_config()
+    model = load(choice)
     processor = LlavaSTFProcessor.from_pretrained(choice.model_name_or_path, revision=choice.model_revision)
     data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
     trainer = DPOTrainer(

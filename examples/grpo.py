@@ -13,13 +13,10 @@ from typing import Any
 from datasets import load_dataset
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, ScriptArguments, TrlParser, get_peft_config
 
+from examples.dpo import load
 from modeling_llava_stf import LlavaSTFProcessor
 from training.rows import undecoded
-from training.run import load_model
-from training.settings import check_settings
 from training.trainer import check_tower
-
-LORA = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
 def right_answer(completions: list[list[dict[str, str]]], solution: list[str], **kwargs: Any) -> list[float]:
@@ -35,11 +32,7 @@ def main() -> None:
     parser = TrlParser((ScriptArguments, GRPOConfig, ModelConfig))
     parser.set_defaults(use_peft=True, disable_dropout=True)
     script, args, choice = parser.parse_args_and_config()
-    if choice.use_peft and choice.lora_target_modules is None:
-        choice.lora_target_modules = LORA
-    check_settings(choice)
-    model = load_model(choice)
-    model.model.vision_tower.requires_grad_(False)
+    model = load(choice)
     data = load_dataset(script.dataset_name, script.dataset_config, streaming=script.dataset_streaming)
     trainer = GRPOTrainer(
         model,

@@ -334,7 +334,7 @@ def test_options_of_the_examples_act(method, checkpoint, tmp_path, picture, monk
     with pytest.raises(Made):
         method.main()
     adapter = made["peft_config"]
-    assert (adapter.r, adapter.use_rslora, adapter.target_modules) == (3, True, method.LORA)
+    assert (adapter.r, adapter.use_rslora, adapter.target_modules) == (3, True, dpo.LORA)
     assert made["model"].config._attn_implementation == "eager"
     assert not any(weight.requires_grad for weight in made["model"].model.vision_tower.parameters())
     assert len(made["train_dataset"]) == len(made["eval_dataset"]) == len(rows)
