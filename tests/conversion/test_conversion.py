@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import elsewhere, here
 from conftest import GOLDENS
 from hub_server import Hub
 from safetensors import safe_open
@@ -434,18 +435,20 @@ def test_hub_ids(tmp_path, checkpoint):
     with Hub() as hub:
         commit = hub.add("some/model", repository)
         hub.add("some/clip", clip)
-        environment = hub.environment(tmp_path / "cache", token="")
-        out = tmp_path / "out"
-        result = run("some/model", out, "--revision", commit, environment=environment)
-        assert result.returncode == 0, result.stderr
-        assert_same(tensors(out), tensors(checkpoint))
-        result = run("some/model", tmp_path / "out2", "--subfolder", "pretrain", environment=environment)
-        assert result.returncode == 2 and "--base" in result.stderr
-        for arguments in (["some/nothing"], ["some/model", "--revision", "no-such"]):
-            result = run(arguments[0], tmp_path / "out3", *arguments[1:], environment=environment)
-            error = result.stderr.strip().splitlines()[-1]
-            assert result.returncode == 2 and error.startswith("error: ") and arguments[0] in error
-    assert not (tmp_path / "out3").exists()
+        out, other = tmp_path / "out", tmp_path / "out2"
+        commands = (
+            ["some/model", out, "--revision", commit],
+            ["some/model", other, "--subfolder", "pretrain"],
+            ["some/nothing", other],
+            ["some/model", other, "--revision", "no-such"],
+        )
+        whole, *refused = elsewhere("conversion", commands, hub.environment(tmp_path / "cache", token=""))
+    assert whole.returncode == 0, whole.stderr
+    assert_same(tensors(out), tensors(checkpoint))
+    for result, found in zip(refused, ("--base", "some/nothing", "some/model"), strict=True):
+        error = result.stderr.strip().splitlines()[-1]
+        assert result.returncode == 2 and error.startswith("error: ") and found in error
+    assert not other.exists()
 
 
 @pytest.mark.parametrize("form", ["bin", "safetensors"])
@@ -605,7 +608,7 @@ def test_initialisation_takes_tower_and_language_model(tmp_path, checkpoints):
 def test_new_fusion_weights_for_the_taps_that_are_asked_for(tmp_path, checkpoint):
     start = tmp_path / "start"
     arguments = (GOLDENS / "base", start, "--vision-tower", GOLDENS / "clip", "--init-fusion")
-    assert run(*arguments, "--taps", 5, 2, 1).returncode == 0
+    assert here("conversion", *arguments, "--taps", 5, 2, 1).returncode == 0
     config = LlavaSTFConfig.from_pretrained(start)
     assert (config.taps, config.vision_config.num_hidden_layers) == ([5, 2, 1], 5)
     model = LlavaSTFForConditionalGeneration.from_pretrained(start)
@@ -688,17 +691,12 @@ def test_few_tensors_are_in_memory_however_many_there_are(tmp_path):
 # Checks
 
 
-def run(*arguments, environment=None):
-    command = [sys.executable, "-m", "conversion", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=GOLDENS.parents[1], env=environment)
-
-
 @pytest.mark.parametrize("source", ["original", "original_no_tower", "pretrain", "lora", "lora --keep-adapter"])
 def test_verify_compares_checksums_and_logits(source, tmp_path):
     name, *flags = source.split()
     base = ["--base", GOLDENS / "base"] if name in ("pretrain", "lora") else []
     outputs = GOLDENS / "goldens.safetensors"
-    result = run(GOLDENS / name, tmp_path / "out", *base, *flags, "--verify", "--outputs", outputs)
+    result = here("conversion", GOLDENS / name, tmp_path / "out", *base, *flags, "--verify", "--outputs", outputs)
     assert result.returncode == 0, result.stderr
     count = 404 + (36 if flags else 0)  # 28 LoRA matrices and the 8 fusion weights
     assert f"{count} tensors have the checksums of their sources" in result.stdout
@@ -732,7 +730,7 @@ def test_recorded_outputs(tmp_path, model, processor, picture, checkpoint):
 
 
 def test_dry_run_prints_the_table_and_writes_nothing(tmp_path):
-    result = run(GOLDENS / "original", tmp_path / "out", "--dry-run", "--max-shard-size", "500KB")
+    result = here("conversion", GOLDENS / "original", tmp_path / "out", "--dry-run", "--max-shard-size", "500KB")
     assert result.returncode == 0
     line = "model.mm_projector.0.weight -> model.multi_modal_projector.spatial_fusion.linear_1.weight  512x128 float32"
     assert line in result.stdout and "would write model-00001-of-0000" in result.stdout
@@ -825,7 +823,8 @@ def test_way_back_refuses_another_tower(tmp_path, checkpoint):
     save_file({key: tensor + 0.1 for key, tensor in tensors(GOLDENS / "clip").items()}, clip / "model.safetensors")
     with pytest.raises(ConversionError, match="another tower"):
         convert_back(checkpoint, tmp_path / "back", vision_tower=clip)
-    result = run(checkpoint, tmp_path / "back", "--to-original", "--vision-tower", GOLDENS / "clip", "--dry-run")
+    arguments = (checkpoint, tmp_path / "back", "--to-original", "--vision-tower", GOLDENS / "clip", "--dry-run")
+    result = here("conversion", *arguments)
     assert result.returncode == 0 and "model.mm_projector.0.weight  512x128" in result.stdout
     assert not (tmp_path / "back").exists()
 

@@ -4,16 +4,16 @@ import json
 import math
 import re
 import shutil
-from functools import partial
 
 import pytest
 import torch
+from commands import elsewhere, here
 from conftest import GOLDENS
 from hub_server import Hub
 from peft import LoraConfig
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_conversion import assert_same, edit_config, edited, edited_adapter, run, tensors
+from test_conversion import assert_same, edit_config, edited, edited_adapter, tensors
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionConfig, CLIPVisionModel
 
 from conversion import ConversionError, convert, convert_back, settings
@@ -552,26 +552,27 @@ def test_revisions_of_base_and_tower(tmp_path, checkpoints):
             hub.add("some/later", later)
             files = hub.repositories["some/later"].find("main").files
             hub.repositories[f"some/{name}"].commit("refs/heads/main", "later", files)
-        command = partial(run, environment=hub.environment(tmp_path / "cache", token=""))
         names = ["--base", "some/base", "--vision-tower", "some/clip"]
         pins = ["--base-revision", commits["base"], "--vision-tower-revision", commits["clip"]]
-        result = command(GOLDENS / "lora", tmp_path / "out", *names, *pins)
-        assert result.returncode == 0, result.stderr
-        assert f"base: commit {commits['base']}\n" in result.stdout
-        assert f"vision tower: commit {commits['clip']}\n" in result.stdout
-        assert_same(tensors(tmp_path / "out"), tensors(checkpoints("lora")))
-        result = command(GOLDENS / "lora", tmp_path / "later", *names)
-        assert result.returncode == 0, result.stderr
-        key = "model.language_model.norm.weight"
-        assert torch.equal(tensors(tmp_path / "later")[key], tensors(tmp_path / "out")[key] + 1)
-
-        # An adapter that records the revision of its base is put on that one.
         recorded = {"base_model_name_or_path": "some/base", "revision": commits["base"]}
         source = with_settings(tmp_path, "lora", "adapter_config.json", **recorded)
-        result = command(source, tmp_path / "kept", *names, *pins[2:], "--keep-adapter")
+        commands = (
+            [GOLDENS / "lora", tmp_path / "out", *names, *pins],
+            [GOLDENS / "lora", tmp_path / "later", *names],
+            [source, tmp_path / "kept", *names, *pins[2:], "--keep-adapter"],
+        )
+        results = elsewhere("conversion", commands, hub.environment(tmp_path / "cache", token=""))
+    for result in results:
         assert result.returncode == 0, result.stderr
-        assert torch.equal(tensors(tmp_path / "kept" / "base")[key], tensors(tmp_path / "out")[key])
-        assert json.loads((tmp_path / "kept" / "adapter_config.json").read_text())["revision"] == commits["base"]
+    assert f"base: commit {commits['base']}\n" in results[0].stdout
+    assert f"vision tower: commit {commits['clip']}\n" in results[0].stdout
+    assert_same(tensors(tmp_path / "out"), tensors(checkpoints("lora")))
+    key = "model.language_model.norm.weight"
+    assert torch.equal(tensors(tmp_path / "later")[key], tensors(tmp_path / "out")[key] + 1)
+
+    # An adapter that records the revision of its base is put on that one.
+    assert torch.equal(tensors(tmp_path / "kept" / "base")[key], tensors(tmp_path / "out")[key])
+    assert json.loads((tmp_path / "kept" / "adapter_config.json").read_text())["revision"] == commits["base"]
 
 
 @pytest.mark.parametrize(
@@ -763,7 +764,7 @@ def test_way_back_of_other_kinds_is_refused(tmp_path, checkpoint):
 
 def test_way_back_dry_run_shows_what_would_be_written(tmp_path, checkpoint):
     named = ("--vision-tower", CLIP, "--tokenizer", BASE)
-    result = run(checkpoint, tmp_path / "back", "--to-original", *named, "--dry-run")
+    result = here("conversion", checkpoint, tmp_path / "back", "--to-original", *named, "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "would write config.json, tokenizer.model, tokenizer_config.json, special_tokens_map.json\n" in result.stdout
     assert "would write model.safetensors: " in result.stdout and "420 tensors" in result.stdout

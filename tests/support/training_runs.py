@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from commands import ROOT
 from conftest import GOLDENS
 from safetensors.torch import load_file
 from trl import ModelConfig
@@ -14,7 +15,6 @@ from training import LlavaSTFTrainer, LlavaSTFTrainingArguments
 from training.arguments import DataArguments, Parser
 from training.run import make_trainer
 
-ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "training" / "recipes"
 IMAGES = GOLDENS / "images"
 CONVERSATIONS = GOLDENS / "sft_conversations.json"

@@ -7,12 +7,11 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
+from commands import start_here
 from safetensors.torch import load_file
 from torch import nn
 from transformers import CLIPConfig, CLIPModel, LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
-import conversion.__main__
-import examples.shapes.__main__
 from examples.shapes import ablation, recipe
 from examples.shapes.ablation import Examiner, Run, ablate, build, encoding_first, system_of
 from examples.shapes.clip import PATCH
@@ -54,19 +53,10 @@ def started(monkeypatch):
     """Runs the commands of the harness in this process, and notes those of the runs."""
     runs = []
 
-    class Finished:
-        def __init__(self, status):
-            self.status = status
-
-        def wait(self, timeout=None):
-            return self.status
-
     def start_module(module, *words, **options):
         if words[0] == "ablation-run":
             runs.append(words[3:5])
-        with monkeypatch.context() as patch:
-            patch.setattr("sys.argv", [module, *map(str, words)])
-            return Finished({"conversion": conversion, "examples.shapes": examples.shapes}[module].__main__.main())
+        return start_here(module, *words)
 
     for module in (ablation, recipe):
         monkeypatch.setattr(module, "start_module", start_module)

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import elsewhere, here
 from hub_server import File, Hub
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, options, run, trainer_of, weights_of
+from training_runs import CAPTIONS, CONVERSATIONS, IMAGES, ROOT, eight_rows, options, run, trainer_of, weights_of
 from trl import ModelConfig
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
@@ -396,48 +397,56 @@ def hub(checkpoint, tmp_path_factory):
         yield hub
 
 
-def with_hub(hub, home, *arguments):
-    return run(*arguments, **hub.environment(home))
+def with_hub(hub, home, *commands):
+    """Exit status and errors of each command."""
+    results = elsewhere("training", commands, hub.environment(home))
+    return [(result.returncode, result.stderr) for result in results]
 
 
 def test_the_revision_of_the_base_is_kept(hub, checkpoint, tmp_path):
-    home, out = tmp_path / "home", tmp_path / "out"
+    out, other = tmp_path / "out", tmp_path / "other"
     commits = {name: hub.repositories["some/tiny"].find(name).oid for name in ("v1", "main")}
     changes = {"lora_r": 4, "max_steps": 2, "save_steps": 1, "model_revision": "v1", "warmup_steps": 0}
-    result = with_hub(hub, home, *options("finetune_lora", "some/tiny", CAPTIONS, out, **changes))
-    assert result.returncode == 0, result.stderr
-    for folder in (out, out / "checkpoint-2"):
-        settings = json.loads((folder / "adapter_config.json").read_text())
+    moved = {**changes, "model_revision": "main", "resume_from_checkpoint": out / "checkpoint-1"}
+    merged = {
+        "named": [],
+        "the same": ["--base", "some/tiny"],
+        "main": ["--base_revision", "main"],
+        "v1": ["--base", "some/tiny", "--base-revision", "v1"],
+    }
+    (status, errors), *merges, unknown, folder, resumed = with_hub(
+        hub,
+        tmp_path / "home",
+        options("finetune_lora", "some/tiny", CAPTIONS, out, **changes),
+        *(["merge", out, tmp_path / name, *arguments] for name, arguments in merged.items()),
+        ["merge", out, tmp_path / "none", "--base-revision", "no-such"],
+        ["merge", out, tmp_path / "none", "--base", checkpoint, "--base-revision", "v1"],
+        options("finetune_lora", "some/tiny", CAPTIONS, other, **moved),
+    )
+    assert status == 0, errors
+    for place in (out, out / "checkpoint-2"):
+        settings = json.loads((place / "adapter_config.json").read_text())
         assert (settings["base_model_name_or_path"], settings["revision"]) == ("some/tiny", commits["v1"])
 
-    base, other = weights_of(checkpoint), {name: 2 * weight for name, weight in weights_of(checkpoint).items()}
     frozen = "model.language_model.embed_tokens.weight"
-    for name, expected, arguments in (
-        ("named", base, []),
-        ("the same", base, ["--base", "some/tiny"]),
-        ("main", other, ["--base_revision", "main"]),
-        ("v1", base, ["--base", "some/tiny", "--base-revision", "v1"]),
+    base = weights_of(checkpoint)[frozen]
+    for name, (status, errors) in zip(merged, merges, strict=True):
+        assert status == 0, errors
+        assert torch.equal(weights_of(tmp_path / name)[frozen], 2 * base if name == "main" else base), name
+    for (status, errors), message in (
+        (unknown, "no-such"),
+        (folder, "is a folder, which has no revision 'v1'"),
+        (resumed, f"`revision` was {commits['v1']}, is {commits['main']}"),
     ):
-        result = with_hub(hub, home, "merge", out, tmp_path / name, *arguments)
-        assert result.returncode == 0, result.stderr
-        assert torch.equal(weights_of(tmp_path / name)[frozen], expected[frozen]), name
-    result = with_hub(hub, home, "merge", out, tmp_path / "none", "--base-revision", "no-such")
-    assert result.returncode == 2 and "no-such" in result.stderr.splitlines()[-1]
-    result = with_hub(hub, home, "merge", out, tmp_path / "none", "--base", checkpoint, "--base-revision", "v1")
-    assert result.returncode == 2 and "is a folder, which has no revision 'v1'" in result.stderr
-
-    changes |= {"model_revision": "main", "resume_from_checkpoint": out / "checkpoint-1"}
-    result = with_hub(hub, home, *options("finetune_lora", "some/tiny", CAPTIONS, tmp_path / "other", **changes))
-    assert result.returncode == 2
-    assert f"`revision` was {commits['v1']}, is {commits['main']}" in result.stderr.splitlines()[-1]
+        assert status == 2 and message in errors.splitlines()[-1]
+    assert not (tmp_path / "none").exists()
 
 
 def test_check_takes_a_revision(hub, tmp_path):
-    for revision, code in (("v1", 0), ("no-such", 2)):
-        arguments = ("check", CONVERSATIONS, "--image_folder", ROOT / "tests" / "goldens" / "images")
-        result = with_hub(hub, tmp_path, *arguments, "--model", "some/tiny", "--model_revision", revision)
-        assert result.returncode == code, result.stderr
-    assert "no-such" in result.stderr.splitlines()[-1]
+    words = ["check", CONVERSATIONS, "--image_folder", IMAGES, "--model", "some/tiny", "--model_revision"]
+    (known, errors), (unknown, message) = with_hub(hub, tmp_path, [*words, "v1"], [*words, "no-such"])
+    assert known == 0, errors
+    assert unknown == 2 and "no-such" in message.splitlines()[-1]
 
 
 # Stopped by hand
@@ -492,7 +501,7 @@ def test_a_run_stopped_by_hand_names_its_last_checkpoint(workers, checkpoint, tm
         os.killpg(process.pid, 0)
     step = int(last.name.split("-")[1])
     again = {**changes, "max_steps": step + 1, "resume_from_checkpoint": "last"}
-    result = run(*options("finetune", checkpoint, eight_rows(tmp_path), out, **again))
+    result = here("training", *options("finetune", checkpoint, eight_rows(tmp_path), out, **again))
     assert result.returncode == 0, result.stderr
 
 

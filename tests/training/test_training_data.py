@@ -7,6 +7,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from commands import here
 from conftest import GOLDENS
 from PIL import Image
 from training_runs import CAPTIONS, CONVERSATIONS, IMAGES, run
@@ -391,7 +392,7 @@ def test_check_command(broken, checkpoint, tmp_path):
     assert "9 rows, 2 of them fit to train on" in result.stdout
     assert "cut.png" in result.stdout and "gone.png" in result.stdout
     assert Image.open(plot).size[0] > 500
-    assert "There is no file" in run("check", tmp_path / "no.json", "--model", checkpoint).stderr
+    assert "There is no file" in here("training", "check", tmp_path / "no.json", "--model", checkpoint).stderr
 
 
 # Rows are trained exactly as they are written, or refused by name

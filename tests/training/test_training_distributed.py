@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from commands import here
 from training_runs import ROOT, eight_rows, history, options, run, weights_of
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "tests/support/training_rank.py")
@@ -37,7 +38,7 @@ PLAIN = {
 def alone(checkpoint, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     data = eight_rows(folder)
-    result = run(*options("finetune", checkpoint, data, folder / "out", **PLAIN))
+    result = here("training", *options("finetune", checkpoint, data, folder / "out", **PLAIN))
     assert result.returncode == 0, result.stderr
     assert "1 per device x 1 device(s) x 4 accumulation step(s)" in result.stdout
     return data, folder / "out", parts_of(result.stdout)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import here
 from training_runs import CAPTIONS, CONVERSATIONS, ROOT, eight_rows, history, options, run, trainer_of, weights_of
 
 from training.run import resume_from
@@ -45,7 +46,7 @@ def test_a_run_that_was_done_is_not_trained_further(checkpoint, tmp_path):
     done = weights_of(tmp_path / "out" / "checkpoint-4")
     for steps in (4, 5):
         wanted = {"max_steps": steps, "resume_from_checkpoint": "last"}
-        result = run(*options("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", **wanted))
+        result = here("training", *options("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", **wanted))
         assert result.returncode == 0, result.stderr
         assert [row["step"] for row in history(tmp_path / "out")] == list(range(1, steps + 1))
         if steps == 4:
@@ -97,10 +98,10 @@ def test_a_killed_run_goes_on(checkpoint, tmp_path):
     (out / "_unfinished" / f"checkpoint-{last + 1}").mkdir(parents=True, exist_ok=True)
 
     changes = {"save_steps": 1, "max_steps": last + 2}
-    refused = run("-m", "training", *options("finetune", checkpoint, CONVERSATIONS, out, **changes), launcher=())
+    refused = here("training", *options("finetune", checkpoint, CONVERSATIONS, out, **changes))
     assert refused.returncode == 2 and "has the checkpoints of an earlier run" in refused.stderr
     wanted = options("finetune", checkpoint, CONVERSATIONS, out, resume_from_checkpoint="last", **changes)
-    result = run(*wanted)
+    result = here("training", *wanted)
     assert result.returncode == 0, result.stderr
     assert [row["step"] for row in history(out)] == list(range(1, last + 3))
     assert not (out / "_unfinished").exists()

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 import yaml
-from training_runs import CONVERSATIONS, RECIPES, eight_rows, options, run, trainer_of, weights_of
+from commands import here
+from training_runs import CONVERSATIONS, RECIPES, eight_rows, options, trainer_of, weights_of
 from trl import ModelConfig, SFTConfig
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
@@ -393,7 +394,7 @@ def test_check_refuses_nonsense(option, checkpoint, capsys, monkeypatch):
 
 def test_a_lora_run_lists_what_it_adapts(checkpoint, tmp_path):
     changes = {"max_steps": 1, "lora_target_modules": r".*language_model.*\.(q|v)_proj"}
-    result = run(*options("finetune_lora", checkpoint, eight_rows(tmp_path), tmp_path / "out", **changes))
+    result = here("training", *options("finetune_lora", checkpoint, eight_rows(tmp_path), tmp_path / "out", **changes))
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     first = lines.index(
