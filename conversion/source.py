@@ -265,9 +265,10 @@ def _language_config(config: dict[str, Any], place: Path) -> tuple[dict[str, Any
         raise ConversionError(f"{place}: `model_type` is {config.get('model_type')!r}, expected 'llava' or 'llama'.")
     text = section(config, "text_config", place)
     dropped = [name for name in text if name.startswith(("mm_", "image_")) and name != "mm_vision_tower"]
+    kept = {name: value for name, value in text.items() if name not in dropped}
+    # Beside the language model's settings; `vocab_size`, for one, may stand in both places.
     dropped += sorted(config.keys() - {"text_config", *LANGUAGE.harmless}) if text is not config else []
     notes = [f"{place}: not taken, with the projector: {', '.join(dropped)}"] if dropped else []
-    kept = {name: value for name, value in text.items() if name not in dropped}
     return {**kept, "mm_vision_tower": config.get("mm_vision_tower"), "image_aspect_ratio": "pad"}, notes
 
 

@@ -389,6 +389,18 @@ def test_an_initialisation_names_what_it_leaves(tmp_path, capsys):
     refused("`sliding_window` is 4096", tmp_path, source, init_fusion=True)
 
 
+def test_a_setting_in_both_places_is_the_language_model_s(tmp_path, capsys):
+    """Files of transformers 4.37 have a `vocab_size` beside that of the language model, too: both were left."""
+    source = plain_llava(tmp_path, vision_config=json.loads((CLIP / "config.json").read_text()))
+    text = json.loads((source / "config.json").read_text())
+    nested = {"model_type": "llava", "vision_config": text.pop("vision_config"), "rms_norm_eps": 1.0}
+    nested |= {"text_config": {**text, "rms_norm_eps": 1e-3}, "vocab_size": 420}
+    (source / "config.json").write_text(json.dumps(nested))
+    out = convert(source, tmp_path / "out", init_fusion=True, vision_tower=CLIP)
+    assert LlavaSTFConfig.from_pretrained(out).text_config.rms_norm_eps == 1e-3
+    assert "not taken, with the projector: rms_norm_eps, vision_config, vocab_size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("key", ["model.image_newline", "image_newline"])
 @pytest.mark.parametrize("init_fusion", [True, False])
 def test_a_llava_1_6_is_called_by_its_name(key, init_fusion, tmp_path):
