@@ -97,7 +97,7 @@ def read(places: Places, options: Options) -> Source:
         f"{run.folder}: {run.kind}",
         *run.notes,
         *_left_over(run),
-        *([] if weights is run.weights else [f"vision tower: {tower}"]),
+        *_tower_note(run, weights, tower),
         *_commits(source=places.run, base=places.base, vision_tower=tower),
         *_context_note(run, context),
         *generation_notes,
@@ -151,6 +151,14 @@ def _with_tower(run: Run, places: Places) -> tuple[Path, Weights]:
         raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
     folder = places.tower(run.config, weights=True)
     return folder, run.weights | read_tower(folder)
+
+
+def _tower_note(run: Run, weights: Weights, tower: Path) -> list[str]:
+    if weights is not run.weights:
+        return [f"vision tower: {tower}"]
+    if tower == run.folder:
+        return []
+    return [f"vision tower: the source's own weights; {tower} gives its settings, and those of the pictures"]
 
 
 def _commits(**folders: Path | None) -> list[str]:

@@ -352,6 +352,13 @@ def test_unknown_settings_are_named_in_the_notes(tmp_path, capsys):
     assert "cuts a prompt at 2048 tokens (tokenizer_model_max_length); here it may have 4096" in notes
 
 
+def test_it_is_said_whose_tower_is_taken(tmp_path, capsys):
+    """The weights of --vision-tower were left without a word, if the source has a tower of its own."""
+    for name, note in (("original", "the source's own weights; "), ("original_no_tower", "")):
+        convert(GOLDENS / name, tmp_path / "out", vision_tower=CLIP, dry_run=True)
+        assert f"- vision tower: {note}{CLIP}" in capsys.readouterr().out
+
+
 def test_settings_of_the_trainer_make_no_noise(tmp_path, capsys):
     for name in ("original", "original_no_tower"):
         convert(GOLDENS / name, tmp_path / name, vision_tower=CLIP)
