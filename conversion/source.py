@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from modeling_llava_stf import LlavaSTFConfig, LlavaSTFProcessor
 
 from .checkpoints.folders import ADAPTER_CONFIG_FILE, ADAPTER_FILE, NON_LORA_FILE, PROJECTOR_FILE
@@ -27,7 +29,7 @@ from .locate import Places, commit_of
 from .lora import PEFT_PREFIX, check_adapter_config, lora_target, require_adapted
 from .options import Options
 from .settings import LANGUAGE, check_settings
-from .tokenizer import load_tokenizer, tokenizer_notes
+from .tokenizer import different_parts, load_tokenizer, tokenizer_notes
 
 # In the order in which PEFT looks for them.
 ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.bin")
@@ -85,6 +87,8 @@ def read(places: Places, options: Options) -> Source:
     context = context_length(text)
     tokenizer_folder = places.tokenizer()
     tokenizer = load_tokenizer(tokenizer_folder, context)
+    if options.tokenizer is None and places.base is not None:
+        _refuse_another_tokenizer(tokenizer, tokenizer_folder, places.base)
     vision, vision_notes = read_vision_config(tower)
     _check_depth(weights, vision.num_hidden_layers, tower)
     config = build_config(settings, weights, vision, text, tokenizer.image_token_id)
@@ -93,7 +97,7 @@ def read(places: Places, options: Options) -> Source:
         f"{run.folder}: {run.kind}",
         *run.notes,
         *_left_over(run),
-        *([] if weights is run.weights else [f"vision tower: {tower}"]),
+        *_tower_note(run, weights, tower),
         *_commits(source=places.run, base=places.base, vision_tower=tower),
         *_context_note(run, context),
         *generation_notes,
@@ -103,6 +107,24 @@ def read(places: Places, options: Options) -> Source:
         *image_notes,
     ]
     return Source(run, weights, config, build_processor(config, image_processor, tokenizer), end, notes)
+
+
+def _refuse_another_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path, base: Path) -> None:
+    """Raises a [`ConversionError`] if a run has a tokenizer that is not its base's, which the original reads."""
+    if folder == base or not (base / "tokenizer_config.json").exists():
+        return
+    try:
+        theirs = load_tokenizer(base, tokenizer.model_max_length).backend_tokenizer
+    except ConversionError as error:
+        difference = str(error)
+    else:
+        parts = different_parts(tokenizer.backend_tokenizer, theirs)
+        difference = f"their {' and '.join(parts)} differ." if parts else ""
+    if difference:
+        raise ConversionError(
+            f"{folder} holds another tokenizer than {base}, which the original reads: {difference} Name the one that "
+            "the run was trained with (--tokenizer)."
+        )
 
 
 def _left_over(run: Run) -> list[str]:
@@ -129,6 +151,14 @@ def _with_tower(run: Run, places: Places) -> tuple[Path, Weights]:
         raise ConversionError(f"{run.folder} trained its vision tower (unfreeze_mm_vision_tower) and does not hold it.")
     folder = places.tower(run.config, weights=True)
     return folder, run.weights | read_tower(folder)
+
+
+def _tower_note(run: Run, weights: Weights, tower: Path) -> list[str]:
+    if weights is not run.weights:
+        return [f"vision tower: {tower}"]
+    if tower == run.folder:
+        return []
+    return [f"vision tower: the source's own weights; {tower} gives its settings, and those of the pictures"]
 
 
 def _commits(**folders: Path | None) -> list[str]:
@@ -265,9 +295,10 @@ def _language_config(config: dict[str, Any], place: Path) -> tuple[dict[str, Any
         raise ConversionError(f"{place}: `model_type` is {config.get('model_type')!r}, expected 'llava' or 'llama'.")
     text = section(config, "text_config", place)
     dropped = [name for name in text if name.startswith(("mm_", "image_")) and name != "mm_vision_tower"]
+    kept = {name: value for name, value in text.items() if name not in dropped}
+    # Beside the language model's settings; `vocab_size`, for one, may stand in both places.
     dropped += sorted(config.keys() - {"text_config", *LANGUAGE.harmless}) if text is not config else []
     notes = [f"{place}: not taken, with the projector: {', '.join(dropped)}"] if dropped else []
-    kept = {name: value for name, value in text.items() if name not in dropped}
     return {**kept, "mm_vision_tower": config.get("mm_vision_tower"), "image_aspect_ratio": "pad"}, notes
 
 

@@ -267,7 +267,16 @@ def _scores(proto: Any) -> dict[str, float]:
 def tokenizer_notes(folder: Path) -> list[str]:
     """What a folder's tokenizer does in the original, but not here."""
     notes = _two_tokenizers(folder)
-    if read_json(folder / "tokenizer_config.json").get("clean_up_tokenization_spaces"):
+    settings = read_json(folder / "tokenizer_config.json")
+    _, special = _special_tokens(folder, settings)
+    added = {token["content"] for token in _added_tokens(folder, settings).values()}
+    plain = sorted(added - special.keys() - {IMAGE_TOKEN})
+    if plain:
+        notes.append(
+            f"{folder}: the original writes spaces around added tokens when it decodes ({', '.join(plain)}, which are "
+            "not special); here an answer is as its tokens spell it"
+        )
+    if settings.get("clean_up_tokenization_spaces"):
         notes.append(
             f"{folder}: the original drops spaces before signs when it decodes (clean_up_tokenization_spaces); here an "
             "answer is as its tokens spell it"

@@ -352,6 +352,13 @@ def test_unknown_settings_are_named_in_the_notes(tmp_path, capsys):
     assert "cuts a prompt at 2048 tokens (tokenizer_model_max_length); here it may have 4096" in notes
 
 
+def test_it_is_said_whose_tower_is_taken(tmp_path, capsys):
+    """The weights of --vision-tower were left without a word, if the source has a tower of its own."""
+    for name, note in (("original", "the source's own weights; "), ("original_no_tower", "")):
+        convert(GOLDENS / name, tmp_path / "out", vision_tower=CLIP, dry_run=True)
+        assert f"- vision tower: {note}{CLIP}" in capsys.readouterr().out
+
+
 def test_settings_of_the_trainer_make_no_noise(tmp_path, capsys):
     for name in ("original", "original_no_tower"):
         convert(GOLDENS / name, tmp_path / name, vision_tower=CLIP)
@@ -387,6 +394,18 @@ def test_an_initialisation_names_what_it_leaves(tmp_path, capsys):
     assert config.taps[0] == 23 and LlavaSTFProcessor.from_pretrained(out).image_processor.do_pad
     edit_config(source, sliding_window=4096)
     refused("`sliding_window` is 4096", tmp_path, source, init_fusion=True)
+
+
+def test_a_setting_in_both_places_is_the_language_model_s(tmp_path, capsys):
+    """Files of transformers 4.37 have a `vocab_size` beside that of the language model, too: both were left."""
+    source = plain_llava(tmp_path, vision_config=json.loads((CLIP / "config.json").read_text()))
+    text = json.loads((source / "config.json").read_text())
+    nested = {"model_type": "llava", "vision_config": text.pop("vision_config"), "rms_norm_eps": 1.0}
+    nested |= {"text_config": {**text, "rms_norm_eps": 1e-3}, "vocab_size": 420}
+    (source / "config.json").write_text(json.dumps(nested))
+    out = convert(source, tmp_path / "out", init_fusion=True, vision_tower=CLIP)
+    assert LlavaSTFConfig.from_pretrained(out).text_config.rms_norm_eps == 1e-3
+    assert "not taken, with the projector: rms_norm_eps, vision_config, vocab_size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("key", ["model.image_newline", "image_newline"])

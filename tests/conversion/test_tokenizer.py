@@ -425,6 +425,27 @@ def test_an_answer_is_as_its_tokens_spell_it(tmp_path, capsys):
     assert "drops spaces before signs when it decodes (clean_up_tokenization_spaces)" in capsys.readouterr().out
 
 
+def test_spaces_around_added_tokens_are_named(tmp_path):
+    """transformers 4.37 decodes `a<loc>b` as `a <loc> b`, unless the token is special and left out."""
+    added = {str(516 + index): {"content": token} for index, token in enumerate(("<loc>", "<sep>", "<image>"))}
+    folder = tokenizer_folder(tmp_path / "words", added_tokens_decoder=added, additional_special_tokens=["<sep>"])
+    (note,) = conversion.tokenizer.tokenizer_notes(folder)
+    assert "spaces around added tokens when it decodes (<loc>, which are not special)" in note
+
+
+def test_a_run_with_another_tokenizer_than_its_base_is_refused(tmp_path):
+    """The original reads the base's."""
+    for name, words in (("same", GOLDENS / "base"), ("other", GOLDENS / "tokenizer_legacy_false")):
+        source = shutil.copytree(GOLDENS / "lora", tmp_path / name)
+        for file in ("tokenizer.model", "tokenizer_config.json"):
+            shutil.copyfile(words / file, source / file)
+    options = {"base": GOLDENS / "base", "vision_tower": GOLDENS / "clip", "dry_run": True}
+    convert(tmp_path / "same", tmp_path / "out", **options)
+    with pytest.raises(ConversionError, match=r"another tokenizer than .* their .*normalizer differ.*--tokenizer"):
+        convert(tmp_path / "other", tmp_path / "out", **options)
+    convert(tmp_path / "other", tmp_path / "out", tokenizer=tmp_path / "other", **options)
+
+
 def saved_by_transformers(folder):
     return LlamaTokenizer.from_pretrained(folder).backend_tokenizer.save
 
