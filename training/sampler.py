@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .budgets import ALL, TokenBudgets
 
@@ -70,6 +71,30 @@ class BudgetLengthSampler(ModalityLengthSampler):
 
     def _budget(self, key: str) -> int:
         return self.budgets.sizes[0] if self.budgets.mode == ALL else self.budgets.draw(key, self.epoch)
+
+
+class LengthSampler(Sampler[int]):
+    """Orders rows as transformers' `group_by_length` does, but by seed and epoch only, as above.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows among which the lengths are similar.
+        seed: the seed of the run; the epoch is added to it.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths, self.batch_size = lengths, batch_size
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def modality_length_order(

@@ -40,6 +40,7 @@ from .upstream import (
     keep_as_loaded,
     message_of,
     name_base_commit,
+    seeded,
     without_adapter,
 )
 
@@ -232,7 +233,8 @@ class LlavaSTFTrainer(SavingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.group_by_modality_length:
-            return super()._get_train_sampler(rows)
+            sampler = seeded(super()._get_train_sampler(rows), self.args.order_seed)
+            return self._with_epoch(sampler) if hasattr(sampler, "set_epoch") else sampler
         if not {"length", "vision"} <= set(rows.column_names or ()):
             raise ValueError(
                 "`group_by_modality_length` needs the columns `length` and `vision`: check the rows first (see "
@@ -244,13 +246,15 @@ class LlavaSTFTrainer(SavingTrainer):
             "batches": self.args.world_size * self.args.gradient_accumulation_steps,
             "seed": self.args.order_seed,
         }
-        sampler: ModalityLengthSampler
         if self.budgets is None:
             sampler = ModalityLengthSampler(lengths, [pictures > 0 for pictures in vision], **batches)
         else:
             named = rows.select_columns(["id", "messages"]).iter(1000)
             keys = [row_key(*row) for batch in named for row in zip(batch["id"], batch["messages"], strict=True)]
             sampler = BudgetLengthSampler(lengths, vision, keys, self.budgets, **batches)
+        return self._with_epoch(sampler)
+
+    def _with_epoch(self, sampler: Any) -> Sampler:
         self.remove_callback(SamplerEpoch)  # that of a loader that was made before
         self.add_callback(SamplerEpoch(sampler))
         return sampler
@@ -365,12 +369,24 @@ class LlavaSTFTrainer(SavingTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as [`SFTTrainer.log`] does, with the throughput of all devices since the last line."""
+        """Logs as [`SFTTrainer.log`] does, with the throughput of all devices since the last line.
+
+        The seconds of evaluations and checkpoints are not in it.
+        """
         if "loss" in logs:
             assert self.args.peak_tflops is not None  # measured at the start
             peak = self.args.peak_tflops * 1e12 * self.args.world_size
             logs |= self._meter.read(self.accelerator.unwrap_model(self.model), self._sum_over_ranks, peak)
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates as [`Trainer.evaluate`] does; no throughput has its seconds."""
+        with self._meter.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._meter.paused():
+            super()._save_checkpoint(*args, **kwargs)
 
     def _sum_over_ranks(self, numbers: list[int]) -> list[int]:
         return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()

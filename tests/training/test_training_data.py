@@ -778,3 +778,10 @@ def test_rows_of_several_files_have_a_name_each(streaming, tmp_path):
         write_json(folder, [llava(*HI), {"id": "mine", **llava(*HI)}], f"train-{number}.jsonl")
     names = [row["id"] for row in load_rows(str(folder), streaming=streaming)]
     assert names == ["train-0.jsonl:0", "mine", "train-1.jsonl:0", "mine"]
+
+
+def test_a_row_from_python_without_an_answer_is_refused(processor):
+    """It was trained on nothing."""
+    rows = [{"messages": [says("user", "Hi")]}, trl("Hi", "Ho")]
+    with pytest.raises(DataError, match="Row without an id cannot be trained on: no trainable token"):
+        Collator(processor, assistant_only_loss=True)(rows)

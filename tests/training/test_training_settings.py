@@ -288,6 +288,8 @@ def test_what_changes_no_number_does_not(changes, checkpoint, tmp_path):
 
 RECIPE_FAULTS = {
     "unknown": ("learning_rat: 1e-4\n", "unknown option 'learning_rat'. Is 'learning_rate' meant?"),
+    "unlike any": ("x: 1\n", "unknown option 'x'."),
+    "twice": ("learning_rate: 1e-3\nseed: 1\nlearning_rate: 1e-5\n", "has learning_rate twice: remove one"),
     "refused": ("packing: true\n", "`packing` does not act here"),
     "choice": ("loss_reduction: tokens\n", "loss_reduction"),
     "number": ("per_device_train_batch_size: 2.5\n", "per_device_train_batch_size"),
@@ -414,3 +416,7 @@ def test_the_shipped_recipes_pass(checkpoint, tmp_path):
         used = Parser(KINDS).parse_args_and_config(named)
         written = yaml.safe_load(recipe.read_text())
         assert used[1].learning_rate == written["learning_rate"]
+
+
+def test_an_option_unlike_any_is_named(command):
+    refused(command("--zzz"), "The unknown option '--zzz'. `python -m training --help` lists the options.")

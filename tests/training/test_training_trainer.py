@@ -542,3 +542,31 @@ def test_pictures_are_saved_as_they_are_trained(trainer, tmp_path):
         assert processor.image_processor.do_exif_transpose is False
         assert processor.image_processor.alpha_background == "white"
     assert trainer().processing_class.image_processor.do_exif_transpose is True
+
+
+def test_throughput_leaves_out_evaluations_and_checkpoints(trainer, monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr("training.throughput.now", lambda: clock[0])
+    data = eight_rows(tmp_path)
+    run = trainer(data=data, eval_data_path=CONVERSATIONS, eval_strategy="steps", eval_steps=1, save_steps=1)
+
+    def takes(seconds, name):
+        work = getattr(run, name)
+
+        def timed(*args, **kwargs):
+            clock[0] += seconds
+            return work(*args, **kwargs)
+
+        monkeypatch.setattr(run, name, timed)
+
+    takes(2, "training_step")
+    takes(100, "evaluation_loop")
+    takes(1000, "_get_output_dir")
+    seen = []
+    count = run._meter.count
+    monkeypatch.setattr(
+        run._meter, "count", lambda *args: seen.append(int(args[0]["attention_mask"].sum())) or count(*args)
+    )
+    run.train()
+    speeds = [row["tokens_per_second"] for row in run.state.log_history if "loss" in row]
+    assert speeds == [sum(seen[step : step + 2]) / 4 for step in range(0, 8, 2)]
