@@ -367,9 +367,11 @@ def test_a_warmup_that_does_not_act_is_named(checkpoint, tmp_path, caplog):
 
 def test_options_are_kept_for_the_card_however_they_are_written(checkpoint):
     given = ["--no_assistant_only_loss", "--max_grad", "0.5", "--weight-decay=0.1", "--output_dir", "out"]
+    given += ["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "steps"]
     named = ["--model_name_or_path", str(checkpoint), "--data_path", "x", "--use_cpu", "true", "--bf16", "no", *given]
     kept = recipe_settings(named, *Parser(KINDS).parse_args_and_config(named))
-    assert kept == {"bf16": False, "assistant_only_loss": False, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    expected = {"bf16": False, "assistant_only_loss": False, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    assert kept == {**expected, "load_best_model_at_end": True}
 
 
 def test_a_fault_of_ours_is_a_traceback(command, monkeypatch):
