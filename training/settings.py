@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
@@ -250,7 +251,9 @@ def _check_schedule(args: Any) -> None:
         )
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     try:
-        get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=given)
+        made = get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=given)
+        if isinstance(made, LambdaLR):
+            made.lr_lambdas[0](1)  # a text, such as `1e-1` in YAML, is not read in the warmup
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"`lr_scheduler_kwargs` {given} is not for {kind}: {error}.") from error
 

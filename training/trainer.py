@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,9 @@ class LlavaSTFTrainer(SavingTrainer):
 
         Raises:
             CheckpointError: if the checkpoint is missing, incomplete, damaged or of another run.
+            ValueError: if weights of two dtypes would meet.
         """
+        self._check_precision()
         self.prepare_folder()
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
@@ -176,6 +179,21 @@ class LlavaSTFTrainer(SavingTrainer):
             raise ValueError(
                 f"FSDP shards weights of one dtype only, found {', '.join(sorted(map(str, dtypes)))}. Load the model "
                 "with `--dtype float32`; `bf16: true` still computes in bfloat16."
+            )
+
+    def _check_precision(self) -> None:
+        """Raises a `ValueError` if weights of two dtypes would meet.
+
+        PEFT's own matrices cast what they get; quantised weights may be stored as any dtype.
+        """
+        weights = [each for each in self.model.named_parameters() if not hasattr(each[1], "quant_state")]
+        own = {weight.dtype for name, weight in weights if weight.requires_grad and ".lora_" not in name}
+        others = {weight.dtype for _, weight in weights if weight.is_floating_point()} - own
+        if own and others and self.args.mixed_precision == "no":
+            found = f"{', '.join(map(str, own))} and {', '.join(map(str, others))}".replace("torch.", "")
+            raise ValueError(
+                f"Weights that are trained and weights that are frozen are {found}, which compute together only with "
+                "`bf16` or `fp16`: set that, or load the model with `--dtype float32`."
             )
 
     def _check_adapter(self, model: PeftModel) -> None:
@@ -299,12 +317,22 @@ class LlavaSTFTrainer(SavingTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Returns the loader of [`Trainer.get_eval_dataloader`]: each row is there once, with the largest budget."""
+        with self._largest_budget():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Returns the loader of [`Trainer.get_test_dataloader`], with rows as for evaluation."""
+        with self._largest_budget():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _largest_budget(self) -> Iterator[None]:
         collator = self.data_collator  # type: ignore[has-type]
         if self.budgets is not None:
             largest = TokenBudgets(self.budgets.sizes[:1], self.budgets.full)
             self.data_collator = dataclasses.replace(collator, budgets=largest)
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = collator
 

@@ -136,6 +136,11 @@ def test_what_does_not_act_is_refused_from_python(name):
         ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"power": 2}'}, ["is not for linear", "'power'"]),
         ({"lr_scheduler_kwargs": "power=2"}, ["`lr_scheduler_kwargs` is 'power=2', expected an object"]),
         (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": "1e-1"}'},
+            ["`lr_scheduler_kwargs` {'min_lr_rate': '1e-1'} is not for cosine_with_min_lr"],
+        ),
+        ({"dtype": "bfloat16"}, ["that are frozen are float32 and bfloat16", "`bf16` or `fp16`"]),
+        (
             {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": '{"power": 2}'},
             ["`lr_scheduler_kwargs` does not act with `lr_scheduler_type` constant_with_warmup"],
         ),
