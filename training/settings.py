@@ -14,6 +14,7 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import PIL.ImageColor
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
@@ -283,6 +284,12 @@ def _check_texts(settings: Any) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"`{name}` {pattern!r} is no regular expression: {error}.") from error
+    colour = getattr(settings, "alpha_background", None)
+    if colour is not None:
+        try:
+            PIL.ImageColor.getrgb(colour)
+        except ValueError as error:
+            raise ValueError(f"`alpha_background` is {colour!r}, expected a colour, such as 'white'.") from error
     storage = getattr(settings, "bnb_4bit_quant_storage", None)
     if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
         raise ValueError(f"`bnb_4bit_quant_storage` is {storage!r}, expected a dtype of torch, such as 'uint8'.")

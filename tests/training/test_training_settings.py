@@ -139,6 +139,7 @@ def test_what_does_not_act_is_refused_from_python(name):
             {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": "1e-1"}'},
             ["`lr_scheduler_kwargs` {'min_lr_rate': '1e-1'} is not for cosine_with_min_lr"],
         ),
+        ({"alpha_background": "whit"}, ["`alpha_background` is 'whit', expected a colour"]),
         ({"dtype": "bfloat16"}, ["that are frozen are float32 and bfloat16", "`bf16` or `fp16`"]),
         (
             {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": '{"power": 2}'},
