@@ -45,6 +45,10 @@ LESS_MEMORY = (
 
 
 def train_command(arguments: list[str]) -> int:
+    # As all other options: TRL looks for the name alone.
+    arguments = [
+        part for text in arguments for part in (text.split("=", 1) if text.startswith("--config=") else [text])
+    ]
     read_recipe(arguments)
     data, args, choice = Parser(KINDS, prog="python -m training").parse_args_and_config(arguments)
     for settings in (args, choice):

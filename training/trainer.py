@@ -203,6 +203,13 @@ class LlavaSTFTrainer(SavingTrainer):
         for name in model.peft_config["default"].modules_to_save or ():
             if not any(f"{name}.modules_to_save" in parameter for parameter, _ in model.named_parameters()):
                 raise ValueError(f"`lora_modules_to_save` {name!r} matches no module; expected {CONNECTOR!r}.")
+        whole = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+        parted = [name for name in whole if "lm_head" in name or "embed_tokens" in name]
+        if parted and without_adapter(model).config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                f"`lora_modules_to_save` would train {parted[0]} alone, but embeddings and `lm_head` of this model are "
+                f"one matrix: name only {CONNECTOR!r}."
+            )
 
     # Rates
 

@@ -428,3 +428,13 @@ def test_the_shipped_recipes_pass(checkpoint, tmp_path):
 
 def test_an_option_unlike_any_is_named(command):
     refused(command("--zzz"), "The unknown option '--zzz'. `python -m training --help` lists the options.")
+
+
+def test_a_recipe_may_be_named_with_an_equals_sign(tmp_path, monkeypatch, capsys):
+    """It was an unknown option."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("packing: true\n")
+    arguments = [f"--config={recipe}", "--data_path", "x", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["training", *arguments, "--use_cpu", "true", "--bf16", "false"])
+    assert main() == 2
+    assert "`packing` does not act here" in capsys.readouterr().err

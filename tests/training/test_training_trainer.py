@@ -570,3 +570,14 @@ def test_throughput_leaves_out_evaluations_and_checkpoints(trainer, monkeypatch,
     run.train()
     speeds = [row["tokens_per_second"] for row in run.state.log_history if "loss" in row]
     assert speeds == [sum(seen[step : step + 2]) / 4 for step in range(0, 8, 2)]
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_adapter_does_not_part_tied_weights(module, trainer, model, processor, tmp_path):
+    """Trained, it could not be merged."""
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match=f"would train .*{module}.* alone, but embeddings and `lm_head` of this model"):
+        trainer("finetune_lora", model=tmp_path / "tied", lora_modules_to_save=module)
