@@ -38,7 +38,7 @@ def _settings(recipe: dict[str, Any]) -> dict[str, str]:
     return {
         f"`{name}`": f"`{_in_words(value)}`"
         for name, value in recipe.items()
-        if value not in (None, "", [], {}) and not isinstance(value, dict) and "/" not in str(value)
+        if value not in (None, "", [], {}) and "/" not in str(value)
     }
 
 
@@ -60,6 +60,8 @@ def _state(state: dict[str, Any]) -> dict[str, str]:
 
 
 def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_in_words(item)}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_in_words, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

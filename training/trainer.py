@@ -81,6 +81,8 @@ class LlavaSTFTrainer(SavingTrainer):
         self.budgets = budgets_of(args.token_budgets, args.token_budget_mode, args.order_seed, processing_class)
         if self.budgets is not None and data_collator is not None:
             raise ValueError("`token_budgets` does not act on a `data_collator` of your own: leave one of them out.")
+        if kwargs.get("formatting_func") is not None:
+            raise ValueError("`formatting_func` does not act: write rows of `messages` and `images`, and leave it out.")
         if kwargs.get("optimizers", (None, None))[0] is not None and args.projector_learning_rate is not None:
             raise ValueError(
                 "`projector_learning_rate` does not act on an optimizer of your own: leave one of them out."

@@ -581,3 +581,11 @@ def test_an_adapter_does_not_part_tied_weights(module, trainer, model, processor
         part.save_pretrained(tmp_path / "tied")
     with pytest.raises(ValueError, match=f"would train .*{module}.* alone, but embeddings and `lm_head` of this model"):
         trainer("finetune_lora", model=tmp_path / "tied", lora_modules_to_save=module)
+
+
+def test_a_function_that_writes_rows_is_refused(trainer):
+    """It was not called."""
+    made = trainer()
+    rows, processor = made.train_dataset, made.processing_class
+    with pytest.raises(ValueError, match="`formatting_func` does not act"):
+        LlavaSTFTrainer(made.model, made.args, train_dataset=rows, processing_class=processor, formatting_func=str)
