@@ -178,6 +178,8 @@ class LlavaSTFTrainingArguments(SFTConfig):
             super().__post_init__()
         if self.accelerator_config.split_batches:
             raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
+        if not self.accelerator_config.use_seedable_sampler:
+            raise ValueError("`use_seedable_sampler` false does not act here: the order of the rows has a seed.")
         if "num_steps" in (self.accelerator_config.gradient_accumulation_kwargs or {}):
             raise ValueError("`num_steps` of `accelerator_config` is refused: it is `gradient_accumulation_steps`.")
         if self.eval_strategy == "epoch" and self.eval_steps is not None:

@@ -3,12 +3,11 @@
 """Orders rows into batches of one modality and of similar lengths."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Sampler
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from .budgets import ALL, TokenBudgets
 
@@ -73,28 +72,27 @@ class BudgetLengthSampler(ModalityLengthSampler):
         return self.budgets.sizes[0] if self.budgets.mode == ALL else self.budgets.draw(key, self.epoch)
 
 
-class LengthSampler(Sampler[int]):
-    """Orders rows as transformers' `group_by_length` does, but by seed and epoch only, as above.
+class SeededSampler(Sampler[int]):
+    """Gives rows an order that depends on seed and epoch only, as above.
 
     Args:
-        lengths: tokens of each row.
-        batch_size: rows among which the lengths are similar.
+        rows: number of rows.
+        order: makes their order with a generator.
         seed: the seed of the run; the epoch is added to it.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
-        self.lengths, self.batch_size = lengths, batch_size
+    def __init__(self, rows: int, order: Callable[[torch.Generator], list[int]], seed: int):
+        self.rows, self.order = rows, order
         self.seed, self.epoch = seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+        return iter(self.order(torch.Generator().manual_seed(self.seed + self.epoch)))
 
 
 def modality_length_order(

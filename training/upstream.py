@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,10 +25,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerState
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 from trl import TrlParser
@@ -35,7 +37,7 @@ from trl import TrlParser
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
 from .rows import DataError
-from .sampler import LengthSampler
+from .sampler import SeededSampler
 
 logger = logging.get_logger(__name__)
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -220,14 +222,18 @@ class GivenSteps(TrainerCallback):
 def seeded(sampler: Any, seed: int) -> Any:
     """Lets a sampler of transformers order rows by the seed and the epoch alone.
 
-    Project: transformers 5.24.
+    Project: transformers 5.24, with accelerate 1.15.
     Why: `group_by_length` draws from the random numbers of everything else, so that `data_seed` does not act and a
         resumed run has another order; `batch_rebalance` has the same seed in every run, and the same order in every
-        epoch.
+        epoch; with `dispatch_batches` a random order does not know its epoch where a run is resumed.
     Remove when: `Trainer._get_train_sampler` gives them seed and epoch.
     """
+    rows = len(sampler) if sampler is not None else 0
+    if isinstance(sampler, RandomSampler):  # as accelerate's SeedableRandomSampler
+        return SeededSampler(rows, lambda generator: torch.randperm(rows, generator=generator).tolist(), seed)
     if isinstance(sampler, LengthGroupedSampler):
-        return LengthSampler(sampler.lengths, sampler.batch_size, seed)
+        of_batches = partial(get_length_grouped_indices, sampler.lengths, sampler.batch_size)
+        return SeededSampler(rows, lambda generator: of_batches(generator=generator), seed)
     if hasattr(sampler, "seed"):
         sampler.seed = seed
     return sampler

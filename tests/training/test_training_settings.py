@@ -153,6 +153,7 @@ def test_what_does_not_act_is_refused_from_python(name):
             },
             ["`lr_scheduler_kwargs` has 'min_lr'", "`min_lr_rate`"],
         ),
+        ({"accelerator_config": '{"use_seedable_sampler": false}'}, ["`use_seedable_sampler` false does not act"]),
         ({"accelerator_config": '{"gradient_accumulation_kwargs": {"num_steps": 3}}'}, ["`num_steps`"]),
         ({"eval_strategy": "epoch", "eval_steps": 2}, ["`eval_steps` does not act with `eval_strategy` epoch"]),
         (

@@ -300,7 +300,7 @@ def test_own_class(model, tmp_path):
 STRATEGIES = next(field for field in fields(SFTConfig) if field.name == "train_sampling_strategy").metadata["choices"]
 
 
-@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
 def test_seeded(strategy, trainer):
     if strategy not in STRATEGIES:
         pytest.skip("of a newer transformers")
