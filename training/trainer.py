@@ -121,7 +121,6 @@ class LlavaSTFTrainer(SavingTrainer):
             CheckpointError: if the checkpoint is missing, incomplete, damaged or of another run.
             ValueError: if weights of two dtypes would meet.
         """
-        self._check_precision()
         self.prepare_folder()
         if self.args.peak_tflops is None:
             self.args.peak_tflops = measure_tflops(self.args.device, bool(self.args.bf16))
@@ -135,6 +134,7 @@ class LlavaSTFTrainer(SavingTrainer):
             self._check_pass(resume_from_checkpoint)
             if done := finished(self, resume_from_checkpoint):
                 return done
+        self._check_precision()
         self._meter.restart()
         try:
             with StopByHand(self):
