@@ -112,7 +112,7 @@ def main() -> None:
         peft_config=get_peft_config(choice),
     )
     check_tower(trainer.model)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
 
 

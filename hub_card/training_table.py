@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the card's table of a training, from the settings and the state in its folder."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,29 @@ RECIPE_FILE = "recipe.yaml"
 def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, str]:
     """Returns the lines of the table, from the recipe and the trainer's state; leaves out paths."""
     path = Path(recipe or folder / RECIPE_FILE)
-    lines = _settings(path) if path.exists() else {}
+    settings = _read_settings(path) if path.exists() else {}
+    lines = _settings(settings)
     if (folder / "trainer_state.json").exists():
-        lines |= _state(read_object(folder / "trainer_state.json"))
+        state = read_object(folder / "trainer_state.json")
+        lines |= _state(state)
+        best = re.search(r"checkpoint-(\d+)$", str(state.get("best_model_checkpoint")))
+        if settings.get("load_best_model_at_end") and best:
+            lines["weights"] = f"those of step {best[1]}, the best by evaluation"
     return lines
 
 
-def _settings(path: Path) -> dict[str, str]:
+def _read_settings(path: Path) -> dict[str, Any]:
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds a {type(recipe).__name__}, expected settings with names.")
+    return recipe
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, str]:
     return {
         f"`{name}`": f"`{_in_words(value)}`"
         for name, value in recipe.items()
-        if value not in (None, "", [], {}) and not isinstance(value, dict) and "/" not in str(value)
+        if value not in (None, "", [], {}) and "/" not in str(value)
     }
 
 
@@ -50,6 +60,8 @@ def _state(state: dict[str, Any]) -> dict[str, str]:
 
 
 def _in_words(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_in_words(item)}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(_in_words, value))
     return f"{value:.6g}" if isinstance(value, float) else str(value)

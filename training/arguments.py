@@ -17,7 +17,7 @@ from trl import SFTConfig
 
 from .budgets import ALL, SAMPLE, check_budgets
 from .settings import BY_US, REFUSED, check_optimizer, check_settings
-from .upstream import CheckedParser
+from .upstream import CheckedParser, own_precision
 
 CONNECTOR = "multi_modal_projector"
 TOWER = "vision_tower"
@@ -174,9 +174,12 @@ class LlavaSTFTrainingArguments(SFTConfig):
                 )
             self.gradient_accumulation_steps = steps
         self.gradient_accumulation_steps = self.gradient_accumulation_steps or 1
-        super().__post_init__()
+        with own_precision(self):
+            super().__post_init__()
         if self.accelerator_config.split_batches:
             raise ValueError("`split_batches` does not act here: `global_batch_size` is that of all devices together.")
+        if not self.accelerator_config.use_seedable_sampler:
+            raise ValueError("`use_seedable_sampler` false does not act here: the order of the rows has a seed.")
         if "num_steps" in (self.accelerator_config.gradient_accumulation_kwargs or {}):
             raise ValueError("`num_steps` of `accelerator_config` is refused: it is `gradient_accumulation_steps`.")
         if self.eval_strategy == "epoch" and self.eval_steps is not None:
@@ -289,7 +292,7 @@ class Parser(CheckedParser):
         *made, unknown = super().parse_args_into_dataclasses(*args, **{**kwargs, "return_remaining_strings": True})
         if unknown:
             near = difflib.get_close_matches(unknown[0].partition("=")[0], self._option_string_actions, n=1)
-            meant = f" Is {near[0]} meant?" * len(near)
+            meant = f" Is {near[0]} meant?" if near else ""
             raise ValueError(f"The unknown option {unknown[0]!r}.{meant} `{self.prog} --help` lists the options.")
         return tuple(made)
 
@@ -298,7 +301,8 @@ class Parser(CheckedParser):
         for name in recipe:
             if name not in names:
                 near = difflib.get_close_matches(str(name), names, n=1)
-                raise ValueError(f"The recipe has the unknown option {name!r}." + f" Is {near[0]!r} meant?" * len(near))
+                meant = f" Is {near[0]!r} meant?" if near else ""
+                raise ValueError(f"The recipe has the unknown option {name!r}.{meant}")
         return super().set_defaults_with_config(**recipe)
 
 
@@ -317,7 +321,7 @@ def read_recipe(arguments: list[str]) -> None:
     """Checks that the recipe which `--config` names can be read; the parser reads it.
 
     Raises:
-        ValueError: if it is no file with options in YAML.
+        ValueError: if it is no file with options in YAML, each of them once.
     """
     if "--config" not in arguments:
         return
@@ -325,8 +329,13 @@ def read_recipe(arguments: list[str]) -> None:
     if not Path(name).is_file():
         raise ValueError(f"`--config` {name!r} is no file: name a recipe, such as training/recipes/finetune.yaml.")
     try:
-        recipe = yaml.safe_load(Path(name).read_text(encoding="utf-8"))
+        text = Path(name).read_text(encoding="utf-8")
+        recipe, written = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"The recipe {name} is not YAML: {error}") from error
     if not isinstance(recipe, dict) or not all(isinstance(key, str) for key in recipe):
         raise ValueError(f"The recipe {name} has no options: expected lines such as `learning_rate: 2.0e-5`.")
+    options = [key.value for key, _ in written.value]
+    twice = sorted({option for option in options if options.count(option) > 1})
+    if twice:
+        raise ValueError(f"The recipe {name} has {', '.join(twice)} twice: remove one, for only the last would act.")

@@ -13,7 +13,7 @@ from modeling_llava_stf.processing_llava_stf import is_picture
 
 from .budgets import TokenBudgets
 from .checks import check_tokens, open_image
-from .rows import TOO_LONG, DataError, is_animated, is_row, to_row
+from .rows import NO_TARGET, TOO_LONG, DataError, is_animated, is_row, to_row
 from .upstream import leave_out_image_tokens, with_options
 
 logger = logging.get_logger(__name__)
@@ -28,7 +28,7 @@ class Collator(DataCollatorForVisionLanguageModeling):
     is in the batch once with each.
 
     Raises:
-        DataError: names the image that cannot be read, or a row of more than `longest` tokens.
+        DataError: names the image that cannot be read, or a row of more than `longest` tokens or of none to train.
     """
 
     budgets: TokenBudgets | None = None
@@ -47,11 +47,14 @@ class Collator(DataCollatorForVisionLanguageModeling):
             collator = dataclasses.replace(self, processor=with_options(self.processor, **options))
         batch = super(Collator, collator).torch_call([self._with_media(row) for row in rows])
         leave_out_image_tokens(batch, self.processor.image_token_id)
-        self._check_lengths(batch, rows)
+        self._check_batch(batch, rows)
         return batch
 
-    def _check_lengths(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
-        for length, row in zip(batch["attention_mask"].sum(1).tolist(), rows, strict=True):
+    def _check_batch(self, batch: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+        lengths, targets = batch["attention_mask"].sum(1).tolist(), (batch["labels"] != -100).sum(1).tolist()
+        for row, length, trained in zip(rows, lengths, targets, strict=True):
+            if not trained:
+                raise DataError(f"Row {row['id']} cannot be trained on: {NO_TARGET}.")
             if self.longest is not None and length > self.longest:
                 raise DataError(
                     f"Row {row['id']} cannot be trained on: {TOO_LONG}: {length} tokens, {self.longest} are allowed."

@@ -204,7 +204,10 @@ def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
             stream = container.streams.video[0]
             if not stream.average_rate or not stream.frames:
                 raise DataError(f"{BAD_IMAGE}: {video[0]}: it does not say how many frames it has; make it an .mp4")
-            return max(1, int(stream.frames / stream.average_rate * VIDEO_FPS))
+            wanted = max(1, int(stream.frames / stream.average_rate * VIDEO_FPS))
+            if wanted > stream.frames:
+                raise DataError(f"{BAD_IMAGE}: {video[0]}: {stream.frames} frames, fewer than one a second")
+            return wanted
     except (OSError, IndexError, av.FFmpegError) as error:
         raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
 

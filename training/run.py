@@ -35,7 +35,7 @@ from .upstream import keep_commit
 logger = logging.get_logger(__name__)
 # Options of the command line that say what was trained; others, such as paths, are not for a card.
 TOLD = {"global_batch_size", "max_length", "token_budget_mode", "use_peft", *DECIDING, *LENGTHS}
-TOLD |= {name for name, needed in NEEDS.items() if needed == LORA}
+TOLD |= {"load_best_model_at_end", *(name for name, needed in NEEDS.items() if needed == LORA)}
 KINDS: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 LESS_MEMORY = (
@@ -45,6 +45,10 @@ LESS_MEMORY = (
 
 
 def train_command(arguments: list[str]) -> int:
+    # As all other options: TRL looks for the name alone.
+    arguments = [
+        part for text in arguments for part in (text.split("=", 1) if text.startswith("--config=") else [text])
+    ]
     read_recipe(arguments)
     data, args, choice = Parser(KINDS, prog="python -m training").parse_args_and_config(arguments)
     for settings in (args, choice):

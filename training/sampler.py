@@ -3,7 +3,7 @@
 """Orders rows into batches of one modality and of similar lengths."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -70,6 +70,29 @@ class BudgetLengthSampler(ModalityLengthSampler):
 
     def _budget(self, key: str) -> int:
         return self.budgets.sizes[0] if self.budgets.mode == ALL else self.budgets.draw(key, self.epoch)
+
+
+class SeededSampler(Sampler[int]):
+    """Gives rows an order that depends on seed and epoch only, as above.
+
+    Args:
+        rows: number of rows.
+        order: makes their order with a generator.
+        seed: the seed of the run; the epoch is added to it.
+    """
+
+    def __init__(self, rows: int, order: Callable[[torch.Generator], list[int]], seed: int):
+        self.rows, self.order = rows, order
+        self.seed, self.epoch = seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.order(torch.Generator().manual_seed(self.seed + self.epoch)))
 
 
 def modality_length_order(

@@ -148,6 +148,23 @@ class SavingTrainer(SFTTrainer):
             self.state.best_model_checkpoint = str(run / name)
             self.state.save_to_json(str(staging / name / STATE))
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Compares only steps that are saved: otherwise a better one between them would leave the last weights.
+
+        Raises:
+            ValueError: if `metric_for_best_model` was not measured.
+        """
+        args = self.args
+        if args.load_best_model_at_end and args.save_strategy != "best" and not self.control.should_save:
+            return False
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError as error:
+            raise ValueError(
+                f"`metric_for_best_model` is {args.metric_for_best_model!r}, expected one of {', '.join(metrics)}. "
+                f"{self._way_back()}"
+            ) from error
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         if self._staging:

@@ -14,7 +14,9 @@ import typing
 from collections.abc import Callable
 from typing import Any
 
+import PIL.ImageColor
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from transformers.integrations import get_available_reporting_integrations
 
@@ -250,7 +252,9 @@ def _check_schedule(args: Any) -> None:
         )
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=args.learning_rate)
     try:
-        get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=given)
+        made = get_scheduler(kind, optimizer, num_warmup_steps=1, num_training_steps=2, scheduler_specific_kwargs=given)
+        if isinstance(made, LambdaLR):
+            made.lr_lambdas[0](1)  # a text, such as `1e-1` in YAML, is not read in the warmup
     except (TypeError, ZeroDivisionError) as error:
         raise ValueError(f"`lr_scheduler_kwargs` {given} is not for {kind}: {error}.") from error
 
@@ -280,6 +284,12 @@ def _check_texts(settings: Any) -> None:
                 re.compile(pattern)
             except re.error as error:
                 raise ValueError(f"`{name}` {pattern!r} is no regular expression: {error}.") from error
+    colour = getattr(settings, "alpha_background", None)
+    if colour is not None:
+        try:
+            PIL.ImageColor.getrgb(colour)
+        except ValueError as error:
+            raise ValueError(f"`alpha_background` is {colour!r}, expected a colour, such as 'white'.") from error
     storage = getattr(settings, "bnb_4bit_quant_storage", None)
     if storage is not None and not isinstance(getattr(torch, storage, None), torch.dtype):
         raise ValueError(f"`bnb_4bit_quant_storage` is {storage!r}, expected a dtype of torch, such as 'uint8'.")

@@ -4,7 +4,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ LAST_OF_FUSION = "spatial_fusion.linear_2"
 
 
 class Meter:
-    """Counts images and tokens of this device since the last reading."""
+    """Counts images and tokens of this device since the last reading, and the seconds of the training."""
 
     def __init__(self) -> None:
         self.restart()
@@ -29,6 +30,13 @@ class Meter:
     def restart(self) -> None:
         self.images = self.image_tokens = self.tokens = 0
         self.clock = now()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the seconds that are spent within it."""
+        begun = now()
+        yield
+        self.clock += now() - begun
 
     def count(self, inputs: dict[str, Any], image_token_id: int) -> None:
         """Adds a micro-batch."""

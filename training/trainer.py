@@ -6,7 +6,8 @@ import copy
 import dataclasses
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from .upstream import (
     keep_as_loaded,
     message_of,
     name_base_commit,
+    seeded,
     without_adapter,
 )
 
@@ -79,6 +81,8 @@ class LlavaSTFTrainer(SavingTrainer):
         self.budgets = budgets_of(args.token_budgets, args.token_budget_mode, args.order_seed, processing_class)
         if self.budgets is not None and data_collator is not None:
             raise ValueError("`token_budgets` does not act on a `data_collator` of your own: leave one of them out.")
+        if kwargs.get("formatting_func") is not None:
+            raise ValueError("`formatting_func` does not act: write rows of `messages` and `images`, and leave it out.")
         if kwargs.get("optimizers", (None, None))[0] is not None and args.projector_learning_rate is not None:
             raise ValueError(
                 "`projector_learning_rate` does not act on an optimizer of your own: leave one of them out."
@@ -115,6 +119,7 @@ class LlavaSTFTrainer(SavingTrainer):
 
         Raises:
             CheckpointError: if the checkpoint is missing, incomplete, damaged or of another run.
+            ValueError: if weights of two dtypes would meet.
         """
         self.prepare_folder()
         if self.args.peak_tflops is None:
@@ -129,6 +134,7 @@ class LlavaSTFTrainer(SavingTrainer):
             self._check_pass(resume_from_checkpoint)
             if done := finished(self, resume_from_checkpoint):
                 return done
+        self._check_precision()
         self._meter.restart()
         try:
             with StopByHand(self):
@@ -177,6 +183,21 @@ class LlavaSTFTrainer(SavingTrainer):
                 "with `--dtype float32`; `bf16: true` still computes in bfloat16."
             )
 
+    def _check_precision(self) -> None:
+        """Raises a `ValueError` if weights of two dtypes would meet.
+
+        PEFT's own matrices cast what they get; quantised weights may be stored as any dtype.
+        """
+        weights = [each for each in self.model.named_parameters() if not hasattr(each[1], "quant_state")]
+        own = {weight.dtype for name, weight in weights if weight.requires_grad and ".lora_" not in name}
+        others = {weight.dtype for _, weight in weights if weight.is_floating_point()} - own
+        if own and others and self.args.mixed_precision == "no":
+            found = f"{', '.join(map(str, own))} and {', '.join(map(str, others))}".replace("torch.", "")
+            raise ValueError(
+                f"Weights that are trained and weights that are frozen are {found}, which compute together only with "
+                "`bf16` or `fp16`: set that, or load the model with `--dtype float32`."
+            )
+
     def _check_adapter(self, model: PeftModel) -> None:
         if self.args.trainable is not None:
             raise ValueError("`trainable` is not for LoRA: name `lora_target_modules` and `lora_modules_to_save`.")
@@ -184,6 +205,13 @@ class LlavaSTFTrainer(SavingTrainer):
         for name in model.peft_config["default"].modules_to_save or ():
             if not any(f"{name}.modules_to_save" in parameter for parameter, _ in model.named_parameters()):
                 raise ValueError(f"`lora_modules_to_save` {name!r} matches no module; expected {CONNECTOR!r}.")
+        whole = [name for name, _ in model.named_parameters() if ".modules_to_save." in name]
+        parted = [name for name in whole if "lm_head" in name or "embed_tokens" in name]
+        if parted and without_adapter(model).config.get_text_config().tie_word_embeddings:
+            raise ValueError(
+                f"`lora_modules_to_save` would train {parted[0]} alone, but embeddings and `lm_head` of this model are "
+                f"one matrix: name only {CONNECTOR!r}."
+            )
 
     # Rates
 
@@ -232,7 +260,8 @@ class LlavaSTFTrainer(SavingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
         rows = self.train_dataset if train_dataset is None else train_dataset
         if not self.args.group_by_modality_length:
-            return super()._get_train_sampler(rows)
+            sampler = seeded(super()._get_train_sampler(rows), self.args.order_seed)
+            return self._with_epoch(sampler) if hasattr(sampler, "set_epoch") else sampler
         if not {"length", "vision"} <= set(rows.column_names or ()):
             raise ValueError(
                 "`group_by_modality_length` needs the columns `length` and `vision`: check the rows first (see "
@@ -244,13 +273,15 @@ class LlavaSTFTrainer(SavingTrainer):
             "batches": self.args.world_size * self.args.gradient_accumulation_steps,
             "seed": self.args.order_seed,
         }
-        sampler: ModalityLengthSampler
         if self.budgets is None:
             sampler = ModalityLengthSampler(lengths, [pictures > 0 for pictures in vision], **batches)
         else:
             named = rows.select_columns(["id", "messages"]).iter(1000)
             keys = [row_key(*row) for batch in named for row in zip(batch["id"], batch["messages"], strict=True)]
             sampler = BudgetLengthSampler(lengths, vision, keys, self.budgets, **batches)
+        return self._with_epoch(sampler)
+
+    def _with_epoch(self, sampler: Any) -> Sampler:
         self.remove_callback(SamplerEpoch)  # that of a loader that was made before
         self.add_callback(SamplerEpoch(sampler))
         return sampler
@@ -295,12 +326,22 @@ class LlavaSTFTrainer(SavingTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Returns the loader of [`Trainer.get_eval_dataloader`]: each row is there once, with the largest budget."""
+        with self._largest_budget():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """Returns the loader of [`Trainer.get_test_dataloader`], with rows as for evaluation."""
+        with self._largest_budget():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _largest_budget(self) -> Iterator[None]:
         collator = self.data_collator  # type: ignore[has-type]
         if self.budgets is not None:
             largest = TokenBudgets(self.budgets.sizes[:1], self.budgets.full)
             self.data_collator = dataclasses.replace(collator, budgets=largest)
         try:
-            return super().get_eval_dataloader(eval_dataset)
+            yield
         finally:
             self.data_collator = collator
 
@@ -365,12 +406,24 @@ class LlavaSTFTrainer(SavingTrainer):
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Logs as [`SFTTrainer.log`] does, with the throughput of all devices since the last line."""
+        """Logs as [`SFTTrainer.log`] does, with the throughput of all devices since the last line.
+
+        The seconds of evaluations and checkpoints are not in it.
+        """
         if "loss" in logs:
             assert self.args.peak_tflops is not None  # measured at the start
             peak = self.args.peak_tflops * 1e12 * self.args.world_size
             logs |= self._meter.read(self.accelerator.unwrap_model(self.model), self._sum_over_ranks, peak)
         super().log(logs, start_time)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Evaluates as [`Trainer.evaluate`] does; no throughput has its seconds."""
+        with self._meter.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._meter.paused():
+            super()._save_checkpoint(*args, **kwargs)
 
     def _sum_over_ranks(self, numbers: list[int]) -> list[int]:
         return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()

@@ -14,6 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,16 +25,22 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Partial
+from torch.utils.data import RandomSampler
 from transformers import PreTrainedModel, ProcessorMixin, Trainer, TrainerCallback, TrainerState
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import LengthGroupedSampler, get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 from trl import TrlParser
 
 from modeling_llava_stf.modeling_llava_stf import NO_ANSWER_LOGIT
 
 from .rows import DataError
-from .sampler import ModalityLengthSampler
+from .sampler import SeededSampler
+
+logger = logging.get_logger(__name__)
+PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 # TRL
 
@@ -212,6 +219,46 @@ class GivenSteps(TrainerCallback):
         state.compute_steps(args, state.max_steps)
 
 
+def seeded(sampler: Any, seed: int) -> Any:
+    """Lets a sampler of transformers order rows by the seed and the epoch alone.
+
+    Project: transformers 5.24, with accelerate 1.15.
+    Why: `group_by_length` draws from the random numbers of everything else, so that `data_seed` does not act and a
+        resumed run has another order; `batch_rebalance` has the same seed in every run, and the same order in every
+        epoch; with `dispatch_batches` a random order does not know its epoch where a run is resumed.
+    Remove when: `Trainer._get_train_sampler` gives them seed and epoch.
+    """
+    rows = len(sampler) if sampler is not None else 0
+    if isinstance(sampler, RandomSampler):  # as accelerate's SeedableRandomSampler
+        return SeededSampler(rows, lambda generator: torch.randperm(rows, generator=generator).tolist(), seed)
+    if isinstance(sampler, LengthGroupedSampler):
+        of_batches = partial(get_length_grouped_indices, sampler.lengths, sampler.batch_size)
+        return SeededSampler(rows, lambda generator: of_batches(generator=generator), seed)
+    if hasattr(sampler, "seed"):
+        sampler.seed = seed
+    return sampler
+
+
+@contextmanager
+def own_precision(args: Any) -> Iterator[None]:
+    """Lets `bf16` and `fp16` say the precision where arguments are made, also if both are false.
+
+    Project: transformers 5.24.
+    Why: then the launcher's `mixed_precision` acts, such as the bf16 of the files in `training/accelerate`.
+    Remove when: `TrainingArguments` trains in float32 if neither is set.
+    """
+    launched = os.environ.get(PRECISION)
+    own = "fp16" if args.fp16 else "no" if args.bf16 is False else "bf16"  # None is TRL's bf16
+    if launched not in (None, "no", own):
+        logger.warning(f"The launcher's `mixed_precision` {launched} does not act: by `bf16` and `fp16` it is {own}.")
+    os.environ[PRECISION] = own
+    try:
+        yield
+    finally:
+        del os.environ[PRECISION]
+        os.environ |= {PRECISION: launched} if launched is not None else {}
+
+
 def finished(trainer: Trainer, checkpoint: str) -> TrainOutput | None:
     """Loads a checkpoint in which all steps are done, and trains nothing; returns `None` for another one.
 
@@ -312,7 +359,7 @@ class SamplerEpoch(TrainerCallback):
     Remove when: it does.
     """
 
-    def __init__(self, sampler: ModalityLengthSampler):
+    def __init__(self, sampler: Any):
         self.sampler = sampler
 
     def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:

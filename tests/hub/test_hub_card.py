@@ -738,3 +738,17 @@ def test_speed_is_a_number(tmp_path):
         (tmp_path / "speed.json").write_text(json.dumps({**measured, "rows": rows}))
         with pytest.raises(ValueError, match="a row is|expected a finite number"):
             read_speed(tmp_path / "speed.json")
+
+
+def test_a_card_says_that_the_weights_are_not_the_last_ones(folder):
+    state = {"global_step": 20, "max_steps": 20, "best_global_step": 5, "best_model_checkpoint": "/out/checkpoint-4"}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    for kept, expected in (("true", "those of step 4, the best by evaluation"), ("false", None)):
+        (folder / "recipe.yaml").write_text(f"load_best_model_at_end: {kept}\n")
+        assert gather(folder, "some/tiny", CARD_FACTS).training.get("weights") == expected
+
+
+def test_a_setting_of_several_parts_is_on_the_card(folder):
+    (folder / "recipe.yaml").write_text("lr_scheduler_kwargs: {min_lr_rate: 0.1, num_cycles: 2}\n")
+    training = gather(folder, "some/tiny", CARD_FACTS).training
+    assert training == {"`lr_scheduler_kwargs`": "`min_lr_rate: 0.1, num_cycles: 2`"}

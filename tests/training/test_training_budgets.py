@@ -498,3 +498,11 @@ def test_a_stream_has_budgets_and_resumes_exactly(checkpoint, tmp_path):
         train("refused", stopped=5)
     with pytest.raises(CheckpointError, match="`dataloader_num_workers` was 0, is 2"):  # its order depends on them
         train("refused", stopped=2, workers=2)
+
+
+def test_predictions_are_those_of_the_largest_budget_too(trainer):
+    run = trainer(**ALL)
+    batches = list(run.get_test_dataloader(run.train_dataset))
+    assert not any("image_tokens" in batch for batch in batches)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 9
+    assert run.data_collator.budgets is run.budgets

@@ -527,3 +527,18 @@ def test_a_full_gpu_ends_the_run_with_one_line(error, checkpoint, tmp_path, monk
     assert line.startswith("error: The GPU has too little free memory: CUDA out of memory. `nvidia-smi` lists")
     assert "A lower `per_device_train_batch_size` needs less" in line
     assert f"go on from it with --resume_from_checkpoint {tmp_path / 'out' / 'checkpoint-1'}." in line
+
+
+def test_the_best_of_the_saved_steps_is_loaded(checkpoint, tmp_path):
+    """A better step that was not saved left the last weights."""
+    settings = {"eval_data_path": CONVERSATIONS, "eval_strategy": "steps", "eval_steps": 1, "save_steps": 2}
+    settings |= {"load_best_model_at_end": True, "save_total_limit": 4}
+    made = trainer_of("finetune", checkpoint, CONVERSATIONS, tmp_path / "out", **settings)
+    losses, evaluate = iter([1.0, 2.0, 3.0, 4.0]), made.evaluate
+    made.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_loss": next(losses)}
+    made.train()
+    best = weights_of(tmp_path / "out" / "checkpoint-2")
+    assert all(torch.equal(weight, best[name]) for name, weight in made.model.state_dict().items())
+    made.args.metric_for_best_model, made.control.should_save = "accuracy", True
+    with pytest.raises(ValueError, match="`metric_for_best_model` is 'accuracy', expected one of eval_loss"):
+        made._determine_best_metric({"eval_loss": 1.0}, None)

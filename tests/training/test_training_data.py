@@ -2,6 +2,7 @@
 
 import json
 import re
+from fractions import Fraction
 
 import datasets
 import numpy as np
@@ -779,3 +780,18 @@ def test_rows_of_several_files_have_a_name_each(streaming, tmp_path):
         write_json(folder, [llava(*HI), {"id": "mine", **llava(*HI)}], f"train-{number}.jsonl")
     names = [row["id"] for row in load_rows(str(folder), streaming=streaming)]
     assert names == ["train-0.jsonl:0", "mine", "train-1.jsonl:0", "mine"]
+
+
+def test_a_row_from_python_without_an_answer_is_refused(processor):
+    """It was trained on nothing."""
+    rows = [{"messages": [says("user", "Hi")]}, trl("Hi", "Ho")]
+    with pytest.raises(DataError, match="Row without an id cannot be trained on: no trainable token"):
+        Collator(processor, assistant_only_loss=True)(rows)
+
+
+def test_a_video_of_less_than_a_frame_a_second_is_named(tmp_path, processor, picture):
+    """The check let it pass, and the training stopped at it."""
+    write_video(tmp_path / "slow.mp4", [picture("frame_0.png")] * 3, rate=Fraction(1, 2))
+    path = write_json(tmp_path, [{"video": "slow.mp4", "conversations": conversation("<video>\nWhat?")}])
+    (problem,) = Report.of(checked(path, processor)).problems["bad image"]
+    assert "slow.mp4: 3 frames, fewer than one a second" in problem

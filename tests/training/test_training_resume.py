@@ -188,3 +188,16 @@ def test_from_python_a_checkpoint_that_is_wanted_is_there_or_named(wanted, check
     made.args.resume_from_checkpoint = wanted
     with pytest.raises(CheckpointError, match="out has no complete checkpoint to go on from"):
         made.train()
+
+
+@pytest.mark.parametrize(
+    "order", [{"train_sampling_strategy": "group_by_length"}, {"accelerator_config": '{"dispatch_batches": true}'}]
+)
+def test_other_orders_go_on_exactly_in_a_later_epoch(order, checkpoint, tmp_path):
+    """The third step is the first of the second epoch; the rows behind it were others."""
+    settings = {"group_by_modality_length": False, "save_steps": 3, "save_total_limit": 2, **order}
+    data = eight_rows(tmp_path)
+    trainer_of("finetune", checkpoint, data, tmp_path / "whole", **settings).train()
+    resumed = trainer_of("finetune", checkpoint, data, tmp_path / "resumed", **settings)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    assert history(tmp_path / "resumed" / "checkpoint-4") == history(tmp_path / "whole" / "checkpoint-4")

@@ -137,6 +137,12 @@ def test_what_does_not_act_is_refused_from_python(name):
         ({"lr_scheduler_type": "linear", "lr_scheduler_kwargs": '{"power": 2}'}, ["is not for linear", "'power'"]),
         ({"lr_scheduler_kwargs": "power=2"}, ["`lr_scheduler_kwargs` is 'power=2', expected an object"]),
         (
+            {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": '{"min_lr_rate": "1e-1"}'},
+            ["`lr_scheduler_kwargs` {'min_lr_rate': '1e-1'} is not for cosine_with_min_lr"],
+        ),
+        ({"alpha_background": "whit"}, ["`alpha_background` is 'whit', expected a colour"]),
+        ({"dtype": "bfloat16"}, ["that are frozen are float32 and bfloat16", "`bf16` or `fp16`"]),
+        (
             {"lr_scheduler_type": "constant_with_warmup", "lr_scheduler_kwargs": '{"power": 2}'},
             ["`lr_scheduler_kwargs` does not act with `lr_scheduler_type` constant_with_warmup"],
         ),
@@ -148,6 +154,7 @@ def test_what_does_not_act_is_refused_from_python(name):
             },
             ["`lr_scheduler_kwargs` has 'min_lr'", "`min_lr_rate`"],
         ),
+        ({"accelerator_config": '{"use_seedable_sampler": false}'}, ["`use_seedable_sampler` false does not act"]),
         ({"accelerator_config": '{"gradient_accumulation_kwargs": {"num_steps": 3}}'}, ["`num_steps`"]),
         ({"eval_strategy": "epoch", "eval_steps": 2}, ["`eval_steps` does not act with `eval_strategy` epoch"]),
         (
@@ -289,6 +296,8 @@ def test_what_changes_no_number_does_not(changes, checkpoint, tmp_path):
 
 RECIPE_FAULTS = {
     "unknown": ("learning_rat: 1e-4\n", "unknown option 'learning_rat'. Is 'learning_rate' meant?"),
+    "unlike any": ("x: 1\n", "unknown option 'x'."),
+    "twice": ("learning_rate: 1e-3\nseed: 1\nlearning_rate: 1e-5\n", "has learning_rate twice: remove one"),
     "refused": ("packing: true\n", "`packing` does not act here"),
     "choice": ("loss_reduction: tokens\n", "loss_reduction"),
     "number": ("per_device_train_batch_size: 2.5\n", "per_device_train_batch_size"),
@@ -366,9 +375,11 @@ def test_a_warmup_that_does_not_act_is_named(checkpoint, tmp_path, caplog):
 
 def test_options_are_kept_for_the_card_however_they_are_written(checkpoint):
     given = ["--no_assistant_only_loss", "--max_grad", "0.5", "--weight-decay=0.1", "--output_dir", "out"]
+    given += ["--load_best_model_at_end", "--eval_strategy", "steps", "--save_strategy", "steps"]
     named = ["--model_name_or_path", str(checkpoint), "--data_path", "x", "--use_cpu", "true", "--bf16", "no", *given]
     kept = recipe_settings(named, *Parser(KINDS).parse_args_and_config(named))
-    assert kept == {"bf16": False, "assistant_only_loss": False, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    expected = {"bf16": False, "assistant_only_loss": False, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    assert kept == {**expected, "load_best_model_at_end": True}
 
 
 def test_a_fault_of_ours_is_a_traceback(command, monkeypatch):
@@ -415,3 +426,17 @@ def test_the_shipped_recipes_pass(checkpoint, tmp_path):
         used = Parser(KINDS).parse_args_and_config(named)
         written = yaml.safe_load(recipe.read_text())
         assert used[1].learning_rate == written["learning_rate"]
+
+
+def test_an_option_unlike_any_is_named(command):
+    refused(command("--zzz"), "The unknown option '--zzz'. `python -m training --help` lists the options.")
+
+
+def test_a_recipe_may_be_named_with_an_equals_sign(tmp_path, monkeypatch, capsys):
+    """It was an unknown option."""
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("packing: true\n")
+    arguments = [f"--config={recipe}", "--data_path", "x", "--output_dir", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["training", *arguments, "--use_cpu", "true", "--bf16", "false"])
+    assert main() == 2
+    assert "`packing` does not act here" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -366,3 +367,20 @@ def test_preference_and_reinforcement_learning_run(method, checkpoint, tmp_path,
     assert adapter and not any("vision_tower" in name for name in adapter)
     moved = [name for name, weight in adapter.items() if "lora_B" in name and weight.abs().max() > 0]
     assert moved
+
+
+@pytest.mark.parametrize("method", [dpo, grpo])
+def test_the_examples_go_on_from_a_checkpoint(method, checkpoint, tmp_path, picture, monkeypatch):
+    """They began anew."""
+    (dpo_rows if method is dpo else grpo_rows)(picture).to_parquet(tmp_path / "train.parquet")
+    asked = {}
+
+    def trainer(model, **given):
+        return SimpleNamespace(model=model, train=lambda **options: asked.update(options), save_model=lambda: None)
+
+    monkeypatch.setattr(method, f"{method.__name__.rsplit('.')[-1].upper()}Trainer", trainer)
+    named = f"--model_name_or_path {checkpoint} --dataset_name {tmp_path} --output_dir out --use_peft false "
+    named += "--use_cpu true --bf16 false --report_to none --resume_from_checkpoint out/checkpoint-1"
+    monkeypatch.setattr(sys, "argv", ["example", *named.split()])
+    method.main()
+    assert asked == {"resume_from_checkpoint": "out/checkpoint-1"}

@@ -542,3 +542,50 @@ def test_pictures_are_saved_as_they_are_trained(trainer, tmp_path):
         assert processor.image_processor.do_exif_transpose is False
         assert processor.image_processor.alpha_background == "white"
     assert trainer().processing_class.image_processor.do_exif_transpose is True
+
+
+def test_throughput_leaves_out_evaluations_and_checkpoints(trainer, monkeypatch, tmp_path):
+    clock = [0.0]
+    monkeypatch.setattr("training.throughput.now", lambda: clock[0])
+    data = eight_rows(tmp_path)
+    run = trainer(data=data, eval_data_path=CONVERSATIONS, eval_strategy="steps", eval_steps=1, save_steps=1)
+
+    def takes(seconds, name):
+        work = getattr(run, name)
+
+        def timed(*args, **kwargs):
+            clock[0] += seconds
+            return work(*args, **kwargs)
+
+        monkeypatch.setattr(run, name, timed)
+
+    takes(2, "training_step")
+    takes(100, "evaluation_loop")
+    takes(1000, "_get_output_dir")
+    seen = []
+    count = run._meter.count
+    monkeypatch.setattr(
+        run._meter, "count", lambda *args: seen.append(int(args[0]["attention_mask"].sum())) or count(*args)
+    )
+    run.train()
+    speeds = [row["tokens_per_second"] for row in run.state.log_history if "loss" in row]
+    assert speeds == [sum(seen[step : step + 2]) / 4 for step in range(0, 8, 2)]
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_an_adapter_does_not_part_tied_weights(module, trainer, model, processor, tmp_path):
+    """Trained, it could not be merged."""
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = True
+    model.tie_weights()
+    for part in (model, processor):
+        part.save_pretrained(tmp_path / "tied")
+    with pytest.raises(ValueError, match=f"would train .*{module}.* alone, but embeddings and `lm_head` of this model"):
+        trainer("finetune_lora", model=tmp_path / "tied", lora_modules_to_save=module)
+
+
+def test_a_function_that_writes_rows_is_refused(trainer):
+    """It was not called."""
+    made = trainer()
+    rows, processor = made.train_dataset, made.processing_class
+    with pytest.raises(ValueError, match="`formatting_func` does not act"):
+        LlavaSTFTrainer(made.model, made.args, train_dataset=rows, processing_class=processor, formatting_func=str)

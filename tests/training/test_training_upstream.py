@@ -4,6 +4,8 @@ A test that fails here is good news: its entry can go.
 """
 
 import contextlib
+import itertools
+import os
 import sys
 import types
 from dataclasses import fields
@@ -26,7 +28,7 @@ from trl import SFTConfig, TrlParser
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
-from training import DataError
+from training import DataError, LlavaSTFTrainingArguments
 from training.sampler import ModalityLengthSampler
 from training.upstream import GivenSteps, NoEndlessEpochs, wait_for_everyone
 
@@ -293,6 +295,34 @@ def test_own_class(model, tmp_path):
     finally:
         distributed.destroy_process_group()
     assert not (tmp_path / "modeling_llava_stf.py").exists()
+
+
+STRATEGIES = next(field for field in fields(SFTConfig) if field.name == "train_sampling_strategy").metadata["choices"]
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length", "batch_rebalance"])
+def test_seeded(strategy, trainer):
+    if strategy not in STRATEGIES:
+        pytest.skip("of a newer transformers")
+    orders = set()
+    for seed, epoch in itertools.product((1, 7), (0, 1)):
+        made = trainer(train_sampling_strategy=strategy, group_by_modality_length=False, data_seed=seed)
+        sampler = made._get_train_sampler()
+        sampler.set_epoch(epoch)
+        assert str(list(sampler)) == str(list(sampler))
+        orders.add(str(list(sampler)))
+    assert len(orders) == 4
+    theirs = Trainer._get_train_sampler(made)
+    assert getattr(theirs, "generator", None) is None and getattr(theirs, "seed", 42) == 42
+
+
+def test_own_precision(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    settings = {"use_cpu": True, "report_to": "none", "fp16": False}
+    for bf16, expected in ((False, "no"), (True, "bf16")):
+        assert SFTConfig("out", bf16=bf16, **settings).mixed_precision == "bf16"
+        assert LlavaSTFTrainingArguments("out", bf16=bf16, **settings).mixed_precision == expected
+    assert os.environ["ACCELERATE_MIXED_PRECISION"] == "bf16"
 
 
 # All of them
