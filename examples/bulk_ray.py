@@ -10,6 +10,7 @@ actors on all cores would leave none to the tasks that read pictures, and wait f
 """
 
 import argparse
+import os
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +18,9 @@ import numpy as np
 import ray
 import torch
 
-from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
+from modeling_llava_stf.__main__ import _check_numbers
 from modeling_llava_stf._bulk import PROMPT, Captioner, Row, picture_endings
+from modeling_llava_stf._folder import load_checkpoint
 
 COLUMNS = ("path", "prompt", "answer", "error", "prompt_tokens", "answer_tokens")
 
@@ -28,9 +30,9 @@ class RayCaptioner:
 
     def __init__(self, model: str, prompt: str, max_new_tokens: int):
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        network = LlavaSTFForConditionalGeneration.from_pretrained(model, dtype="auto", device_map=device)
-        self.prompt = prompt
-        self.captioner = Captioner(LlavaSTFProcessor.from_pretrained(model), network, max_new_tokens)
+        processor, network = load_checkpoint(model, None, dtype="auto", device_map=device)
+        _check_numbers(network.config, max_new_tokens, None)
+        self.prompt, self.captioner = prompt, Captioner(processor, network, max_new_tokens)
 
     def __call__(self, files: dict[str, np.ndarray]) -> dict[str, list[Any]]:
         rows = [
@@ -39,6 +41,13 @@ class RayCaptioner:
         ]
         answers = self.captioner.answer([self.captioner.prepare(row) for row in rows])
         return {name: [asdict(answer)[name] for answer in answers] for name in COLUMNS}
+
+
+def left_out(folder: str) -> list[str]:
+    """Pictures and folders that Ray 2.60 leaves out of a folder without a word: their names begin with `_`."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    endings = {"", *picture_endings()}
+    return [name for name in names if name.startswith("_") and os.path.splitext(name)[1].lower() in endings]
 
 
 def main() -> None:
@@ -52,6 +61,16 @@ def main() -> None:
     parser.add_argument("--actors", type=int, help="default: one for each GPU, else one fewer than there are cores")
     parser.add_argument("--gpus-per-actor", type=float, help="default: 1 if there are GPUs, else 0")
     arguments = parser.parse_args()
+    for name in ("max_new_tokens", "batch_size", "actors"):
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1")
+    if not arguments.prompt.strip():
+        parser.error("--prompt is empty")
+    for name in left_out(arguments.input)[:1]:
+        parser.error(
+            f"Ray leaves out what begins with _, such as {name} in {arguments.input}: rename it, or use "
+            "`python -m modeling_llava_stf caption`"
+        )
     ray.init()
     cores, gpus = (int(ray.cluster_resources().get(name, 0)) for name in ("CPU", "GPU"))
     actors = arguments.actors or gpus or max(1, cores - 1)

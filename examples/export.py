@@ -26,6 +26,7 @@ from conversion.checkpoints.folders import complete_or_absent, require_empty
 from conversion.config import read_our_config
 from conversion.locate import fetch
 from modeling_llava_stf import LlavaSTFForConditionalGeneration
+from modeling_llava_stf._folder import check_loaded
 
 TOLERANCE = 1e-4
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -48,15 +49,22 @@ class Vision(nn.Module):
 
 
 def export(source: str, destination: str, revision: str | None = None) -> Path:
-    """Writes both files; raises a `ConversionError` if one of them computes something else."""
+    """Writes both files.
+
+    Raises:
+        ValueError: if the checkpoint lacks weights, or one of the files computes something else than the model.
+    """
     target = require_empty(destination)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ConversionError(f"The export needs {', '.join(missing)}: pip install {' '.join(missing)}")
     folder = fetch(source, revision)
     read_our_config(folder)
-    model = LlavaSTFForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
-    vision = Vision(model).eval()
+    model, found = LlavaSTFForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True
+    )
+    check_loaded(str(folder), found)
+    vision = Vision(model.eval()).eval()
     example = pictures(model, 2)
     with complete_or_absent(target) as unfinished, torch.no_grad():
         torch.export.save(to_program(vision, example), unfinished / "vision.pt2")
@@ -123,7 +131,7 @@ def main() -> int:
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     try:
         print(f"wrote {export(**vars(parser.parse_args()))}")
-    except (ConversionError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -6,6 +6,8 @@ python -m lmms_eval --model llava_stf --model_args pretrained=DIR_OR_HUB_ID --ta
 """
 
 import json
+import math
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from jinja2 import TemplateError
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
@@ -82,7 +85,7 @@ class LlavaSTF(lmms):
         several = self.accelerator.num_processes > 1
         self.device = torch.device(self.accelerator.device if several or not device else device)
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.sampling = {name: value for name, value in {"fps": fps, "num_frames": num_frames}.items() if value}
+        self.sampling = sampling(fps, num_frames)
         # A quantised model cannot be moved, so all are loaded where they stay.
         self.processor, self.network = load_checkpoint(
             pretrained,
@@ -126,23 +129,29 @@ class LlavaSTF(lmms):
         """Answers to requests with the same generation settings, in one batch."""
         until, settings = generation(requests[0].args[2])
         inputs = self._inputs(requests).to(self.network.device, self.network.dtype)
-        width = inputs["input_ids"].shape[1]
-        room = self.network.config.text_config.max_position_embeddings - width
-        settings["max_new_tokens"] = min(settings["max_new_tokens"], room)
+        width, longest = inputs["input_ids"].shape[1], settings["max_new_tokens"]
+        context = self.network.config.text_config.max_position_embeddings
+        rooms = [min(longest, context - length) for length in inputs["attention_mask"].sum(1).tolist()]
         output = self.network.generate(
-            **inputs, **settings, stop_strings=until or None, tokenizer=self.processor.tokenizer
+            **inputs,
+            **settings | {"max_new_tokens": max(rooms)},
+            stop_strings=until or None,
+            tokenizer=self.processor.tokenizer,
         )
-        texts = self.processor.batch_decode(output[:, width:], skip_special_tokens=True)
-        return [cut(text, until) for text in texts]
+        # The room of an answer is that of its own prompt, whatever else is in the batch.
+        answers = [row[width : width + room] for row, room in zip(output.tolist(), rooms, strict=True)]
+        return [cut(text, until) for text in self.processor.batch_decode(answers, skip_special_tokens=True)]
 
     def _inputs(self, requests: list[Any]) -> Any:
         chats, documents = [], []
         for request in requests:
-            _, doc_to_messages, _, doc_id, task, split = request.args
-            chats.append(messages(doc_to_messages(self.task_dict[task][split][doc_id])))
+            context, doc_to_messages, _, doc_id, task, split = request.args
+            document = self.task_dict[task][split][doc_id]
+            refuse_system_instruction(context, doc_to_messages, document)
+            chats.append(messages(doc_to_messages(document)))
             documents.append(f"{task} {doc_id}")
         try:
-            return self.processor.apply_chat_template(
+            inputs = self.processor.apply_chat_template(
                 chats,
                 add_generation_prompt=True,
                 tokenize=True,
@@ -150,8 +159,43 @@ class LlavaSTF(lmms):
                 return_tensors="pt",
                 processor_kwargs={"padding": True, "videos_kwargs": self.sampling},
             )
-        except ValueError as error:
+            self._check_room(inputs)
+        except (TemplateError, ValueError) as error:
             raise ValueError(f"Among the documents {', '.join(documents)}: {error}") from error
+        return inputs
+
+    def _check_room(self, inputs: Any) -> None:
+        longest = int(inputs["attention_mask"].sum(1).max())
+        context = self.network.config.text_config.max_position_embeddings
+        if longest >= context:
+            raise ValueError(f"A prompt has {longest} tokens, but the context holds {context}, the answer included.")
+
+
+def sampling(fps: float | None, num_frames: int | None) -> dict[str, Any]:
+    """The options of the processor for videos.
+
+    Raises:
+        ValueError: if they are wrong, also if no task has a video.
+    """
+    given = {name: value for name, value in {"fps": fps, "num_frames": num_frames}.items() if value is not None}
+    if len(given) > 1:
+        raise ValueError(f"Give `fps` ({fps}) or `num_frames` ({num_frames}), not both.")
+    whole = num_frames is None or (isinstance(num_frames, int) and num_frames > 0)
+    if not whole or not (fps is None or (isinstance(fps, (int, float)) and 0 < fps < math.inf)):
+        found = ", ".join(f"`{name}` is {value!r}" for name, value in given.items())
+        raise ValueError(f"{found}, expected a positive number, for `num_frames` a whole one.")
+    return given
+
+
+def refuse_system_instruction(context: Any, doc_to_messages: Any, document: dict[str, Any]) -> None:
+    """Raises a `ValueError` for `--system_instruction`, which lmms-eval 0.7.3 leaves out of the chats of its tasks."""
+    task = getattr(doc_to_messages, "__self__", None)
+    own = task.fewshot_context(document, task.config.num_fewshot or 0) if task else context
+    if isinstance(context, str) and isinstance(own, str) and context != own and context.endswith(own):
+        raise ValueError(
+            f"The --system_instruction {context.removesuffix(own)!r:.100} would not reach the model, because lmms-eval "
+            "leaves it out of chats. Put it into `doc_to_messages` of the task, as a message of the role `system`."
+        )
 
 
 def messages(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -163,13 +207,18 @@ def messages(chat: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = ChatMessages(messages=chat).to_hf_messages()
     for part in (part for message in found for part in message["content"]):
         if part["type"] == "video" and isinstance(part["video"], str) and Path(part["video"]).is_dir():
-            part["video"] = sorted(map(str, Path(part["video"]).iterdir()))  # MVBench has folders of frames
+            part["video"] = sorted(map(str, Path(part["video"]).iterdir()), key=by_number)  # of frames, as in MVBench
         if part["type"] == "audio" or {"video_start", "video_end"} & part.keys():
             raise ValueError(
                 "LLaVA-STF sees pictures and whole videos, but the task has "
                 f"{'sound' if part['type'] == 'audio' else 'a part of a video'}."
             )
     return found
+
+
+def by_number(path: str) -> list[Any]:
+    """The key that sorts `2.jpg` before `10.jpg`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path)]
 
 
 def batches(settings: Sequence[dict[str, Any]], size: int) -> Iterator[list[int]]:

@@ -3,6 +3,7 @@
 `make test-eval` runs these tests in an environment with lmms-eval. Nothing is downloaded: the tasks are made here.
 """
 
+import importlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import time
 import urllib.request
 from importlib.metadata import version
 from pathlib import Path
+from types import MethodType, SimpleNamespace
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ pytestmark = pytest.mark.evaluating
 
 TaskManager = pytest.importorskip("lmms_eval.tasks", reason="make test-eval has it").TaskManager
 get_model = pytest.importorskip("lmms_eval.models", reason="make test-eval has it").get_model
+messages = importlib.import_module("modeling_llava_stf._lmms_eval").messages
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "examples" / "shapes" / "model"
@@ -265,6 +268,10 @@ def test_gen_kwargs_of_the_command_line_count(folder, adapted):
         ("pretrained=/no/such/folder", "There is no folder '/no/such/folder'"),
         (f"pretrained={MODEL},batch_size=auto", "The batch size is 'auto'"),
         ("batch_size=2", "lack `pretrained`"),
+        (f"pretrained={MODEL},num_frames=0", "`num_frames` is 0, expected a positive number"),
+        (f"pretrained={MODEL},num_frames=2.5", "`num_frames` is 2.5, expected .* a whole one"),
+        (f"pretrained={MODEL},fps=0", "`fps` is 0, expected a positive number"),
+        (f"pretrained={MODEL},fps=1,num_frames=4", "Give `fps` .1. or `num_frames` .4., not both"),
     ],
 )
 def test_a_wrong_argument_is_said(arguments, reason):
@@ -273,8 +280,64 @@ def test_a_wrong_argument_is_said(arguments, reason):
         get_model("llava_stf").create_from_arg_string(arguments)
 
 
-def test_log_likelihoods_are_refused():
-    model = get_model("llava_stf").create_from_arg_string(f"pretrained={MODEL},device=cpu")
+@pytest.fixture(scope="module")
+def model():
+    """The adapter in this process, in batches of four."""
+    return get_model("llava_stf").create_from_arg_string(f"pretrained={MODEL},device=cpu,dtype=float32,batch_size=4")
+
+
+def ask(model, *chats, doc_to_messages=lambda chat: chat, context="", **settings):
+    """The answers to chats: each is a list of messages, or the parts of one message of the user."""
+    chats = [chat if "role" in chat[0] else [{"role": "user", "content": chat}] for chat in chats]
+    model.task_dict = {"task": {"test": chats}}
+    return model.generate_until(
+        [
+            SimpleNamespace(args=(context, doc_to_messages, settings, place, "task", "test"))
+            for place in range(len(chats))
+        ]
+    )
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def test_the_room_of_an_answer_is_that_of_its_own_prompt(model):
+    """It does not depend on what else is in the batch: a prompt of nearly the whole context, for example."""
+    short, long = [text("Describe a picture with many objects.")], [text("red circle " * 112)]
+    alone = [ask(model, chat, min_new_tokens=60, max_new_tokens=60)[0] for chat in (short, long)]
+    assert ask(model, short, long, min_new_tokens=60, max_new_tokens=60) == alone
+    lengths = [len(model.processor.tokenizer(answer, add_special_tokens=False)["input_ids"]) for answer in alone]
+    assert lengths[1] < 40 < lengths[0]  # the room is that of the longer prompt, which would have cut both answers
+    with pytest.raises(ValueError, match="Among the documents task 0, task 1: A prompt has .* the context holds 512"):
+        ask(model, short, [text("red circle " * 200)])
+
+
+def test_a_document_that_the_template_refuses_is_named(model):
+    with pytest.raises(ValueError, match="Among the documents task 0: A text has the placeholder <image>"):
+        ask(model, [text("What is <image>?")])
+
+
+def test_a_system_instruction_is_refused(model):
+    """lmms-eval 0.7.3 puts it into the context of a task only, which models of chats do not read."""
+    task = SimpleNamespace(
+        config=SimpleNamespace(num_fewshot=None), fewshot_context=lambda document, shots: "What is it?"
+    )
+    chats = MethodType(lambda self, chat: chat, task)
+    plain = ask(model, [text("What is it?")], doc_to_messages=chats, context="What is it?", max_new_tokens=4)
+    assert len(plain) == 1
+    with pytest.raises(ValueError, match="The --system_instruction 'Be brief.' would not reach the model"):
+        ask(model, [text("What is it?")], doc_to_messages=chats, context="Be brief.What is it?", max_new_tokens=4)
+
+
+def test_the_frames_of_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    for number in range(1, 12):
+        (tmp_path / f"{number}.png").touch()
+    (found,) = messages([{"role": "user", "content": [{"type": "video", "url": str(tmp_path)}]}])
+    assert [Path(frame).name for frame in found["content"][0]["video"]] == [f"{number}.png" for number in range(1, 12)]
+
+
+def test_log_likelihoods_are_refused(model):
     with pytest.raises(NotImplementedError, match="output_type: generate_until"):
         model.loglikelihood([])
 

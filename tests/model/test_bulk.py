@@ -3,6 +3,7 @@
 import base64
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch
 from drawings import drawn
 from photos import save_photos
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf import _bulk as bulk
@@ -327,6 +329,36 @@ def test_the_actor_of_ray_gives_the_same_rows(pictures, unbroken, monkeypatch):
     columns = actor({"path": paths, "bytes": [(pictures / path).read_bytes() for path in paths]})
     found = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     assert without_errors(found) == without_errors(some)
+
+
+def test_the_actor_of_ray_refuses_a_checkpoint_that_lacks_a_weight(tmp_path, monkeypatch):
+    folder = shutil.copytree(DEFAULT_MODEL, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    with pytest.raises(ValueError, match="lacks 1 weights, among them 'lm_head.weight'"):
+        importlib.import_module("examples.bulk_ray").RayCaptioner(str(folder), bulk.PROMPT, 128)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--actors", "0"], "--actors is 0, expected at least 1"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--prompt", " "], "--prompt is empty"),
+        ([], "leaves out what begins with _, such as _DSC1.jpg in"),
+    ],
+)
+def test_what_ray_would_ignore_is_refused(options, reason, tmp_path, monkeypatch, capsys):
+    """Cameras give the names of such files; Ray leaves them out without a word."""
+    (tmp_path / "_SUCCESS.txt").touch()
+    (tmp_path / "_DSC1.jpg").touch()
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace())
+    monkeypatch.setattr(sys, "argv", ["bulk_ray.py", str(tmp_path), "out", "--model", "model", *options])
+    with pytest.raises(SystemExit):
+        importlib.import_module("examples.bulk_ray").main()
+    assert reason in capsys.readouterr().err
 
 
 # Servers

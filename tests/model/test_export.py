@@ -1,11 +1,13 @@
 """Vision tower and fusion as graphs for any number of pictures. ONNX runs in `make test-export`."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from conversion import ConversionError
 from examples.export import PACKAGES, Vision, compare, export, pictures, to_program
@@ -58,6 +60,18 @@ def test_without_the_packages_it_says_what_to_install(tmp_path, monkeypatch):
     with pytest.raises(ConversionError, match="pip install onnx onnxscript onnxruntime"):
         export(SHAPES, tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused(tmp_path, monkeypatch):
+    """transformers goes on with random numbers, which the files would have, too."""
+    folder = shutil.copytree(SHAPES, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.multi_modal_projector.spatial_fusion.linear_2.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr("examples.export.PACKAGES", ())
+    with pytest.raises(ValueError, match="lacks 1 weights, among them 'model.multi_modal_projector.spatial_fusion.lin"):
+        export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_user_s_mistake_is_one_line(tmp_path):

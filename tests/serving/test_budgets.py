@@ -4,7 +4,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from prompts import generated
+from PIL import Image
+from prompts import drawing, encoded, generated, message
 
 from modeling_llava_stf import LlavaSTFForConditionalGeneration, LlavaSTFProcessor
 from modeling_llava_stf.__main__ import DEFAULT_MODEL as MODEL
@@ -20,9 +21,9 @@ def answer_of():
     model = LlavaSTFForConditionalGeneration.from_pretrained(MODEL, dtype=torch.float32).eval()
     processor = LlavaSTFProcessor.from_pretrained(MODEL)
 
-    def answer(messages, budget):
+    def answer(messages, budget, **image_options):
         processor.image_processor.max_soft_tokens = budget
-        return generated(processor, model, messages)
+        return generated(processor, model, messages, **image_options)
 
     return answer
 
@@ -71,6 +72,17 @@ def test_other_budgets_are_refused(budget, trusting, conversations, answer_of):
         response = trusting.post({"messages": messages, "mm_processor_kwargs": {"max_soft_tokens": budget}})
         assert response.status_code == 400, response.text
     assert ids(ask(trusting, conversations[0], None)) == ids(answer_of(conversations[0], None))
+
+
+def test_exif_is_not_the_processor_s_affair(trusting, answer_of):
+    """vLLM has turned a photo before the processor sees it: docs/serve.md says so. `do_pad` acts."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = encoded(drawing(11, (96, 60))[0], "JPEG", exif=exif, quality=95)
+    question = message("Describe the picture.", turned)
+    plain, unpadded = answer_of(question, None), answer_of(question, None, do_pad=False)
+    assert ids(trusting.ask(question, mm_processor_kwargs={"do_exif_transpose": False})) == ids(plain)
+    assert ids(trusting.ask(question, mm_processor_kwargs={"do_pad": False})) == ids(unpadded) != ids(plain)
 
 
 def test_the_server_s_own_budget(serve, conversations, answer_of):

@@ -82,6 +82,18 @@ def test_a_second_question(server, reference, conversations, answers):
     assert server.answer(conversation) == reference()(conversation)["text"]
 
 
+def test_sampling_needs_a_generation_config(server, conversations, answers):
+    """A temperature alone changes nothing in transformers 5.16 to 5.24: docs/serve.md says so."""
+    messages, body = conversations[0], {"model": str(MODEL), "messages": conversations[0], "max_tokens": 64}
+
+    def asked(**settings):
+        found = [server.client.post(CHAT, json={**body, **settings, "seed": seed}).json() for seed in range(4)]
+        return {answer["choices"][0]["message"]["content"] for answer in found}
+
+    assert asked(temperature=2, top_p=0.9) == {server.answer(messages)} == {texts(answers)[0]}
+    assert len(asked(generation_config='{"do_sample": true, "temperature": 2.0, "max_new_tokens": 64}')) > 1
+
+
 BAD = {
     "a placeholder without a picture": message("What is <image>?"),
     "a broken picture": message("What is this?", b"not a picture"),
