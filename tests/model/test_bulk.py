@@ -3,6 +3,7 @@
 import base64
 import importlib
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -195,6 +196,14 @@ def test_a_folder_of_parquet_files_with_prompts_of_their_own(pictures, tmp_path,
         ("1.parquet:0", QUESTION),
         ("1.parquet:1", "How many objects are there?"),
     ]
+
+
+def test_pictures_behind_links_are_asked_about(pictures, tmp_path):
+    """A folder of links is common, and links in a circle end."""
+    (tmp_path / "train").symlink_to(pictures)
+    (tmp_path / "circle").symlink_to(tmp_path)
+    found = [row.path for row in bulk.read_input(tmp_path, bulk.PROMPT)]
+    assert found == [f"train/{row.path}" for row in bulk.read_input(pictures, bulk.PROMPT)]
 
 
 def test_a_missing_picture_is_a_row_with_an_error(tmp_path, caption):
@@ -538,6 +547,8 @@ def test_mistakes_are_one_line(pictures, tmp_path, caption, monkeypatch):
         ("[]", "Line 1 of"),
         ('{"text": "Why?"}', "no `image`"),
         ('{"image": "a.png"}\n{"image": "a.png", "question_id": 1}', "all or none"),
+        ('{"image": "a.png", "prompt": 0}', "is 0, expected a string"),
+        ('{"image": "a.png", "prompt": []}', "is [], expected a string"),
     ):
         lines.write_text(text, encoding="utf-8")
         assert reason in refused(lines, out)
@@ -545,6 +556,9 @@ def test_mistakes_are_one_line(pictures, tmp_path, caption, monkeypatch):
     assert "Cannot read the parquet files" in refused(tmp_path / "bad.parquet", out)
     pq.write_table(pa.table({"label": [1]}), tmp_path / "other.parquet")
     assert "has no column `image` or `path`" in refused(tmp_path / "other.parquet", out)
+    mixed = pa.table({"path": ["a.png", "a.png"], "question_id": [1, None], "text": ["Why?", "Where?"]})
+    pq.write_table(mixed, tmp_path / "mixed.parquet")
+    assert "all or none" in refused(tmp_path / "mixed.parquet", out)
     for shard in ("2/2", "1", "-1/2", "0/0", "a/b"):
         assert "--shard is" in refused(pictures, out, f"--shard={shard}")
     for option in ("max-new-tokens", "batch-size", "part-size", "workers", "concurrency"):
@@ -575,5 +589,8 @@ def test_another_run_is_not_mixed_with_the_parts_of_one(pictures, tmp_path, capt
     ):
         status, _, errors = caption(pictures, out, "--part-size", 3, *changed)
         assert status == 2 and "holds another run" in errors
+    others = shutil.copytree(pictures, tmp_path / "others")  # other pictures of the same names
+    status, _, errors = caption(others, out, "--part-size", 3)
+    assert status == 2 and f"input was '{pictures}', is '{others}'" in errors
     assert {file: file.read_bytes() for file in out.iterdir()} == there
     assert "0 of 1 pictures asked about" in caption(pictures, out, "--part-size", 3, "--shard", "5/6")[1]
