@@ -9,22 +9,32 @@ import yaml
 
 from .results import is_number, read_object
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, TRAINER_STATE_FILE, CHECKPOINT_FILE = "recipe.yaml", "trainer_state.json", "training_run.json"
 
 
 def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, str]:
     """Returns the lines of the table, from the recipe and the trainer's state; leaves out paths."""
     path = Path(recipe or folder / RECIPE_FILE)
-    lines = _settings(path) if path.exists() else {}
-    if (folder / "trainer_state.json").exists():
-        lines |= _state(read_object(folder / "trainer_state.json"))
+    settings = _recipe(path) if path.exists() else {}
+    lines = _settings(settings)
+    if (folder / TRAINER_STATE_FILE).exists():
+        state = read_object(folder / TRAINER_STATE_FILE)
+        lines |= _state(state)
+        # A checkpoint within a run has the weights of its own step, and a file that the end of a run does not have.
+        if settings.get("load_best_model_at_end") and not (folder / CHECKPOINT_FILE).exists():
+            metric, step = settings.get("metric_for_best_model") or "loss", state.get("best_global_step")
+            lines |= {"weights": f"those of step {step}, the best by {metric} in evaluation"} if step else {}
     return lines
 
 
-def _settings(path: Path) -> dict[str, str]:
+def _recipe(path: Path) -> dict[str, Any]:
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(recipe, dict):
         raise ValueError(f"{path} holds a {type(recipe).__name__}, expected settings with names.")
+    return recipe
+
+
+def _settings(recipe: dict[str, Any]) -> dict[str, str]:
     return {
         f"`{name}`": f"`{_in_words(value)}`"
         for name, value in recipe.items()

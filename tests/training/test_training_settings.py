@@ -368,6 +368,9 @@ def test_options_are_kept_for_the_card_however_they_are_written(checkpoint):
     named = ["--model_name_or_path", str(checkpoint), "--data_path", "x", "--use_cpu", "true", "--bf16", "no", *given]
     kept = recipe_settings(named, *Parser(KINDS).parse_args_and_config(named))
     assert kept == {"bf16": False, "assistant_only_loss": False, "max_grad_norm": 0.5, "weight_decay": 0.1}
+    best = [*named[:-2], "--load_best_model_at_end", "--save_strategy", "steps", "--eval_strategy", "steps"]
+    kept = recipe_settings(best, *Parser(KINDS).parse_args_and_config(best))
+    assert kept["load_best_model_at_end"] is True  # the card says whose step the weights are of
 
 
 def test_a_fault_of_ours_is_a_traceback(command, monkeypatch):
