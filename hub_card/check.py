@@ -60,7 +60,8 @@ BINARY = "\ufffd"  # appears in a binary file that is decoded as text
 REST = r"[^\s\"'`)>\]\x00-\x1f\ufffd]*"
 PATH = re.compile(
     r"(?<![\w./:-])(?:file://|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|work|workspace|scratch|content|kaggle|"
-    r"lustre|gpfs|fsx|nfs|raid|Volumes))/" + REST
+    r"lustre|gpfs|fsx|nfs|raid|Volumes|users|projects?|storage|cluster|gscratch|beegfs|ceph|efs|nvme|ssd|disk)\d*)/"
+    + REST
 )
 # These are so short that binary files contain them by chance.
 SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:(?:\\\\?|/)\w)" + REST)

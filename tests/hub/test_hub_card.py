@@ -821,6 +821,10 @@ MISREAD = {
         lambda f: edit_card(f, "## Use", "See /lustre/me/x.\n\n## Use"),
         "path: README.md names '/lustre/me/x.'",
     ),
+    "numbered mount": (
+        lambda f: edit_card(f, "## Use", "See /data1/me/x.\n\n## Use"),
+        "path: README.md names '/data1/me/x.'",
+    ),
     "drive": (
         lambda f: edit_card(f, "## Use", "See C:/Users/me/x.\n\n## Use"),
         "path: README.md names 'C:/Users/me/x.'",
