@@ -54,9 +54,10 @@ class Row:
         """The parts of the message: the picture, if there is one, and the question.
 
         Raises:
-            ValueError: if the question has the placeholder of a picture, but there is none.
+            ValueError: if the question has the placeholder of a picture, but there is none, or half of a character.
         """
         text = self.prompt
+        text.encode()
         if PLACEHOLDER in text:
             if self.picture is None:
                 raise ValueError(f"The question has {PLACEHOLDER}, but its row names no picture.")
@@ -669,8 +670,14 @@ class Output:
             text, count = pyarrow.string(), pyarrow.int32()
             columns = {"path": text, "prompt": text, "answer": text, "error": text}
             schema = pyarrow.schema(columns | {"prompt_tokens": count, "answer_tokens": count})
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([asdict(a) for a in answers], schema), content)
+            rows = [{name: _unicode(value) for name, value in asdict(answer).items()} for answer in answers]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), content)
         _write(self.file(part), content.getvalue())
+
+
+def _unicode(value: Any) -> Any:
+    """A text without the halves of characters that JSON may have, and parquet may not."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _write(file: Path, content: bytes) -> None:

@@ -213,6 +213,18 @@ def test_a_missing_picture_is_a_row_with_an_error(tmp_path, caption):
     assert (row["path"], row["answer"]) == ("7", None) and "picture of 0 bytes" in row["error"]
 
 
+def test_half_a_character_is_an_error_of_its_row(pictures, tmp_path, caption):
+    """Texts from the web have them, where an emoji was cut."""
+    name = next(pictures.glob("0*.png")).name
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(f'{{"image": "{name}", "prompt": "{p}"}}\n' for p in ("cut \\ud83d", QUESTION)))
+    status, output, _ = caption(lines, tmp_path / "out", "--images", pictures)
+    assert status == 0 and "2 of 2 pictures asked about, 1 of them with an error" in output
+    first, second = rows(tmp_path / "out")
+    assert (first["prompt"], first["answer"]) == ("cut ?", None) and "surrogates" in first["error"]
+    assert second["answer"] and second["error"] is None
+
+
 def test_question_files_of_llava(pictures, tmp_path, caption):
     """Their scorers read the lines of all parts, one after the other; pyarrow is not needed."""
     questions = [
