@@ -73,7 +73,7 @@ def main() -> None:
     scratch = Path(tempfile.mkdtemp(prefix="convert-", dir=arguments.folder))
     try:
         source = make_source(scratch / "source", arguments.layers)
-        result = measure(source, scratch, arguments.rounds)
+        result = measure(source, scratch, arguments.rounds, arguments.layers)
     finally:
         shutil.rmtree(scratch)
     output.write(result, arguments.output)
@@ -124,7 +124,7 @@ def _write_tokenizer(folder: Path) -> None:
     shutil.copy(GOLDENS / "original" / "tokenizer_config.json", folder)
 
 
-def measure(source: Path, scratch: Path, rounds: int) -> dict:
+def measure(source: Path, scratch: Path, rounds: int, layers: int) -> dict:
     size = sum(file.stat().st_size for file in source.glob("*.bin"))
     copies, conversions = [], []
     for _ in range(rounds):
@@ -138,7 +138,8 @@ def measure(source: Path, scratch: Path, rounds: int) -> dict:
         shutil.rmtree(target)
     copy, conversion = (median(run["seconds"] for run in runs) for runs in (copies, conversions))
     return {
-        "what": "full fine-tune in .bin shards, bfloat16, to safetensors; against cp of the same shards",
+        "what": f"full fine-tune in .bin shards, bfloat16, {layers} layers, to safetensors; against cp of the same "
+        "shards",
         "source_bytes": size,
         "bytes_written": written,
         "copy_seconds": copy,
@@ -154,7 +155,7 @@ def measure(source: Path, scratch: Path, rounds: int) -> dict:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "command": "python -m benchmarks convert",
+        "command": output.command("convert"),
     }
 
 

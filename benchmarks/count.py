@@ -298,10 +298,16 @@ def main() -> None:
     parser.add_argument("--answer", type=_whole(1), default=16, help="tokens of the answer (default: 16)")
     parser.add_argument("--batch", type=_whole(1), nargs="+", default=[1, 8, 32, 128], help="default: 1 8 32 128")
     parser.add_argument(
-        "--tflops", type=_positive, default=790, help="peak of the device in bfloat16 (default: that of an H200)"
+        "--tflops",
+        type=_positive,
+        default=790,
+        help="peak of the device in bfloat16 (default: 790, a matrix product on an H200; its vendor says 989)",
     )
     parser.add_argument(
-        "--bandwidth", type=_positive, default=4.3, help="memory bandwidth in TB/s (default: that of an H200)"
+        "--bandwidth",
+        type=_positive,
+        default=4.3,
+        help="memory bandwidth in TB/s (default: 4.3, a sum on an H200; its vendor says 4.8)",
     )
     parser.add_argument(
         "--training", action="store_true", help="print memory and hours of training instead of inference"
@@ -310,6 +316,11 @@ def main() -> None:
         "--mfu", type=_positive, default=0.4, help="assumed share of the peak in training (default: 0.4)"
     )
     options = parser.parse_args()
+    others = ("text", "answer", "batch", "tflops", "bandwidth") if options.training else ("mfu",)
+    for name in others:
+        if getattr(options, name) != parser.get_default(name):
+            how = "with --training, which has rows and GPUs of its own" if options.training else "without --training"
+            parser.error(f"--{name.replace('_', '-')} does not act {how}: leave it out")
     configs = read_all(options.configs, options.max_soft_tokens)
     if options.training:
         for name, config in configs.items():

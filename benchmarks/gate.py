@@ -183,6 +183,7 @@ def main() -> None:
         "size": size,
         "dtype": options.dtype,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "command": output.command("gate"),
         "gate": outcome,
     }
     if options.output is not None:

@@ -114,6 +114,7 @@ def main() -> None:
     result = {
         "device": machine.name(options.device),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "command": output.command("gpu"),
         "steps": outcomes,
         "tests": [outcome_of_tests(report) for report in options.output.glob(f"tests_{options.device}*.xml")],
     }

@@ -8,8 +8,6 @@ The profiler itself takes time: compare the shares, not the milliseconds.
 """
 
 import argparse
-import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import machine, output
-from benchmarks.report import SYSTEMS
+from benchmarks.report import SYSTEMS, label
 from benchmarks.run import conditions
 from benchmarks.systems import EAGER, OURS, WHOLE, cast, compile_system, eager_systems
 from benchmarks.workloads import METRICS, PLANS, SIZES, Case, Work, cases
@@ -81,14 +79,15 @@ def main() -> None:
         if name in EAGER:
             systems[name] = compile_system(systems[EAGER[name]], name, **plan.compile_options(options.device))
         found = hotspots(case.work(options.system, systems), options.device)
+    print(f"{label(case.row)}, {options.system}\n")
     print("| operator | calls | ms | share |\n| --- | --: | --: | --: |")
     for spot in found[: options.rows]:
         print(f"| {spot['name'][:80]} | {spot['calls']} | {spot['milliseconds']:.1f} | {spot['share']:.1%} |")
     if options.output is not None:
         result = {
             **conditions(options.device, size),
-            "row": {"metric": case.metric, "batch": case.batch, "text": case.text, "system": options.system},
-            "command": shlex.join(["python", "-m", "benchmarks", "hotspots", *sys.argv[1:]]),
+            "row": case.row | {"system": options.system},
+            "command": output.command("hotspots"),
             "hotspots": found,
         }
         output.write(result, options.output)

@@ -100,7 +100,8 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
     seconds = {name: median(run["seconds"] for run in turns) for name, turns in runs.items()}
     loading = seconds["load"] - seconds["start"]
     return {
-        "what": f"safetensors, bfloat16, {options.layers} layers, to {options.device}; against cat of the same files",
+        "what": f"safetensors, bfloat16, {'tiny widths, ' * (options.size == 'tiny')}{options.layers} layers, to "
+        f"{options.device}; against cat of the same files",
         "device": machine.name(options.device),
         "bytes": sum(Path(shard).stat().st_size for shard in shards),
         "read_seconds": seconds["read"],
@@ -111,5 +112,5 @@ def measure(checkpoint: Path, options: argparse.Namespace) -> dict[str, Any]:
         "page_cache_dropped": drop_page_cache(),
         "runs": runs,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
-        "command": f"python -m benchmarks load --layers {options.layers} --device {options.device}",
+        "command": output.command("load"),
     }

@@ -4,6 +4,8 @@
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,11 @@ def require_absent(file: Path | None, parser: argparse.ArgumentParser) -> None:
     """Ends the command before it measures anything if `file` exists."""
     if file is not None and file.exists():
         parser.error(f"{file} exists: move it away, or name another file with --output")
+
+
+def command(name: str) -> str:
+    """Returns the command that is running, with all its options: the one that repeats a result."""
+    return shlex.join(["python", "-m", "benchmarks", name, *sys.argv[1:]])
 
 
 def write(result: dict[str, Any], file: Path) -> None:

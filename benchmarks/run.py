@@ -20,8 +20,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -99,9 +97,7 @@ def measure(case: Case, systems: dict[str, System], plan: Plan, device: str) -> 
         for kind, amount in (("flops", case.flops), ("bytes", case.bytes)):
             if amount is not None and name != REFERENCE:
                 run[kind] = amount(systems[name])
-    found = {"metric": case.metric, "batch": case.batch, "text": case.text, "systems": runs, "peak": peak}
-    tokens = {"budget": case.budget, "kept": case.kept}
-    return found | {name: number for name, number in tokens.items() if number is not None}
+    return case.row | {"systems": runs, "peak": peak}
 
 
 def turn_of(work: Work, plan: Plan, device: str) -> list[float]:
@@ -217,7 +213,7 @@ def main() -> None:
         parser.error(f"{partial_out} was measured with {', '.join(others)}: move it away, or measure the rest so, too")
     result: dict[str, Any] = {
         **found,
-        "command": shlex.join(["python", "-m", "benchmarks", "run", *sys.argv[1:]]),
+        "command": output.command("run"),
         "cases": kept["cases"],
     }
     torch.backends.cudnn.allow_tf32 = False  # the gate's comparison in float32 really uses float32

@@ -59,6 +59,7 @@ def main() -> None:
         "device": machine.name(options.device),
         "options": {name: str(value) for name, value in vars(options).items() if name not in ("output", "serve")},
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
+        "command": output.command("serve"),
         "turns": turns,
         "ratio": rates[OURS] / rates[STOCK],
     }

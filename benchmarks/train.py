@@ -210,6 +210,7 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, trl, peft, accelerate)},
         "options": {name: str(value) for name, value in vars(options).items() if name != "output"},
+        "command": output.command("train"),
         "stages": {stage: summary(stage, turns, options) for stage in options.stages},
     }
     if options.output is not None:

@@ -5,6 +5,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import Cache
@@ -128,6 +129,13 @@ class Case:
     @property
     def key(self) -> tuple:
         return self.metric, self.batch, self.text, self.budget or self.kept
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """Returns what a result says of the row, beside its numbers."""
+        tokens = {"budget": self.budget, "kept": self.kept}
+        found = {name: number for name, number in tokens.items() if number is not None}
+        return {"metric": self.metric, "batch": self.batch, "text": self.text} | found
 
     def work(self, name: str, systems: dict[str, System]) -> Work:
         """Prepares the work of a system; a reduced one is the whole one at other work."""

@@ -34,14 +34,15 @@ METHOD_PICTURE, EXAMPLE_PICTURE = "method.png", "example.png"
 LICENCES = ("LICENSE", "NOTICE")
 ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 FIRST_TAG = "v1"
+LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]*")  # as the Hub spells them, such as cc-by-nc-4.0
 DATASET_ID = re.compile(r"([\w.-]+/)?[\w.-]+")
 # What the Hub reads as a language: a code of ISO 639, perhaps with script or region, or one of two words.
 LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|code|multilingual")
 # What loads weights that were quantised by each of the ways that the card shows.
 QUANTISERS = {
-    "bitsandbytes": "bitsandbytes",
+    "bitsandbytes": "accelerate bitsandbytes",  # transformers asks for both
     "torchao": "torchao",
-    "quanto": "optimum-quanto",
+    "quanto": "accelerate optimum-quanto",
     "compressed-tensors": "compressed-tensors",
 }
 
@@ -75,6 +76,7 @@ class Card:
     config: LlavaSTFConfig | None = None  # for a whole model
     base: str = ""  # for an adapter
     base_revision: str = ""
+    adapter: str = ""  # its kind, by PEFT's name, such as lora
     quantisation: str = ""
     quantised: dict[str, Any] = field(default_factory=dict)  # how, by `python -m conversion quantise`
     converted: bool = False
@@ -116,7 +118,7 @@ class Card:
             language=list(self.facts.language) or None,
             library_name="peft" if self.base else "transformers",
             pipeline_tag=TASK,
-            tags=["llava_stf", "vision-language", "token-fusion", "custom_code", *(["lora"] if self.base else [])],
+            tags=["llava_stf", "vision-language", "token-fusion", "custom_code", *filter(None, [self.adapter])],
             model_name=self.name if results else None,
             eval_results=results or None,
         )
@@ -191,6 +193,8 @@ def _check_facts(repo_id: str, facts: Facts) -> None:
     for name in ("base_model", "datasets", "language"):
         if isinstance(getattr(facts, name), str):
             raise ValueError(f"`{name}` is the text {getattr(facts, name)!r}: expected a list of texts.")
+    if facts.license and not LICENCE.fullmatch(facts.license):
+        raise ValueError(f"{facts.license!r} is no licence of the Hub: expected one of its identifiers, such as mit.")
     for name in (repo_id, *facts.base_model):
         if not HUB_ID.fullmatch(name):
             raise ValueError(f"{name!r} is no id of a Hub repository: expected USER/NAME.")
@@ -208,8 +212,14 @@ def _about_adapter(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"The adapter's base is {base!r}, which others do not have: give its Hub id (--base USER/NAME)."
         )
-    trained = read_object(folder / ADAPTER_CONFIG_FILE).get("auto_mapping") or {}
-    return {"base": base, "base_revision": base_revision, "token_budgets": trained.get(TOKEN_BUDGETS)}
+    settings = read_object(folder / ADAPTER_CONFIG_FILE)
+    trained, kind = settings.get("auto_mapping") or {}, str(settings.get("peft_type") or "").lower()
+    return {
+        "base": base,
+        "base_revision": base_revision,
+        "adapter": kind,
+        "token_budgets": trained.get(TOKEN_BUDGETS),
+    }
 
 
 def _about_model(folder: Path) -> dict[str, Any]:

@@ -5,7 +5,7 @@
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -25,6 +25,7 @@ from .card import (
     CARD_FILE,
     EXAMPLE_PICTURE,
     HUB_ID,
+    LICENCE,
     LICENCES,
     METHOD_PICTURE,
     Facts,
@@ -35,7 +36,7 @@ from .card import (
 from .files import Frozen, freeze, own_code
 from .fresh_process import use
 from .kinds import check_kind, is_pickle, levels_of, picture_texts, refuse_archive
-from .memory import rendered
+from .memory import changed_facts, rendered, weights_in
 from .results import TASK, read_object
 from .secrets import secrets_in, unescape
 from .snippet import is_our_snippet, named_in, snippet_of
@@ -50,6 +51,7 @@ PROCESSOR_FILES = (
 MODEL_FILES = ("config.json", "generation_config.json", METHOD_PICTURE) + tuple(
     sorted({f"{reference.split('.')[0]}.py" for reference in AUTO_MAP.values()})
 )
+OLD_PROCESSOR = "preprocessor_config.json"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 OBJECTS = ("config.json", ".index.json")
 # Vocabularies contain words that look like paths.
@@ -58,7 +60,8 @@ BINARY = "\ufffd"  # appears in a binary file that is decoded as text
 REST = r"[^\s\"'`)>\]\x00-\x1f\ufffd]*"
 PATH = re.compile(
     r"(?<![\w./:-])(?:file://|/(?:home|Users|root|mnt|media|data|tmp|var|opt|srv|work|workspace|scratch|content|kaggle|"
-    r"lustre|gpfs|fsx|nfs|raid|Volumes))/" + REST
+    r"lustre|gpfs|fsx|nfs|raid|Volumes|users|projects?|storage|cluster|gscratch|beegfs|ceph|efs|nvme|ssd|disk)\d*)/"
+    + REST
 )
 # These are so short that binary files contain them by chance.
 SHORT_PATH = re.compile(r"(?<![\w./:-])(?:~/|[A-Za-z]:(?:\\\\?|/)\w)" + REST)
@@ -133,6 +136,9 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
         for name in files:
             if name not in {weight.origin for weight in weights.values()}:
                 yield f"weights: {name} does not belong to the checkpoint; transformers might load it instead"
+        unlisted = sorted(weights.keys() - _listed(frozen, weights))
+        if unlisted:
+            yield f"weights: {WEIGHTS_INDEX} lacks {len(unlisted)} weights of its files, among them {unlisted[0]!r}"
         total = sum(weight.nbytes for weight in weights.values())
         with tqdm(total=total, unit="B", unit_scale=True, desc="checking weights", leave=False) as progress:
             for name, weight in weights.items():
@@ -144,6 +150,13 @@ def check_weights(frozen: Frozen) -> Iterator[str]:
             yield from _misread(json.loads(frozen.read("config.json")), weights)
     except ConversionError as error:
         yield f"weights: {error}"
+
+
+def _listed(frozen: Frozen, weights: Weights) -> Collection[str]:
+    """Returns the weights that the index names; all of them, if they were not read by an index."""
+    if WEIGHTS_INDEX not in frozen.files or "model.safetensors" in frozen.files:
+        return weights.keys()
+    return json.loads(frozen.read(WEIGHTS_INDEX))["weight_map"].keys()
 
 
 def _misread(config: dict[str, Any], weights: Weights) -> Iterator[str]:
@@ -237,7 +250,7 @@ def check_licence(frozen: Frozen) -> Iterator[str]:
         licence = head_of(_card(frozen)).get("license")
     except ValueError:  # see `check_metadata`
         return
-    if not (isinstance(licence, str) and licence.strip()):
+    if not (isinstance(licence, str) and LICENCE.fullmatch(licence)):
         yield f"licence: `license` in {CARD_FILE} is {licence!r}, expected one of the Hub's identifiers"
 
 
@@ -274,6 +287,21 @@ def check_code(frozen: Frozen) -> Iterator[str]:
 
 def _is_our_template(value: Any) -> bool:
     return isinstance(value, str) and value.encode() in own_code(".jinja")
+
+
+def check_processor(frozen: Frozen) -> Iterator[str]:
+    """Checks that image settings of an earlier version, which are not read, say what those that are read say."""
+    files = dict(_json_of(frozen))
+    read, other = files.get("processor_config.json"), files.get(OLD_PROCESSOR)
+    read = read.get("image_processor") if isinstance(read, dict) else None
+    if not (isinstance(read, dict) and isinstance(other, dict)):
+        return
+    for name in sorted(read.keys() & other.keys() - {"auto_map"}):
+        if read[name] != other[name]:
+            yield (
+                f"processor: `{name}` is {other[name]!r} in {OLD_PROCESSOR}, but {read[name]!r} in "
+                f"processor_config.json, which transformers reads: remove {OLD_PROCESSOR}"
+            )
 
 
 def check_paths(frozen: Frozen) -> Iterator[str]:
@@ -351,6 +379,7 @@ CHECKS: tuple[Callable[[Frozen], Iterator[str]], ...] = (
     check_licence,
     check_snippet,
     check_code,
+    check_processor,
     check_paths,
     check_secrets,
     check_weights,
@@ -397,8 +426,10 @@ def check_current(frozen: Frozen) -> Iterator[str]:
     try:
         known = rendered(frozen.source)
         weights = {name: file.sha256 for name, file in frozen.files.items() if file.kind == "safetensors"}
-        if known and weights != {name: digest for name, digest in known.items() if name != CARD_FILE}:
+        if known and weights != weights_in(known):
             yield f"card: it was rendered for other weights {again}"
+        elif changed := changed_facts(frozen, known):
+            yield f"card: it was rendered before {', '.join(changed)} changed {again}"
         named, tag = named_in(snippet_of(card)[0])
         base_model = head_of(card).get("base_model") or []
         said = [base_model] if isinstance(base_model, str) else base_model
@@ -406,6 +437,9 @@ def check_current(frozen: Frozen) -> Iterator[str]:
     except ValueError as error:
         yield f"card: {error}"
         return
+    tokens = len(ours.processor.tokenizer)
+    if ours.config and tokens > (places := ours.config.text_config.vocab_size):
+        yield f"vocabulary: the tokenizer has {tokens} tokens, but the embedding has {places} rows: too few"
     if ours.base and said != [ours.base]:
         yield f"metadata: `base_model` is {said}, the adapter's base is {ours.base!r} {again}"
     rows = _rows(card)

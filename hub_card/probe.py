@@ -63,6 +63,8 @@ def load(repository: str, revision: str, base: str, base_revision: str) -> dict:
             warnings.simplefilter("always")
             model = PeftModel.from_pretrained(model, repository, revision=revision)
         wrong += [str(warning.message) for warning in said if "adapter keys" in str(warning.message)]
+        surplus = model.load_adapter(repository, "default", revision=revision).unexpected_keys  # PEFT is silent on them
+        wrong += [f"unexpected weight: {name}" for name in sorted(surplus)]
     processor = AutoProcessor.from_pretrained(repository, revision=revision, trust_remote_code=True)
     ids = processor(images=Image.new("RGB", (64, 48)), text=processor.image_token)["input_ids"]
     tokens = sum(token == processor.image_token_id for token in (ids[0] if isinstance(ids[0], list) else ids))

@@ -5,6 +5,7 @@
 import json
 import math
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
@@ -28,6 +29,8 @@ MODEL_ARGUMENTS = ("peft", "delta", "pretrained", "model", "model_version", "mod
 # These `model_args` are left out of the command on a card: they are secrets, or paths and addresses of one machine.
 # A number of tokens, such as `max_soft_tokens`, is no secret.
 PRIVATE = re.compile(r"key|token(?!s)|secret|password", re.IGNORECASE)
+# Options without a value that change what the model is asked.
+FLAGS = ("apply_chat_template", "fewshot_as_multiturn", "force_simple")
 BUDGET = "max_soft_tokens"  # in `model_args`: the number of tokens of each picture
 # Those with which weights are evaluated that are not exactly the published ones.
 WEIGHT_ARGUMENTS = ("dtype", "torch_dtype", "load_in_8bit", "load_in_4bit", "quantization")
@@ -265,17 +268,18 @@ def _command(content: dict[str, Any], settings: dict[str, Any], arguments: dict[
         "limit": _number(settings.get("limit")),
         "gen_kwargs": settings.get("gen_kwargs"),
         "num_fewshot": said.get("num_fewshot"),
+        "system_instruction": said.get("system_instruction"),
         "offset": said.get("offset") or None,
         "repeats": said.get("repeats") if said.get("repeats") != 1 else None,
     }
     if isinstance(options["gen_kwargs"], dict):
         options["gen_kwargs"] = ",".join(f"{name}={value}" for name, value in options["gen_kwargs"].items())
     given = [
-        f"--{name} {f'{value:g}' if isinstance(value, float) else value}"
+        f"--{name} {f'{value:g}' if isinstance(value, float) else shlex.quote(str(value))}"
         for name, value in options.items()
         if value not in (None, "", -1)
     ]
-    return " ".join(["python -m lmms_eval", *given])
+    return " ".join(["python -m lmms_eval", *given, *(f"--{name}" for name in FLAGS if said.get(name) is True)])
 
 
 def _task_scores(task: str, content: dict[str, Any]) -> Iterator[Score | str]:
@@ -434,6 +438,8 @@ def read_speed(path: Path) -> Speed:
         for name in {"value", "baseline"} & row.keys():
             if not is_number(row[name]):
                 raise ValueError(f"{path}: the {name} of {row['what']!r} is {row[name]!r}, expected a finite number.")
+        if "baseline" in row and not content.get("baseline"):
+            raise ValueError(f"{path}: {row['what']!r} has a baseline, but `baseline` does not name what that is.")
     return Speed(
         content["command"], content["device"], content["conditions"], content.get("baseline", ""), content["rows"]
     )

@@ -10,7 +10,7 @@ import yaml
 
 from .results import is_number, read_object
 
-RECIPE_FILE = "recipe.yaml"
+RECIPE_FILE, TRAINER_STATE_FILE, CHECKPOINT_FILE = "recipe.yaml", "trainer_state.json", "training_run.json"
 
 
 def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, str]:
@@ -18,12 +18,14 @@ def read_training(folder: Path, recipe: str | Path | None = None) -> dict[str, s
     path = Path(recipe or folder / RECIPE_FILE)
     settings = _read_settings(path) if path.exists() else {}
     lines = _settings(settings)
-    if (folder / "trainer_state.json").exists():
-        state = read_object(folder / "trainer_state.json")
+    if (folder / TRAINER_STATE_FILE).exists():
+        state = read_object(folder / TRAINER_STATE_FILE)
         lines |= _state(state)
         best = re.search(r"checkpoint-(\d+)$", str(state.get("best_model_checkpoint")))
-        if settings.get("load_best_model_at_end") and best:
-            lines["weights"] = f"those of step {best[1]}, the best by evaluation"
+        # A checkpoint within a run has the weights of its own step, and a file that the end of a run does not have.
+        if settings.get("load_best_model_at_end") and best and not (folder / CHECKPOINT_FILE).exists():
+            metric = settings.get("metric_for_best_model") or "loss"
+            lines["weights"] = f"those of step {best[1]}, the best by {metric} in evaluation"
     return lines
 
 

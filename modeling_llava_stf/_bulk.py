@@ -54,9 +54,10 @@ class Row:
         """The parts of the message: the picture, if there is one, and the question.
 
         Raises:
-            ValueError: if the question has the placeholder of a picture, but there is none.
+            ValueError: if the question has the placeholder of a picture, but there is none, or half of a character.
         """
         text = self.prompt
+        text.encode()
         if PLACEHOLDER in text:
             if self.picture is None:
                 raise ValueError(f"The question has {PLACEHOLDER}, but its row names no picture.")
@@ -155,6 +156,8 @@ def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, 
     server = Server(arguments.server, arguments.model, limit, image_options) if arguments.server else None
     model_name = server.model if server else str(arguments.model)
     settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": limit}
+    # Names of pictures alone would be those of another folder, too.
+    settings |= {"input": str(Path(arguments.input)), "images": arguments.images and str(Path(arguments.images))}
     output = Output(Path(arguments.output), rows, arguments.part_size, settings | image_options)
     parts = range(shard, output.parts, shards)
     todo = [part for part in parts if not output.file(part).exists()]
@@ -455,19 +458,28 @@ def picture_endings() -> set[str]:
 def _folder_rows(folder: Path, prompt: str) -> list[Row]:
     endings = picture_endings()
     names = sorted(
-        os.path.relpath(os.path.join(parent, name), folder)
-        for parent, _, files in os.walk(folder)
-        for name in files
-        if os.path.splitext(name)[1].lower() in endings and not name.startswith(".")
+        os.path.relpath(entry.path, folder)
+        for entry in _files(folder)
+        if os.path.splitext(entry.name)[1].lower() in endings and not entry.name.startswith(".")
     )
     return [Row(os.fsencode(name).decode(errors="replace"), prompt, folder / name) for name in names]
 
 
+def _files(folder: str | Path, above: tuple[str, ...] = ()) -> Iterator[os.DirEntry]:
+    """All files in a folder and its subfolders, also behind links, but for a link to one of the folders above it."""
+    place = os.path.realpath(folder)
+    if place in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _files(entry.path, (*above, place))
+            else:
+                yield entry
+
+
 def _json_rows(file: Path, prompt: str, root: Path) -> list[Row]:
-    rows = [_json_row(found, place, prompt, root) for place, found in _json_objects(file)]
-    if len({row.question_id is None for row in rows}) > 1:
-        raise ValueError(f"Some lines of {file} have a `question_id` and some have none: expected all or none.")
-    return rows
+    return [_json_row(found, place, prompt, root) for place, found in _json_objects(file)]
 
 
 def _json_objects(file: Path) -> Iterator[tuple[str, Any]]:
@@ -580,7 +592,9 @@ def _leaves(schema: Any) -> list[tuple[str, str]]:
 
 def _row(found: dict[str, Any], path: str, picture: Any, prompt: str, root: Path) -> Row:
     question_id = found.get("question_id")
-    own = found.get("prompt") or (found.get("text") if question_id is not None else None)
+    own = found.get("prompt")
+    if own in (None, ""):
+        own = found.get("text") if question_id is not None else None
     own = prompt if own is None else own
     if not isinstance(own, str):
         raise ValueError(f"The question about {path} is {own!r:.100}, expected a string.")
@@ -604,11 +618,13 @@ class Output:
     def __init__(self, folder: Path, rows: Sequence[Row], part_size: int, settings: dict[str, Any]):
         self.folder, self.size, self.rows, self.model = folder, part_size, len(rows), settings["model"]
         self.parts = -(-self.rows // part_size)
-        listing = hashlib.sha256()
-        self.llava = False
+        listing, kinds = hashlib.sha256(), set()
         for row in rows:
             listing.update(json.dumps([row.path, row.prompt, row.question_id]).encode())
-            self.llava = self.llava or row.question_id is not None
+            kinds.add(row.question_id is not None)
+        if len(kinds) > 1:
+            raise ValueError(f"Some rows of {settings['input']} have a `question_id`, some not: expected all or none.")
+        self.llava = True in kinds
         if not self.llava:
             _pyarrow()
         settings = settings | {"rows": self.rows, "part_size": part_size, "listing": listing.hexdigest()}
@@ -654,8 +670,14 @@ class Output:
             text, count = pyarrow.string(), pyarrow.int32()
             columns = {"path": text, "prompt": text, "answer": text, "error": text}
             schema = pyarrow.schema(columns | {"prompt_tokens": count, "answer_tokens": count})
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist([asdict(a) for a in answers], schema), content)
+            rows = [{name: _unicode(value) for name, value in asdict(answer).items()} for answer in answers]
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), content)
         _write(self.file(part), content.getvalue())
+
+
+def _unicode(value: Any) -> Any:
+    """A text without the halves of characters that JSON may have, and parquet may not."""
+    return value.encode(errors="replace").decode() if isinstance(value, str) else value
 
 
 def _write(file: Path, content: bytes) -> None:

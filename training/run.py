@@ -35,7 +35,8 @@ from .upstream import keep_commit
 logger = logging.get_logger(__name__)
 # Options of the command line that say what was trained; others, such as paths, are not for a card.
 TOLD = {"global_batch_size", "max_length", "token_budget_mode", "use_peft", *DECIDING, *LENGTHS}
-TOLD |= {"load_best_model_at_end", *(name for name, needed in NEEDS.items() if needed == LORA)}
+TOLD |= {"load_best_model_at_end", "metric_for_best_model"}
+TOLD |= {name for name, needed in NEEDS.items() if needed == LORA}
 KINDS: Any = (DataArguments, LlavaSTFTrainingArguments, ModelConfig)
 STREAM_BUFFER = 1000  # rows of a stream that are shuffled among each other
 LESS_MEMORY = (

@@ -38,7 +38,7 @@ tags:
 
 # LLaVA-STF, converted
 
-A LLaVA-STF checkpoint (arXiv 2506.07138) in the format of transformers, made from a {kind} of the original trainer.
+A LLaVA-STF checkpoint (arXiv 2506.07138) in the format of transformers, made from {source}.
 An image takes {tokens} vision tokens.
 
 This is a note, not yet a model card: `python -m hub_card render` writes one, before you publish.
@@ -116,7 +116,9 @@ def _runs(process: int) -> bool:
 
 def write_note(folder: Path, kind: str, tokens: int) -> None:
     """Writes a note in place of a card: what the weights were made from, and how many tokens an image takes."""
-    (folder / "README.md").write_text(NOTE.format(kind=kind, tokens=tokens), encoding="utf-8")
+    new = "other models, with new fusion modules: they are not trained yet"
+    source = new if kind == "initialisation" else f"a {kind} of the original trainer"
+    (folder / "README.md").write_text(NOTE.format(source=source, tokens=tokens), encoding="utf-8")
 
 
 def save_checkpoint(folder: Path, model: LlavaSTFForConditionalGeneration, processor: str | Path) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -303,6 +304,7 @@ def test_hotspots_name_the_operators(monkeypatch, tmp_path, capsys):
     assert shares == sorted(shares, reverse=True) and sum(shares) == pytest.approx(1)
     assert "aten::addmm" in [spot["name"] for spot in found["hotspots"][:5]]
     assert found["row"] == {"metric": "encode", "batch": 2, "text": None, "system": OURS}
+    assert found["command"] == f"python -m benchmarks hotspots {' '.join(options)}"
     assert f"| {found['hotspots'][0]['name']} |" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["hotspots", "prefill", "--size", "tiny", "--system", REFERENCE])
     with pytest.raises(SystemExit, match="no such prefill of reference; it times: none"):
@@ -318,6 +320,29 @@ def test_a_result_is_not_overwritten(module, monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         module.main()
     assert "exists" in capsys.readouterr().err and result.read_text() == "{}"
+
+
+@pytest.mark.parametrize(("module", "layers"), [(convert, 4), (load, 2)])
+def test_a_result_says_what_was_measured(module, layers, monkeypatch, tmp_path):
+    """A rehearsal with few layers is not taken for the 7B."""
+
+    def timed(command):
+        if module is convert:
+            Path(command[-1]).mkdir(exist_ok=True)
+        return {"seconds": 1.0, "peak_anonymous_bytes": 1, "peak_file_backed_bytes": 1}
+
+    monkeypatch.setattr(module, "timed", timed)
+    monkeypatch.setattr(module, "drop_page_cache", lambda: False)
+    made = "make_source" if module is convert else "make_checkpoint"
+    monkeypatch.setattr(module, made, lambda folder, _: folder.mkdir() or folder)
+    given = ["--layers", str(layers), "--rounds", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "r.json")]
+    given += ["--size", "tiny"] if module is load else []
+    monkeypatch.setattr("sys.argv", ["command", *given])
+    module.main()
+    found = json.loads((tmp_path / "r.json").read_text())
+    name = module.__name__.rpartition(".")[2]
+    assert found["command"] == f"python -m benchmarks {name} {' '.join(given)}" and f" {layers} layers" in found["what"]
+    assert ("tiny widths" in found["what"]) == (module is load)
 
 
 def test_checkpoint_for_loading_is_complete(monkeypatch, tmp_path):
@@ -532,5 +557,5 @@ def test_hotspots_of_a_reduced_system(monkeypatch, tmp_path):
     monkeypatch.setattr("sys.argv", ["hotspots", *options])
     hotspots.main()
     found = json.loads(out.read_text())
-    assert found["row"]["system"] == "stock, reduced"
+    assert found["row"]["system"] == "stock, reduced" and found["row"]["kept"] == 1
     assert "aten::index_add" in [spot["name"] for spot in found["hotspots"]]  # of the merging

@@ -293,6 +293,22 @@ def test_wrong_numbers_are_refused(options, monkeypatch, capsys):
     assert end.value.code == 2 and "expected" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--training", "--text", "500"], "--text does not act with --training"),
+        (["--training", "--tflops", "300"], "--tflops does not act with --training"),
+        (["--mfu", "0.5"], "--mfu does not act without --training"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_act_are_refused(options, reason, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["count", "stf-7b", *options])
+    with pytest.raises(SystemExit) as end:
+        count.main()
+    assert end.value.code == 2 and reason in capsys.readouterr().err
+
+
 def test_small_numbers_keep_their_digits(monkeypatch, capsys, tmp_path):
     stf().save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "argv", ["count", str(tmp_path), "--batch", "1"])

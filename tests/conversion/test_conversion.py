@@ -492,7 +492,8 @@ def test_a_projector_beside_a_whole_model_is_not_read(tmp_path, checkpoint, caps
         convert(source, tmp_path / "none", base=GOLDENS / "base", vision_tower=GOLDENS / "clip")
     plain = {key: tensor.clone() for key, tensor in tensors(source).items() if "crosslayer" not in key}
     torch.save(plain, source / "pytorch_model.bin")
-    assert convert(source, tmp_path / "begun", init_fusion=True, vision_tower=GOLDENS / "clip").is_dir()
+    begun = convert(source, tmp_path / "begun", init_fusion=True, vision_tower=GOLDENS / "clip")
+    assert "with new fusion modules: they are not trained yet.\n" in (begun / "README.md").read_text()
 
 
 def test_an_adapter_beside_a_whole_model_is_refused(tmp_path):

@@ -1,9 +1,11 @@
 """Cards: what they say comes from files, what they leave out is unknown, and what they claim is checked."""
 
+import importlib
 import json
 import re
 import shlex
 import shutil
+import sys
 import zlib
 
 import pytest
@@ -266,6 +268,35 @@ def test_training_is_read_from_the_run(folder):
         ("highest learning rate", "0.001"),
         ("loss", "6.5 at step 1, 2.25 at step 20"),
     ]
+
+
+def test_the_weights_may_be_those_of_an_earlier_step(folder):
+    """With `load_best_model_at_end`; a checkpoint within a run has those of its own step."""
+    state = {"global_step": 20, "max_steps": 20, "best_global_step": 5, "best_model_checkpoint": "/out/checkpoint-4"}
+    (folder / "trainer_state.json").write_text(json.dumps(state))
+    for settings, said in (
+        ("load_best_model_at_end: true", "those of step 4, the best by loss in evaluation"),
+        ("load_best_model_at_end: true\nmetric_for_best_model: f1", "those of step 4, the best by f1 in evaluation"),
+        ("load_best_model_at_end: false", None),
+    ):
+        (folder / "recipe.yaml").write_text(settings)
+        facts = gather(folder, "some/tiny", CARD_FACTS)
+        assert facts.training.get("weights") == said
+        assert (f"| weights | {said} |" in facts.render()) == (said is not None)
+    (folder / "recipe.yaml").write_text("load_best_model_at_end: true")
+    (folder / "training_run.json").write_text("{}")
+    assert "weights" not in gather(folder, "some/tiny", CARD_FACTS).training
+
+
+def test_a_picture_that_is_cropped_is_said_to_be(folder):
+    """As in a converted run of stage 1."""
+    assert "- The processor pads a picture to a square and scales it to 56 x 56 pixels." in text_of(folder)
+    processor = LlavaSTFProcessor.from_pretrained(folder)
+    processor.image_processor.do_pad = False
+    processor.save_pretrained(folder)
+    text = gather(folder, "some/tiny", CARD_FACTS).render()
+    assert "keeps its middle square of 56 x 56 pixels: the model does not see the rest.\n- On a GPU" in text
+    assert "pads a picture" not in text
 
 
 def test_picture_has_the_grids_of_the_config():
@@ -563,6 +594,37 @@ def test_card_of_an_adapter_names_its_budgets(tmp_path):
     assert "The model was trained for 4, 1 tokens" in gather(folder, "some/lora", CARD_FACTS).render()
 
 
+def test_card_of_an_adapter_names_its_kind(tmp_path):
+    folder = convert(GOLDENS / "lora", tmp_path / "lora", base=GOLDENS / "base", keep_adapter=True)
+    name_base(folder, "some/base", "v1")
+    lora = gather(folder, "some/lora", CARD_FACTS).render()
+    assert head_of(lora)["tags"][-1] == "lora" and "## Serve, quantise, fine-tune\n\n- **Merge**" in lora
+    edit_json(folder / "adapter_config.json", peft_type="IA3")
+    other = gather(folder, "some/lora", CARD_FACTS).render()
+    assert head_of(other)["tags"][-1] == "ia3" and "## Serve, quantise, fine-tune\n\n- **Fine-tune**" in other
+
+
+@pytest.fixture
+def load():
+    """What a fresh process does first, in this one."""
+    with pytest.MonkeyPatch.context() as hidden:
+        for name in ("modeling_llava_stf", "conversion", "hub_card"):  # the probe forgets them
+            hidden.setitem(sys.modules, name, sys.modules[name])
+        return importlib.import_module("hub_card.probe").load
+
+
+def test_weights_of_an_adapter_that_have_no_place_are_found(load, tmp_path):
+    """PEFT leaves them out in silence, such as layers that the named base does not have."""
+    folder = convert(GOLDENS / "lora", tmp_path / "lora", base=GOLDENS / "base", keep_adapter=True)
+    assert load(str(folder), "main", str(folder / "base"), "main")["wrong"] == []
+    weights = load_file(folder / "adapter_model.safetensors")
+    first = next(name for name in weights if ".layers.1." in name)
+    weights[first.replace(".layers.1.", ".layers.9.")] = weights[first].clone()
+    save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (wrong,) = load(str(folder), "main", str(folder / "base"), "main")["wrong"]
+    assert re.fullmatch(r"unexpected weight: .*\.layers\.9\..*", wrong)
+
+
 def test_card_names_the_budgets_that_the_model_was_trained_for(folder):
     def card(budgets):
         settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -607,6 +669,33 @@ def test_a_card_of_other_weights_is_refused(folder, run):
     assert problem.startswith("card: weights is 'float32, 1.86MB' on it, but 'bfloat16, 928kB' in the folder")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: edit_json(f / "config.json", token_budgets=[4, 1]),
+        lambda f: (f / "recipe.yaml").write_text("learning_rate: 1.0\n"),
+        lambda f: (f / "original_config.json").unlink(),
+    ],
+    ids=["config.json", "recipe.yaml", "original_config.json"],
+)
+def test_a_card_of_other_facts_is_refused(change, folder, run, request):
+    """What a card says in sentences and in the table of the training comes from these files."""
+    assert run("render", folder, *RENDER)[0] == 0 and not list(check_current(freeze(folder)))
+    change(folder)
+    (problem,) = check_current(freeze(folder))
+    assert problem.startswith(f"card: it was rendered before {request.node.callspec.id} changed (python -m hub_card")
+    assert run("render", folder)[0] == 0 and not list(check_current(freeze(folder)))
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    processor = LlavaSTFProcessor.from_pretrained(folder)
+    before = len(processor.tokenizer)
+    processor.tokenizer.add_tokens(["new"])
+    processor.save_pretrained(folder)
+    problems = list(check_current(freeze(folder)))
+    assert f"vocabulary: the tokenizer has {before + 1} tokens, but the embedding has {before} rows" in problems[0]
+
+
 def test_results_of_other_weights_are_not_repeated(folder, run):
     assert run("render", folder, *RENDER, "--results", LMMS_EVAL)[0] == 0
     change_weights(folder)
@@ -648,6 +737,7 @@ def test_a_memory_that_render_did_not_write_is_refused(wrong, folder, run):
     [
         ({"language": "en"}, "`language` is the text 'en'"),
         ({"datasets": "some/data"}, "`datasets` is the text 'some/data'"),
+        ({"license": "CC BY-NC 4.0"}, "'CC BY-NC 4.0' is no licence of the Hub"),
         ({"language": ["english"]}, "'english' is no language code"),
         ({"language": ["en,zh"]}, "'en,zh' is no language code"),
         ({"datasets": ["https://huggingface.co/datasets/some/data"]}, "is no id of a dataset"),
@@ -655,7 +745,7 @@ def test_a_memory_that_render_did_not_write_is_refused(wrong, folder, run):
 )
 def test_facts_that_the_hub_would_read_otherwise_are_refused(fact, reason, folder):
     with pytest.raises(ValueError, match=reason):
-        gather(folder, "some/tiny", Facts(license="mit", **fact))
+        gather(folder, "some/tiny", Facts(**{"license": "mit", **fact}))
     card = gather(folder, "some/tiny", Facts(license="mit", language=["en", "zh-TW"], datasets=["squad", "some/data"]))
     assert head_of(card.render())["language"] == ["en", "zh-TW"]
 
@@ -691,6 +781,15 @@ def test_an_adapter_keeps_the_base_that_it_was_trained_on(tmp_path, run):
 # What transformers and vLLM read otherwise than it is meant
 
 
+def part_of_an_index(folder):
+    """Makes a shard of the weights, and an index that leaves one out."""
+    shard = "model-00001-of-00001.safetensors"
+    (folder / "model.safetensors").rename(folder / shard)
+    weights = dict.fromkeys(load_file(folder / shard), shard)
+    del weights["lm_head.weight"]
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weights}))
+
+
 MISREAD = {
     "dtype": (
         lambda f: edit_json(f / "config.json", dtype="float16"),
@@ -713,9 +812,25 @@ MISREAD = {
         "metadata: the YAML of README.md has license twice",
     ),
     "Norwegian": (lambda f: edit_card(f, "tags:\n", "language: no\ntags:\n"), "metadata: `language` is False"),
+    "licence": (
+        lambda f: edit_card(f, "license: cc-by-nc-4.0", "license: CC BY-NC"),
+        "licence: `license` in README.md",
+    ),
+    "second processor": (
+        lambda f: (f / "preprocessor_config.json").write_text('{"do_pad": false, "size": {"shortest_edge": 56}}'),
+        "processor: `do_pad` is False in preprocessor_config.json, but True in processor_config.json",
+    ),
+    "index": (
+        part_of_an_index,
+        "weights: model.safetensors.index.json lacks 1 weights of its files, among them 'lm_head",
+    ),
     "mount": (
         lambda f: edit_card(f, "## Use", "See /lustre/me/x.\n\n## Use"),
         "path: README.md names '/lustre/me/x.'",
+    ),
+    "numbered mount": (
+        lambda f: edit_card(f, "## Use", "See /data1/me/x.\n\n## Use"),
+        "path: README.md names '/data1/me/x.'",
     ),
     "drive": (
         lambda f: edit_card(f, "## Use", "See C:/Users/me/x.\n\n## Use"),
@@ -732,20 +847,23 @@ def test_what_is_read_otherwise_is_found(fault, folder):
     assert expected in problem
 
 
+def test_speed_has_its_place_in_the_table(folder, tmp_path):
+    measured = {"command": "x", "device": "y", "conditions": "z"}
+    rows = [{"what": "p50|p90\nof a step", "value": 2, "unit": "ms", "baseline": 3}]
+    (tmp_path / "speed.json").write_text(json.dumps({**measured, "rows": rows}))
+    with pytest.raises(ValueError, match="has a baseline, but `baseline` does not name what that is"):
+        read_speed(tmp_path / "speed.json")
+    (tmp_path / "speed.json").write_text(json.dumps({**measured, "rows": rows, "baseline": "stock|eager"}))
+    text = gather(folder, "some/tiny", CARD_FACTS, speeds=[tmp_path / "speed.json"]).render()
+    assert "| | stock\\|eager | this model |\n| --- | --: | --: |\n| p50\\|p90 of a step | 3 ms | 2 ms |\n" in text
+
+
 def test_speed_is_a_number(tmp_path):
     measured = {"command": "x", "device": "y", "conditions": "z"}
     for rows in (3, ["x"], [{"what": "a", "value": "fast", "unit": "ms"}], [{"what": "a", "value": True, "unit": ""}]):
         (tmp_path / "speed.json").write_text(json.dumps({**measured, "rows": rows}))
         with pytest.raises(ValueError, match="a row is|expected a finite number"):
             read_speed(tmp_path / "speed.json")
-
-
-def test_a_card_says_that_the_weights_are_not_the_last_ones(folder):
-    state = {"global_step": 20, "max_steps": 20, "best_global_step": 5, "best_model_checkpoint": "/out/checkpoint-4"}
-    (folder / "trainer_state.json").write_text(json.dumps(state))
-    for kept, expected in (("true", "those of step 4, the best by evaluation"), ("false", None)):
-        (folder / "recipe.yaml").write_text(f"load_best_model_at_end: {kept}\n")
-        assert gather(folder, "some/tiny", CARD_FACTS).training.get("weights") == expected
 
 
 def test_a_setting_of_several_parts_is_on_the_card(folder):

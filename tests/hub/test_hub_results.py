@@ -353,6 +353,13 @@ def test_damaged_results_of_lmms_eval_are_refused(change, reason, tmp_path):
         ({"gen_kwargs": {"temperature": 0.9, "do_sample": True}}, "--gen_kwargs temperature=0.9,do_sample=True`"),
         ({"resolved_cli_args": {"repeats": 3, "offset": 0}}, "--limit 12 --repeats 3`"),
         ({"resolved_cli_args": {}, "limit": None}, "--tasks gqa --batch_size 16`"),
+        # As a shell reads it, with all that the model was told.
+        ({"gen_kwargs": "until=a b;c"}, "--gen_kwargs 'until=a b;c'`"),
+        ({"model_args": {"pretrained": "some/tiny", "prompt": "Be brief"}}, "'pretrained=some/tiny,prompt=Be brief' "),
+        (
+            {"resolved_cli_args": {"system_instruction": "Be brief.", "fewshot_as_multiturn": True}},
+            "--limit 12 --system_instruction 'Be brief.' --fewshot_as_multiturn`",
+        ),
     ],
 )
 def test_the_command_is_said_without_what_is_private(change, command, tmp_path):
@@ -615,7 +622,8 @@ def test_the_three_spellings_of_quantisation_are_those_of_transformers(card_fold
 
 
 @pytest.mark.parametrize(
-    ("method", "package"), [("bitsandbytes", "bitsandbytes"), ("torchao", "torchao"), ("quanto", "optimum-quanto")]
+    ("method", "package"),
+    [("bitsandbytes", "accelerate bitsandbytes"), ("torchao", "torchao"), ("quanto", "accelerate optimum-quanto")],
 )
 def test_the_card_of_a_quantised_model_names_what_loads_it(method, package, derived):
     folder, card = derived

@@ -199,11 +199,31 @@ def test_a_folder_of_parquet_files_with_prompts_of_their_own(pictures, tmp_path,
     ]
 
 
+def test_pictures_behind_links_are_asked_about(pictures, tmp_path):
+    """A folder of links is common, and links in a circle end."""
+    (tmp_path / "train").symlink_to(pictures)
+    (tmp_path / "circle").symlink_to(tmp_path)
+    found = [row.path for row in bulk.read_input(tmp_path, bulk.PROMPT)]
+    assert found == [f"train/{row.path}" for row in bulk.read_input(pictures, bulk.PROMPT)]
+
+
 def test_a_missing_picture_is_a_row_with_an_error(tmp_path, caption):
     pq.write_table(pa.table({"image": pa.array([None], pa.binary()), "path": [7]}), tmp_path / "one.parquet")
     assert caption(tmp_path / "one.parquet", tmp_path / "out")[0] == 0
     row = rows(tmp_path / "out")[0]
     assert (row["path"], row["answer"]) == ("7", None) and "picture of 0 bytes" in row["error"]
+
+
+def test_half_a_character_is_an_error_of_its_row(pictures, tmp_path, caption):
+    """Texts from the web have them, where an emoji was cut."""
+    name = next(pictures.glob("0*.png")).name
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text("".join(f'{{"image": "{name}", "prompt": "{p}"}}\n' for p in ("cut \\ud83d", QUESTION)))
+    status, output, _ = caption(lines, tmp_path / "out", "--images", pictures)
+    assert status == 0 and "2 of 2 pictures asked about, 1 of them with an error" in output
+    first, second = rows(tmp_path / "out")
+    assert (first["prompt"], first["answer"]) == ("cut ?", None) and "surrogates" in first["error"]
+    assert second["answer"] and second["error"] is None
 
 
 def test_question_files_of_llava(pictures, tmp_path, caption):
@@ -570,6 +590,8 @@ def test_mistakes_are_one_line(pictures, tmp_path, caption, monkeypatch):
         ("[]", "Line 1 of"),
         ('{"text": "Why?"}', "no `image`"),
         ('{"image": "a.png"}\n{"image": "a.png", "question_id": 1}', "all or none"),
+        ('{"image": "a.png", "prompt": 0}', "is 0, expected a string"),
+        ('{"image": "a.png", "prompt": []}', "is [], expected a string"),
     ):
         lines.write_text(text, encoding="utf-8")
         assert reason in refused(lines, out)
@@ -577,6 +599,9 @@ def test_mistakes_are_one_line(pictures, tmp_path, caption, monkeypatch):
     assert "Cannot read the parquet files" in refused(tmp_path / "bad.parquet", out)
     pq.write_table(pa.table({"label": [1]}), tmp_path / "other.parquet")
     assert "has no column `image` or `path`" in refused(tmp_path / "other.parquet", out)
+    mixed = pa.table({"path": ["a.png", "a.png"], "question_id": [1, None], "text": ["Why?", "Where?"]})
+    pq.write_table(mixed, tmp_path / "mixed.parquet")
+    assert "all or none" in refused(tmp_path / "mixed.parquet", out)
     for shard in ("2/2", "1", "-1/2", "0/0", "a/b"):
         assert "--shard is" in refused(pictures, out, f"--shard={shard}")
     for option in ("max-new-tokens", "batch-size", "part-size", "workers", "concurrency"):
@@ -607,5 +632,8 @@ def test_another_run_is_not_mixed_with_the_parts_of_one(pictures, tmp_path, capt
     ):
         status, _, errors = caption(pictures, out, "--part-size", 3, *changed)
         assert status == 2 and "holds another run" in errors
+    others = shutil.copytree(pictures, tmp_path / "others")  # other pictures of the same names
+    status, _, errors = caption(others, out, "--part-size", 3)
+    assert status == 2 and f"input was '{pictures}', is '{others}'" in errors
     assert {file: file.read_bytes() for file in out.iterdir()} == there
     assert "0 of 1 pictures asked about" in caption(pictures, out, "--part-size", 3, "--shard", "5/6")[1]
