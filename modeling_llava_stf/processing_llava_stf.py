@@ -753,7 +753,7 @@ def load_picture(source: Any) -> PIL.Image.Image:
     name = name if len(name) <= 200 else f"{name[:200]}..."
     try:
         picture = PIL.Image.open(_readable(source))
-        picture.load()
+        _load(picture)
     except PIL.UnidentifiedImageError as error:  # whose own words name an object in memory, if these are bytes
         raise ValueError(f"Cannot read the picture {name}: it is of no kind that PIL knows") from error
     except UNREADABLE as error:
@@ -833,9 +833,26 @@ def to_rgb(
     return picture
 
 
-def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _load(picture: PIL.Image.Image) -> None:
+    """Decodes a picture.
+
+    Pillow (seen in 13.0) maps an uncompressed TIFF with a name into memory, with the sides that it has upright although
+    its rows lie: a turned one is garbled.
+    """
+    if picture.format != "TIFF":
+        picture.load()
+        return
+    name = getattr(picture, "filename", "")
+    picture.filename = ""  # type: ignore[attr-defined] # the class of the plugin has it
     try:
         picture.load()
+    finally:
+        picture.filename = name  # type: ignore[attr-defined]
+
+
+def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        _load(picture)
     except UNREADABLE as error:
         name, reason = getattr(picture, "filename", "") or "a picture", error or type(error).__name__
         raise ValueError(f"Cannot decode {name}: {reason}. The file is damaged or not complete.") from error
@@ -1022,21 +1039,33 @@ def is_animation(picture: PIL.Image.Image) -> bool:
         return True
 
 
+def is_animated_file(path: str) -> bool:
+    """Returns whether a file is an animation, and so a video; reads its header only."""
+    try:
+        if not os.path.isfile(path):
+            return False
+        with PIL.Image.open(path) as picture:
+            return is_animation(picture)
+    except UNREADABLE:
+        return False
+
+
 def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps: float | None = None) -> list[int]:
     """Returns the indices of the frames that are shown at the sampled times: `fps` a second, or `num_frames` in all."""
     milliseconds = []
     _seek_end(animation)
-    for index in range(animation.n_frames):  # type: ignore[attr-defined] # the class of the plugin has it
+    first = int(getattr(animation, "default_image", False))  # a PNG may begin with a picture for old viewers alone
+    for index in range(first, animation.n_frames):  # type: ignore[attr-defined] # the class of the plugin has it
         animation.seek(index)
         animation.load()
         milliseconds.append(animation.info.get("duration") or FRAME_MILLISECONDS)
     ends = np.cumsum(milliseconds)
     if num_frames is not None and num_frames >= len(ends):
-        return list(range(len(ends)))
+        return list(range(first, first + len(ends)))
     # A millisecond is the shortest time that a frame is shown.
     count = num_frames or max(1, int(min(ends[-1] / 1000 * (fps or VIDEO_FPS), ends[-1])))
     times = np.arange(count) * ends[-1] / count
-    return np.unique(np.searchsorted(ends, times, side="right")).tolist()
+    return (first + np.unique(np.searchsorted(ends, times, side="right"))).tolist()
 
 
 def _seek_end(animation: PIL.Image.Image) -> None:
@@ -1117,22 +1146,37 @@ def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[
                 file.write(_downloaded(video))
                 file.flush()
                 return _file_frames(file.name, num_frames, fps)
+        if is_animated_file(video):  # whatever its name; PyAV would take other frames
+            return _animation_frames(load_picture(Path(video)), num_frames, fps)
         return _decoded_frames(video, num_frames, fps)
     except (OSError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"Cannot read the video {video!r}: {error}") from error
 
 
-def _decoded_frames(path: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
-    """Decodes evenly spread frames of a file. They have its rotation as EXIF orientation, which turns them later."""
-    found, frames = _number_of_frames(path), []
+def number_of_samples(
+    path: str, num_frames: int | None, fps: float | None, found: int | None = None
+) -> tuple[int, int]:
+    """Returns how many frames are taken of a video file, and how many it has: `found`, or else they are counted.
+
+    Raises:
+        ValueError: if it has fewer than are asked for, no frame rate, or ends before the time that its header names.
+    """
+    found = found or _number_of_frames(path)
     with _opened_video(path) as container:
         rate = container.streams.video[0].average_rate
-        if not num_frames and not rate:
-            raise ValueError("it has no frame rate. Use `num_frames`.")
-        count = num_frames or max(1, int(found / rate * fps))
-        if count > found:
-            raise ValueError(f"it has {found} frames, but `num_frames` or `fps` asks for {count}.")
-        wanted = {index * found // count for index in range(count)}
+    if not num_frames and not rate:
+        raise ValueError("it has no frame rate. Use `num_frames`.")
+    count = num_frames or max(1, int(found / rate * fps))
+    if count > found:
+        raise ValueError(f"it has {found} frames, but `num_frames` or `fps` asks for {count}.")
+    return count, found
+
+
+def _decoded_frames(path: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
+    """Decodes evenly spread frames of a file. They have its rotation as EXIF orientation, which turns them later."""
+    count, found = number_of_samples(path, num_frames, fps)
+    wanted, frames = {index * found // count for index in range(count)}, []
+    with _opened_video(path) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in wanted:
                 frames.append(PIL.Image.fromarray(frame.to_ndarray(format="rgb24")))

@@ -91,6 +91,21 @@ def test_every_orientation(marker, photo, pixels, tmp_path):
         assert torch.equal(pixels(source), pixels(np.asarray(upright)))
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("marker", range(1, 9))
+def test_a_tiff_is_upright_by_every_door(marker, mode, photo, pixels, tmp_path):
+    """Pillow garbles some that it opens by their name, and turns all, whatever is asked."""
+    exif = Image.Exif()
+    exif[MARKER] = marker
+    lying = grey_16_bit(photo, mode) if mode == "I;16" else photo.convert(mode)
+    lying.save(tmp_path / "photo.tif", exif=exif)
+    method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(marker)
+    colours = photo.convert("L") if mode == "I;16" else lying.convert("RGB")
+    expected = pixels(np.asarray(colours if method is None else colours.transpose(method)))
+    for door in ("path", "PIL", "bytes", "data URL"):
+        assert torch.equal(pixels(DOORS[door](tmp_path / "photo.tif")), expected)
+
+
 @pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.parametrize("key", ["image", "url", "path", "base64"])
 def test_a_photo_in_a_chat_is_upright(key, turn, photo, processor, pixels, tmp_path):
@@ -652,6 +667,26 @@ def test_an_animation_is_read_by_the_durations_of_its_frames(processor, tmp_path
     assert shades(processor, path, fps=2) == [0, 1, 2, 3]
     assert shades(processor, animation(tmp_path / "b.gif", 0)) == [0]  # 12 tenths of a second, as browsers have it
     assert shades(processor, animation(tmp_path / "b.gif", 0), fps=5) == [0, 2, 4, 6, 8, 10]
+
+
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "avif"])
+@pytest.mark.parametrize("name", ["a", "a.mp4"])
+def test_an_animation_of_any_name_is_read_by_its_durations(name, ending, processor, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(animation(tmp_path / f"a.{ending}", [100, 2900, 500, 500], SHADES[:4]).read_bytes())
+    assert shades(processor, str(path)) == shades(processor, path) == [0, 1, 2]
+
+
+def test_a_picture_before_an_animation_is_no_frame_of_it(processor, tmp_path):
+    """Viewers that know no animated PNG show it."""
+    path = animation(tmp_path / "a.png", default_image=True)
+    assert Image.open(path).n_frames == 12
+    assert shades(processor, path) == [1, 6]  # 2.75 seconds
+    assert shades(processor, path, num_frames=99) == list(range(1, 12))
+    assert torch.equal(
+        processor.image_processor(path, return_tensors="pt")["pixel_values"],
+        processor.image_processor(SHADES[0], return_tensors="pt")["pixel_values"],
+    )
 
 
 def test_an_animation_in_a_chat(processor, tmp_path):
