@@ -2,6 +2,7 @@
 
 import base64
 import http.server
+import json
 import os
 import struct
 import threading
@@ -21,6 +22,7 @@ from transformers import pipeline
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor, processing_llava_stf
+from modeling_llava_stf._bulk import read_input
 from modeling_llava_stf.processing_llava_stf import _padded_and_resized, to_rgb
 
 LOSSLESS = {"webp": {"lossless": True}}
@@ -158,6 +160,32 @@ def test_the_options_are_saved_and_loaded(photo, checkpoint, tmp_path):
         )
 
 
+def test_options_in_a_file_that_is_not_read_are_refused(checkpoint, tmp_path):
+    """transformers reads processor_config.json, if there is one."""
+    LlavaSTFProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    image_processor = LlavaSTFImageProcessor.from_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    assert LlavaSTFProcessor.from_pretrained(tmp_path).image_processor.do_pad
+    image_processor.do_pad = False
+    image_processor.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config.json has other options .* do_pad \(False against True\)"
+    ):
+        LlavaSTFProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [("do_pad", False), ("resample", 2), ("do_exif_transpose", False)])
+def test_options_in_the_wrong_place_are_refused(name, value, photo, checkpoint, processor, tmp_path):
+    for scope in ("text_kwargs", "audio_kwargs"):
+        with pytest.raises(ValueError, match=f"`{scope}` has {name}: an option of pictures has no effect there"):
+            processor(images=photo, text="<image>", **{scope: {name: value}})
+    LlavaSTFProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=f"has {name} beside `image_processor`, where it has no effect"):
+        LlavaSTFProcessor.from_pretrained(tmp_path)
+
+
 def test_a_checkpoint_without_the_options_turns_photos_upright(processor):
     assert processor.image_processor.do_exif_transpose is True
     assert processor.image_processor.alpha_background is None
@@ -232,6 +260,15 @@ def test_transparency_of_16_bit_grey(photo, pixels, tmp_path):
     painted = np.where(grey == grey[0, 0], 255, grey >> 8).astype(np.uint8)
     assert torch.equal(pixels(tmp_path / "a.png", **WHITE), pixels(painted))
     assert torch.equal(pixels(tmp_path / "a.png"), pixels(photo.convert("L")))
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_transparent_floats_are_not_painted_but_refused(layout, photo, pixels):
+    array = np.asarray(photo.convert("RGBA")) / 255
+    array = array.transpose(2, 0, 1) if layout == "channels_first" else array
+    assert torch.equal(pixels(array, do_rescale=False), pixels(photo))
+    with pytest.raises(ValueError, match="of floats .* `alpha_background` is painted behind .* 0 to 255"):
+        pixels(array, do_rescale=False, **WHITE)
 
 
 def test_an_unknown_colour_is_refused(photo, pixels):
@@ -426,6 +463,8 @@ def test_a_strip_of_scaled_numbers_is_not_padded_to_its_square(pixels):
         ({"image_std": [-1.0, 0.5, 0.5]}, "`image_std` is .* above 0"),
         ({"image_std": [0.5, 0.5, float("inf")]}, "`image_std` is .* above 0"),
         ({"crop_size": {"height": 0, "width": 56}}, "`crop_size` is 0 x 56"),
+        *(({"resample": value}, "`resample` is .* such as 3") for value in ("bicubic", 3.0)),  # became bilinear
+        ({"data_format": "channels_last"}, "`data_format` is 'channels_last'"),
     ],
 )
 def test_settings_that_give_no_pixels_are_refused(settings, message, photo, processor):
@@ -458,6 +497,15 @@ def test_of_several_pictures_in_a_file_the_first_is_taken(ending, photo, pixels,
     assert first.n_frames == 2
     assert torch.equal(pixels(str(path)), pixels(np.asarray(first.convert("RGB"))))
     assert torch.equal(pixels(Image.open(path)), pixels(str(path)))
+
+
+def test_an_mpo_is_a_picture_in_a_folder_and_among_frames(photo, processor, tmp_path):
+    """Cameras with two lenses write them. PIL has no opener for their name."""
+    photo.save(tmp_path / "photo.MPO", save_all=True, append_images=[photo.rotate(180)])
+    (row,) = read_input(tmp_path, "What?")
+    assert row.picture == tmp_path / "photo.MPO"
+    frames = processor(videos=[[row.picture]], text="<video>", return_tensors="pt", do_pad=True)
+    assert torch.equal(frames["pixel_values"], processor(images=row.picture, return_tensors="pt")["pixel_values"])
 
 
 def test_half_a_jpeg_is_refused_by_every_door(photo, pixels, tmp_path):

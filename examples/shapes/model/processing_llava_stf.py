@@ -5,6 +5,7 @@
 import asyncio
 import base64
 import copy
+import enum
 import inspect
 import json
 import math
@@ -33,6 +34,7 @@ from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import (
+    AudioKwargs,
     ImagesKwargs,
     MultiModalData,
     ProcessingKwargs,
@@ -106,7 +108,9 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     max_soft_tokens: Any  # the processors check it
 
 
-OWN_OPTIONS = LlavaSTFImagesKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+# Options that pictures alone have; of `text_kwargs` and `audio_kwargs` none has an effect on them.
+OF_PICTURES = LlavaSTFImagesKwargs.__annotations__.keys() - TextKwargs.__annotations__.keys()
+OF_PICTURES -= AudioKwargs.__annotations__.keys()
 # A call of the processor takes these; what `apply_chat_template` takes itself, such as `return_tensors`, is left out.
 OPTIONS = {
     *LlavaSTFImagesKwargs.__annotations__,
@@ -165,6 +169,11 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             array = _as_array(image)
             layout = kwargs.pop("input_data_format", None)
             if array.dtype.kind == "f" and not kwargs.get("do_rescale"):
+                if alpha_background is not None and array.ndim == 3 and 4 in (array.shape[0], array.shape[-1]):
+                    raise ValueError(
+                        f"A picture of floats has the shape {array.shape}: `alpha_background` is painted behind a "
+                        "picture of numbers from 0 to 255. Give these without `do_rescale=False`, or leave alpha out."
+                    )
                 return _scaled_floats(array, layout, unchanged=not (kwargs.get("do_pad") or kwargs.get("do_resize")))
             image = _as_pictures([array], layout)[0]
         if not do_convert_rgb:
@@ -216,6 +225,13 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             if values is not None and not (np.shape(values) == (3,) and all(least < x < math.inf for x in values)):
                 positive = " above 0" if name == "image_std" else ""
                 raise ValueError(f"`{name}` is {values}, expected three finite numbers{positive}.")
+        resample, layout = kwargs.get("resample"), kwargs.get("data_format")
+        if kwargs.get("do_resize") and not isinstance(resample, (int, enum.Enum)):  # the stock class would take another
+            raise ValueError(
+                f"`resample` is {resample!r}, expected a number of `PIL.Image.Resampling`, such as 3 (bicubic)."
+            )
+        if layout is not None and ChannelDimension(layout) is not ChannelDimension.FIRST:
+            raise ValueError(f"`data_format` is {str(layout)!r}, expected 'channels_first', as the model takes pixels.")
         crop: Any = kwargs.get("crop_size")
         if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
             raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
@@ -340,6 +356,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         A pipeline's `save_pretrained` writes tokenizer and image processor, but no processor_config.json.
         """
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        _refuse_two_answers(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""), settings)
         if not any(name in settings for name in MODEL_SETTINGS):
             where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             settings |= _settings_of_model(pretrained_model_name_or_path, where)
@@ -693,7 +710,7 @@ def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
             f"`from_pretrained` got {', '.join(of_calls)}, which a processor takes at its calls only. Give a default "
             "for all pictures and frames without that dictionary, such as `from_pretrained(..., max_soft_tokens=36)`."
         )
-    misplaced = saved.keys() & OWN_OPTIONS
+    misplaced = saved.keys() & OF_PICTURES
     if misplaced:
         raise ValueError(
             f"processor_config.json has {', '.join(sorted(misplaced))} beside `image_processor`, where it has no "
@@ -701,10 +718,31 @@ def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
         )
 
 
+def _refuse_two_answers(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises a `ValueError` if a folder's preprocessor_config.json has other options than those that are read.
+
+    `save_pretrained` of an image processor writes that file; beside a processor_config.json it has no effect.
+    """
+    file, read = folder / "preprocessor_config.json", settings.get("image_processor")
+    if not isinstance(read, dict) or not file.is_file():
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    others = [
+        f"{name} ({found[name]!r} against {read[name]!r})"
+        for name in sorted(OF_PICTURES & found.keys() & read.keys())
+        if found[name] != read[name]
+    ]
+    if others:
+        raise ValueError(
+            f"{file} has other options than `image_processor` in processor_config.json, which is read: "
+            f"{', '.join(others)}. Remove one of the files, or save the whole processor with the options that you want."
+        )
+
+
 def _refuse_misplaced(given: dict[str, Any]) -> None:
     """Raises a `ValueError` for options of pictures among those of text or sound, where they have no effect."""
     for scope in ("text_kwargs", "audio_kwargs"):
-        misplaced = (given.get(scope) or {}).keys() & OWN_OPTIONS
+        misplaced = (given.get(scope) or {}).keys() & OF_PICTURES
         if misplaced:
             raise ValueError(
                 f"`{scope}` has {', '.join(sorted(misplaced))}: an option of pictures has no effect there. Give it in "
@@ -1028,7 +1066,7 @@ def is_picture(path: Any) -> bool:
         return True
     suffix = os.path.splitext(urlparse(str(path)).path if "://" in str(path) else path)[1].lower()
     kind = PIL.Image.registered_extensions().get(suffix)
-    return kind in PIL.Image.OPEN and kind != "MPEG"
+    return kind == "MPO" or (kind in PIL.Image.OPEN and kind != "MPEG")  # PIL opens the first as a JPEG, the last never
 
 
 def is_animation(picture: PIL.Image.Image) -> bool:
