@@ -108,9 +108,9 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     max_soft_tokens: Any  # the processors check it
 
 
-# Options that pictures alone have; of `text_kwargs` and `audio_kwargs` none has an effect on them.
-OF_PICTURES = LlavaSTFImagesKwargs.__annotations__.keys() - TextKwargs.__annotations__.keys()
-OF_PICTURES -= AudioKwargs.__annotations__.keys()
+# Options that pictures and videos alone have.
+OF_PICTURES = LlavaSTFImagesKwargs.__annotations__.keys() | VideosKwargs.__annotations__.keys()
+OF_PICTURES -= TextKwargs.__annotations__.keys() | AudioKwargs.__annotations__.keys()
 # A call of the processor takes these; what `apply_chat_template` takes itself, such as `return_tensors`, is left out.
 OPTIONS = {
     *LlavaSTFImagesKwargs.__annotations__,
@@ -657,6 +657,14 @@ class LlavaSTFProcessor(LlavaProcessor):
         image_kwargs.setdefault("do_pad", False)
         pixels = []
         for video in videos:
+            if kwargs.get("do_sample_frames") is False and (
+                isinstance(video, (str, Path, PIL.Image.Image))
+                or any(number is not None for number in sampling.values())
+            ):
+                raise ValueError(
+                    "`do_sample_frames` is False, but a file or an animation is sampled, and so are frames with "
+                    "`num_frames`. Give a list of all frames alone, or say with `fps` or `num_frames` how many to take."
+                )
             frames = _frames(video, **sampling)
             if image_kwargs.get("do_rescale", self.image_processor.do_rescale) and not any(
                 isinstance(frame, PIL.Image.Image) for frame in frames

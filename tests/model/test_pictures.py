@@ -174,7 +174,7 @@ def test_options_in_a_file_that_is_not_read_are_refused(checkpoint, tmp_path):
         LlavaSTFProcessor.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("name, value", [("do_pad", False), ("resample", 2), ("do_exif_transpose", False)])
+@pytest.mark.parametrize("name, value", [("do_pad", False), ("do_exif_transpose", False), ("num_frames", 2)])
 def test_options_in_the_wrong_place_are_refused(name, value, photo, checkpoint, processor, tmp_path):
     for scope in ("text_kwargs", "audio_kwargs"):
         with pytest.raises(ValueError, match=f"`{scope}` has {name}: an option of pictures has no effect there"):
@@ -775,6 +775,18 @@ def test_pictures_of_one_frame_are_the_frames_of_one_video(processor, tmp_path):
 def test_a_sampling_that_makes_no_sense_is_refused(sampling, message, processor, tmp_path):
     with pytest.raises(ValueError, match=message):
         shades(processor, animation(tmp_path / "a.gif"), **sampling)
+
+
+def test_all_frames_of_a_file_are_not_asked_for_in_vain(processor, tmp_path):
+    """transformers takes all of them then."""
+    for video, sampling in (
+        (film(tmp_path / "a.mp4"), {}),
+        (animation(tmp_path / "a.gif"), {}),
+        (SHADES, {"num_frames": 3}),
+    ):
+        with pytest.raises(ValueError, match="`do_sample_frames` is False, but"):
+            shades(processor, video, do_sample_frames=False, **sampling)
+    assert shades(processor, SHADES, do_sample_frames=False) == list(range(12))
 
 
 def test_frames_are_read_as_pictures_are(processor, photo, pixels, tmp_path):
