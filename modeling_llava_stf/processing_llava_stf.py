@@ -590,7 +590,12 @@ class LlavaSTFProcessor(LlavaProcessor):
     ) -> tuple:
         """Loads pictures, and flattens videos to one list; pictures in a list per prompt stay so, to be counted."""
         images = self.image_processor.fetch_images([] if images is None else images)
-        videos = list(_flat_videos(videos)) if videos is not None else None
+        if videos is not None:
+            per_prompt = isinstance(videos, (list, tuple)) and all(_is_list_of_videos(item) for item in videos)
+            groups = [list(_flat_videos(item)) for item in (videos if per_prompt else [videos])]
+            if per_prompt and text is not None:
+                self._check_count(self.video_token, [text] if isinstance(text, str) else text, [*map(len, groups)])
+            videos = [video for group in groups for video in group]
         has_images = bool(_flat_images(images))
         return super().prepare_inputs_layout(
             images=images if has_images else None, text=text, videos=videos or None, audio=audio, **kwargs
@@ -624,7 +629,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         self._check_count(self.video_token, text, [len(videos or [])])
 
     def _check_count(self, token: str, text: list[str], given: list[int]) -> None:
-        expected = [prompt.count(token) for prompt in text]
+        expected = [prompt.count(token) for prompt in text if isinstance(prompt, str)]
         if expected == given or (len(given) != len(expected) and sum(expected) == sum(given)):
             return
         raise ValueError(
@@ -1140,6 +1145,11 @@ def _flat_videos(videos: Any) -> Iterator[Any]:
 
 def _is_frame(item: Any) -> bool:
     return is_picture(item) or isinstance(item, PIL.Image.Image) or getattr(item, "ndim", None) in (2, 3)
+
+
+def _is_list_of_videos(item: Any) -> bool:
+    """Returns whether this may be the list of a prompt's videos: it is a list, but not one of frames."""
+    return isinstance(item, (list, tuple)) and not (item and _is_frame(item[0]))
 
 
 def _separated(frames: list) -> list:
