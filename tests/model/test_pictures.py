@@ -812,10 +812,10 @@ SHOWN = [(1, 0, 0, 1), (-1, 0, 0, 1), (-1, 0, 0, -1), (1, 0, 0, -1), (0, 1, 1, 0
 SHOWN += [(0, -1, 1, 0)]
 
 
-def film(path, frames=SHADES, rate=4, matrix=None, codec="libx264", **options):
+def film(path, frames=SHADES, rate=4, matrix=None, codec="libx264", pix_fmt="yuv420p", **options):
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, pix_fmt
         if matrix:
             a, b, c, d = (number * 2**16 for number in matrix)
             stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 2**30])
@@ -889,6 +889,18 @@ def test_a_video_that_was_cut_off_is_refused(ending, photo, processor, tmp_path)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"cut.{ending}.*ends after .* of .* seconds. The file is damaged"):
         processor(videos=str(cut), text="<video>")
+
+
+@pytest.mark.parametrize(("rate", "number"), [(25, 29), (30, 12), (15, 13), (24, 20)])
+def test_rounding_loses_no_frame(rate, number, processor, tmp_path):
+    """With floats, 29 frames of a 25th of a second are less than 29 at 25.0 a second."""
+    frames = [SHADES[index % 12] for index in range(number)]
+    expected = [index % 12 for index in range(number)]
+    png = {"codec": "apng", "pix_fmt": "rgb24"}  # PIL writes whole milliseconds
+    files = [film(tmp_path / "a.mkv", frames, rate), film(tmp_path / "a.apng", frames, rate, **png)]
+    files += [animation(tmp_path / "a.gif", 40, frames)] if rate == 25 else []
+    for path in files:
+        assert shades(processor, path, fps=float(rate)) == shades(processor, path, fps=rate) == expected
 
 
 def test_what_a_video_file_cannot_give_is_refused(processor, tmp_path):

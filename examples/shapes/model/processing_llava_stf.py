@@ -16,10 +16,12 @@ import sys
 import tempfile
 import threading
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from io import BytesIO
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -1109,14 +1111,20 @@ def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps:
     for index in range(first, animation.n_frames):  # type: ignore[attr-defined] # the class of the plugin has it
         animation.seek(index)
         animation.load()
-        milliseconds.append(animation.info.get("duration") or FRAME_MILLISECONDS)
-    ends = np.cumsum(milliseconds)
+        # Formats write a number of ticks; PIL gives a float, with which a frame's end and a sampled time would differ.
+        duration = Fraction(animation.info.get("duration") or FRAME_MILLISECONDS)
+        milliseconds.append(duration.limit_denominator(2**16))
+    ends = [*accumulate(milliseconds)]
     if num_frames is not None and num_frames >= len(ends):
         return list(range(first, first + len(ends)))
     # A millisecond is the shortest time that a frame is shown.
-    count = num_frames or max(1, int(min(ends[-1] / 1000 * (fps or VIDEO_FPS), ends[-1])))
-    times = np.arange(count) * ends[-1] / count
-    return (first + np.unique(np.searchsorted(ends, times, side="right"))).tolist()
+    count = num_frames or max(1, min(_frames_in(ends[-1] / 1000, fps or VIDEO_FPS), int(ends[-1])))
+    return sorted({first + bisect_right(ends, ends[-1] * place / count) for place in range(count)})
+
+
+def _frames_in(seconds: Fraction, fps: float) -> int:
+    """Returns how many frames are sampled, at least one; with floats 29 frames at 25.0 a second would give 28."""
+    return max(1, int(seconds * Fraction(str(fps))))
 
 
 def _seek_end(animation: PIL.Image.Image) -> None:
@@ -1222,7 +1230,7 @@ def number_of_samples(
         rate = container.streams.video[0].average_rate
     if not num_frames and not rate:
         raise ValueError("it has no frame rate. Use `num_frames`.")
-    count = num_frames or max(1, int(found / rate * fps))
+    count = num_frames or _frames_in(found / rate, fps or VIDEO_FPS)
     if count > found:
         raise ValueError(f"it has {found} frames, but `num_frames` or `fps` asks for {count}.")
     return count, found
