@@ -452,7 +452,8 @@ def read_input(source: Path, prompt: str, images: str | None = None) -> Sequence
 def picture_endings() -> set[str]:
     """The ends of the names of files that Pillow reads, such as `.jpg`."""
     PIL.Image.init()
-    return {ending for ending, name in PIL.Image.EXTENSION.items() if name in PIL.Image.OPEN}
+    # PIL opens an MPO, a JPEG of several pictures, as a JPEG.
+    return {ending for ending, name in PIL.Image.EXTENSION.items() if name in PIL.Image.OPEN or name == "MPO"}
 
 
 def _folder_rows(folder: Path, prompt: str) -> list[Row]:

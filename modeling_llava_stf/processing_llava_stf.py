@@ -5,6 +5,7 @@
 import asyncio
 import base64
 import copy
+import enum
 import inspect
 import json
 import math
@@ -15,10 +16,12 @@ import sys
 import tempfile
 import threading
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from io import BytesIO
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -33,6 +36,7 @@ from transformers import BatchFeature, LlavaProcessor
 from transformers.image_utils import ChannelDimension
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.processing_utils import (
+    AudioKwargs,
     ImagesKwargs,
     MultiModalData,
     ProcessingKwargs,
@@ -106,7 +110,9 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     max_soft_tokens: Any  # the processors check it
 
 
-OWN_OPTIONS = LlavaSTFImagesKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+# Options that pictures and videos alone have.
+OF_PICTURES = LlavaSTFImagesKwargs.__annotations__.keys() | VideosKwargs.__annotations__.keys()
+OF_PICTURES -= TextKwargs.__annotations__.keys() | AudioKwargs.__annotations__.keys()
 # A call of the processor takes these; what `apply_chat_template` takes itself, such as `return_tensors`, is left out.
 OPTIONS = {
     *LlavaSTFImagesKwargs.__annotations__,
@@ -165,6 +171,11 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             array = _as_array(image)
             layout = kwargs.pop("input_data_format", None)
             if array.dtype.kind == "f" and not kwargs.get("do_rescale"):
+                if alpha_background is not None and array.ndim == 3 and 4 in (array.shape[0], array.shape[-1]):
+                    raise ValueError(
+                        f"A picture of floats has the shape {array.shape}: `alpha_background` is painted behind a "
+                        "picture of numbers from 0 to 255. Give these without `do_rescale=False`, or leave alpha out."
+                    )
                 return _scaled_floats(array, layout, unchanged=not (kwargs.get("do_pad") or kwargs.get("do_resize")))
             image = _as_pictures([array], layout)[0]
         if not do_convert_rgb:
@@ -216,6 +227,13 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
             if values is not None and not (np.shape(values) == (3,) and all(least < x < math.inf for x in values)):
                 positive = " above 0" if name == "image_std" else ""
                 raise ValueError(f"`{name}` is {values}, expected three finite numbers{positive}.")
+        resample, layout = kwargs.get("resample"), kwargs.get("data_format")
+        if kwargs.get("do_resize") and not isinstance(resample, (int, enum.Enum)):  # the stock class would take another
+            raise ValueError(
+                f"`resample` is {resample!r}, expected a number of `PIL.Image.Resampling`, such as 3 (bicubic)."
+            )
+        if layout is not None and ChannelDimension(layout) is not ChannelDimension.FIRST:
+            raise ValueError(f"`data_format` is {str(layout)!r}, expected 'channels_first', as the model takes pixels.")
         crop: Any = kwargs.get("crop_size")
         if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
             raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
@@ -340,6 +358,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         A pipeline's `save_pretrained` writes tokenizer and image processor, but no processor_config.json.
         """
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        _refuse_two_answers(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""), settings)
         if not any(name in settings for name in MODEL_SETTINGS):
             where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             settings |= _settings_of_model(pretrained_model_name_or_path, where)
@@ -573,7 +592,12 @@ class LlavaSTFProcessor(LlavaProcessor):
     ) -> tuple:
         """Loads pictures, and flattens videos to one list; pictures in a list per prompt stay so, to be counted."""
         images = self.image_processor.fetch_images([] if images is None else images)
-        videos = list(_flat_videos(videos)) if videos is not None else None
+        if videos is not None:
+            per_prompt = isinstance(videos, (list, tuple)) and all(_is_list_of_videos(item) for item in videos)
+            groups = [list(_flat_videos(item)) for item in (videos if per_prompt else [videos])]
+            if per_prompt and text is not None:
+                self._check_count(self.video_token, [text] if isinstance(text, str) else text, [*map(len, groups)])
+            videos = [video for group in groups for video in group]
         has_images = bool(_flat_images(images))
         return super().prepare_inputs_layout(
             images=images if has_images else None, text=text, videos=videos or None, audio=audio, **kwargs
@@ -607,7 +631,7 @@ class LlavaSTFProcessor(LlavaProcessor):
         self._check_count(self.video_token, text, [len(videos or [])])
 
     def _check_count(self, token: str, text: list[str], given: list[int]) -> None:
-        expected = [prompt.count(token) for prompt in text]
+        expected = [prompt.count(token) for prompt in text if isinstance(prompt, str)]
         if expected == given or (len(given) != len(expected) and sum(expected) == sum(given)):
             return
         raise ValueError(
@@ -640,6 +664,14 @@ class LlavaSTFProcessor(LlavaProcessor):
         image_kwargs.setdefault("do_pad", False)
         pixels = []
         for video in videos:
+            if kwargs.get("do_sample_frames") is False and (
+                isinstance(video, (str, Path, PIL.Image.Image))
+                or any(number is not None for number in sampling.values())
+            ):
+                raise ValueError(
+                    "`do_sample_frames` is False, but a file or an animation is sampled, and so are frames with "
+                    "`num_frames`. Give a list of all frames alone, or say with `fps` or `num_frames` how many to take."
+                )
             frames = _frames(video, **sampling)
             if image_kwargs.get("do_rescale", self.image_processor.do_rescale) and not any(
                 isinstance(frame, PIL.Image.Image) for frame in frames
@@ -693,7 +725,7 @@ def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
             f"`from_pretrained` got {', '.join(of_calls)}, which a processor takes at its calls only. Give a default "
             "for all pictures and frames without that dictionary, such as `from_pretrained(..., max_soft_tokens=36)`."
         )
-    misplaced = saved.keys() & OWN_OPTIONS
+    misplaced = saved.keys() & OF_PICTURES
     if misplaced:
         raise ValueError(
             f"processor_config.json has {', '.join(sorted(misplaced))} beside `image_processor`, where it has no "
@@ -701,10 +733,31 @@ def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
         )
 
 
+def _refuse_two_answers(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises a `ValueError` if a folder's preprocessor_config.json has other options than those that are read.
+
+    `save_pretrained` of an image processor writes that file; beside a processor_config.json it has no effect.
+    """
+    file, read = folder / "preprocessor_config.json", settings.get("image_processor")
+    if not isinstance(read, dict) or not file.is_file():
+        return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    others = [
+        f"{name} ({found[name]!r} against {read[name]!r})"
+        for name in sorted(OF_PICTURES & found.keys() & read.keys())
+        if found[name] != read[name]
+    ]
+    if others:
+        raise ValueError(
+            f"{file} has other options than `image_processor` in processor_config.json, which is read: "
+            f"{', '.join(others)}. Remove one of the files, or save the whole processor with the options that you want."
+        )
+
+
 def _refuse_misplaced(given: dict[str, Any]) -> None:
     """Raises a `ValueError` for options of pictures among those of text or sound, where they have no effect."""
     for scope in ("text_kwargs", "audio_kwargs"):
-        misplaced = (given.get(scope) or {}).keys() & OWN_OPTIONS
+        misplaced = (given.get(scope) or {}).keys() & OF_PICTURES
         if misplaced:
             raise ValueError(
                 f"`{scope}` has {', '.join(sorted(misplaced))}: an option of pictures has no effect there. Give it in "
@@ -753,7 +806,7 @@ def load_picture(source: Any) -> PIL.Image.Image:
     name = name if len(name) <= 200 else f"{name[:200]}..."
     try:
         picture = PIL.Image.open(_readable(source))
-        picture.load()
+        _load(picture)
     except PIL.UnidentifiedImageError as error:  # whose own words name an object in memory, if these are bytes
         raise ValueError(f"Cannot read the picture {name}: it is of no kind that PIL knows") from error
     except UNREADABLE as error:
@@ -833,9 +886,26 @@ def to_rgb(
     return picture
 
 
-def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
+def _load(picture: PIL.Image.Image) -> None:
+    """Decodes a picture.
+
+    Pillow (seen in 13.0) maps an uncompressed TIFF with a name into memory, with the sides that it has upright although
+    its rows lie: a turned one is garbled.
+    """
+    if picture.format != "TIFF":
+        picture.load()
+        return
+    name = getattr(picture, "filename", "")
+    picture.filename = ""  # type: ignore[attr-defined] # the class of the plugin has it
     try:
         picture.load()
+    finally:
+        picture.filename = name  # type: ignore[attr-defined]
+
+
+def _decoded(picture: PIL.Image.Image) -> PIL.Image.Image:
+    try:
+        _load(picture)
     except UNREADABLE as error:
         name, reason = getattr(picture, "filename", "") or "a picture", error or type(error).__name__
         raise ValueError(f"Cannot decode {name}: {reason}. The file is damaged or not complete.") from error
@@ -1011,7 +1081,7 @@ def is_picture(path: Any) -> bool:
         return True
     suffix = os.path.splitext(urlparse(str(path)).path if "://" in str(path) else path)[1].lower()
     kind = PIL.Image.registered_extensions().get(suffix)
-    return kind in PIL.Image.OPEN and kind != "MPEG"
+    return kind == "MPO" or (kind in PIL.Image.OPEN and kind != "MPEG")  # PIL opens the first as a JPEG, the last never
 
 
 def is_animation(picture: PIL.Image.Image) -> bool:
@@ -1022,21 +1092,39 @@ def is_animation(picture: PIL.Image.Image) -> bool:
         return True
 
 
+def is_animated_file(path: str) -> bool:
+    """Returns whether a file is an animation, and so a video; reads its header only."""
+    try:
+        if not os.path.isfile(path):
+            return False
+        with PIL.Image.open(path) as picture:
+            return is_animation(picture)
+    except UNREADABLE:
+        return False
+
+
 def shown_frames(animation: PIL.Image.Image, num_frames: int | None = None, fps: float | None = None) -> list[int]:
     """Returns the indices of the frames that are shown at the sampled times: `fps` a second, or `num_frames` in all."""
     milliseconds = []
     _seek_end(animation)
-    for index in range(animation.n_frames):  # type: ignore[attr-defined] # the class of the plugin has it
+    first = int(getattr(animation, "default_image", False))  # a PNG may begin with a picture for old viewers alone
+    for index in range(first, animation.n_frames):  # type: ignore[attr-defined] # the class of the plugin has it
         animation.seek(index)
         animation.load()
-        milliseconds.append(animation.info.get("duration") or FRAME_MILLISECONDS)
-    ends = np.cumsum(milliseconds)
+        # Formats write a number of ticks; PIL gives a float, with which a frame's end and a sampled time would differ.
+        duration = Fraction(animation.info.get("duration") or FRAME_MILLISECONDS)
+        milliseconds.append(duration.limit_denominator(2**16))
+    ends = [*accumulate(milliseconds)]
     if num_frames is not None and num_frames >= len(ends):
-        return list(range(len(ends)))
+        return list(range(first, first + len(ends)))
     # A millisecond is the shortest time that a frame is shown.
-    count = num_frames or max(1, int(min(ends[-1] / 1000 * (fps or VIDEO_FPS), ends[-1])))
-    times = np.arange(count) * ends[-1] / count
-    return np.unique(np.searchsorted(ends, times, side="right")).tolist()
+    count = num_frames or max(1, min(_frames_in(ends[-1] / 1000, fps or VIDEO_FPS), int(ends[-1])))
+    return sorted({first + bisect_right(ends, ends[-1] * place / count) for place in range(count)})
+
+
+def _frames_in(seconds: Fraction, fps: float) -> int:
+    """Returns how many frames are sampled, at least one; with floats 29 frames at 25.0 a second would give 28."""
+    return max(1, int(seconds * Fraction(str(fps))))
 
 
 def _seek_end(animation: PIL.Image.Image) -> None:
@@ -1065,6 +1153,11 @@ def _flat_videos(videos: Any) -> Iterator[Any]:
 
 def _is_frame(item: Any) -> bool:
     return is_picture(item) or isinstance(item, PIL.Image.Image) or getattr(item, "ndim", None) in (2, 3)
+
+
+def _is_list_of_videos(item: Any) -> bool:
+    """Returns whether this may be the list of a prompt's videos: it is a list, but not one of frames."""
+    return isinstance(item, (list, tuple)) and not (item and _is_frame(item[0]))
 
 
 def _separated(frames: list) -> list:
@@ -1117,22 +1210,37 @@ def _file_frames(video: str, num_frames: int | None, fps: float | None) -> list[
                 file.write(_downloaded(video))
                 file.flush()
                 return _file_frames(file.name, num_frames, fps)
+        if is_animated_file(video):  # whatever its name; PyAV would take other frames
+            return _animation_frames(load_picture(Path(video)), num_frames, fps)
         return _decoded_frames(video, num_frames, fps)
     except (OSError, TypeError, ValueError, IndexError) as error:
         raise ValueError(f"Cannot read the video {video!r}: {error}") from error
 
 
-def _decoded_frames(path: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
-    """Decodes evenly spread frames of a file. They have its rotation as EXIF orientation, which turns them later."""
-    found, frames = _number_of_frames(path), []
+def number_of_samples(
+    path: str, num_frames: int | None, fps: float | None, found: int | None = None
+) -> tuple[int, int]:
+    """Returns how many frames are taken of a video file, and how many it has: `found`, or else they are counted.
+
+    Raises:
+        ValueError: if it has fewer than are asked for, no frame rate, or ends before the time that its header names.
+    """
+    found = found or _number_of_frames(path)
     with _opened_video(path) as container:
         rate = container.streams.video[0].average_rate
-        if not num_frames and not rate:
-            raise ValueError("it has no frame rate. Use `num_frames`.")
-        count = num_frames or max(1, int(found / rate * fps))
-        if count > found:
-            raise ValueError(f"it has {found} frames, but `num_frames` or `fps` asks for {count}.")
-        wanted = {index * found // count for index in range(count)}
+    if not num_frames and not rate:
+        raise ValueError("it has no frame rate. Use `num_frames`.")
+    count = num_frames or _frames_in(found / rate, fps or VIDEO_FPS)
+    if count > found:
+        raise ValueError(f"it has {found} frames, but `num_frames` or `fps` asks for {count}.")
+    return count, found
+
+
+def _decoded_frames(path: str, num_frames: int | None, fps: float | None) -> list[PIL.Image.Image]:
+    """Decodes evenly spread frames of a file. They have its rotation as EXIF orientation, which turns them later."""
+    count, found = number_of_samples(path, num_frames, fps)
+    wanted, frames = {index * found // count for index in range(count)}, []
+    with _opened_video(path) as container:
         for index, frame in enumerate(container.decode(video=0)):
             if index in wanted:
                 frames.append(PIL.Image.fromarray(frame.to_ndarray(format="rgb24")))

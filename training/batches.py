@@ -9,11 +9,11 @@ from typing import Any
 from transformers.utils import logging
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-from modeling_llava_stf.processing_llava_stf import is_picture
+from modeling_llava_stf.processing_llava_stf import is_animated_file, is_picture
 
 from .budgets import TokenBudgets
 from .checks import check_tokens, open_image
-from .rows import NO_TARGET, TOO_LONG, DataError, is_animated, is_row, to_row
+from .rows import NO_TARGET, TOO_LONG, DataError, is_row, to_row
 from .upstream import leave_out_image_tokens, with_options
 
 logger = logging.get_logger(__name__)
@@ -89,6 +89,6 @@ class Collator(DataCollatorForVisionLanguageModeling):
         return row
 
     def _frames_or_file(self, video: list[str]) -> Any:
-        if not is_picture(video[0]) or (len(video) == 1 and is_animated(video[0])):
+        if not is_picture(video[0]) or (len(video) == 1 and is_animated_file(video[0])):
             return video[0]
         return [open_image({"path": frame, "bytes": None}, self.processor.image_processor) for frame in video]

@@ -19,8 +19,10 @@ from modeling_llava_stf.processing_llava_stf import (
     VIDEO_FPS,
     LlavaSTFImageProcessor,
     LlavaSTFProcessor,
+    is_animated_file,
     is_picture,
     load_picture,
+    number_of_samples,
     shown_frames,
     to_rgb,
 )
@@ -34,7 +36,6 @@ from .rows import (
     PLACEHOLDER,
     TOO_LONG,
     DataError,
-    is_animated,
 )
 
 logger = logging.get_logger(__name__)
@@ -184,14 +185,14 @@ def open_image(image: Any, image_processor: Any = None) -> PIL.Image.Image:
 
 def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
     """Frames that the processor will read: those that are listed, or one for each second of a file."""
-    if len(video) == 1 and is_animated(video[0]):
+    if len(video) == 1 and is_animated_file(video[0]):
         try:
             return len(shown_frames(load_picture(video[0])))
         except UNREADABLE as error:
             raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
     if is_picture(video[0]):
         for frame in video:
-            if is_animated(frame):
+            if is_animated_file(frame):
                 raise DataError(f"{BAD_IMAGE}: {frame}: an animation among frames; it is a video of its own")
             check_image({"path": frame, "bytes": None}, decode, image_processor)
         return len(video)
@@ -201,15 +202,12 @@ def count_frames(video: list[str], decode: bool, image_processor: Any) -> int:
 
     try:
         with av.open(video[0]) as container:
-            stream = container.streams.video[0]
-            if not stream.average_rate or not stream.frames:
-                raise DataError(f"{BAD_IMAGE}: {video[0]}: it does not say how many frames it has; make it an .mp4")
-            wanted = max(1, int(stream.frames / stream.average_rate * VIDEO_FPS))
-            if wanted > stream.frames:
-                raise DataError(f"{BAD_IMAGE}: {video[0]}: {stream.frames} frames, fewer than one a second")
-            return wanted
-    except (OSError, IndexError, av.FFmpegError) as error:
+            rate, named = container.streams.video[0].average_rate, container.streams.video[0].frames
+        if rate and named:
+            return number_of_samples(video[0], None, VIDEO_FPS, None if decode else named)[0]
+    except (*UNREADABLE, av.FFmpegError) as error:
         raise DataError(f"{BAD_IMAGE}: {video[0]}: {error}") from error
+    raise DataError(f"{BAD_IMAGE}: {video[0]}: it does not say how many frames it has; make it an .mp4")
 
 
 @dataclass

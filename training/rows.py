@@ -30,11 +30,7 @@ import PIL.Image
 from datasets import Dataset, Features, IterableDataset, List, Value
 from datasets.packaged_modules.json.json import Json as JsonBuilder
 
-from modeling_llava_stf.processing_llava_stf import (
-    UNREADABLE,
-    is_animation,
-    is_picture,
-)
+from modeling_llava_stf.processing_llava_stf import is_animated_file, is_picture
 
 PLACEHOLDERS = {"image": "<image>", "video": "<video>"}
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -427,18 +423,7 @@ def _videos(example: dict[str, Any], root: str) -> list:
     """Returns files, or lists of frames: pictures are the frames of one video, unless all of them are animations."""
     videos = _listed(example, "video", "videos")
     frames = videos and all(is_picture(item) for item in videos)
-    return [videos] if frames and not all(is_animated(os.path.join(root, item)) for item in videos) else videos
-
-
-def is_animated(path: str) -> bool:
-    """Tells whether a file is an animated picture, and so a video; reads its header only."""
-    try:
-        if not is_picture(path) or not os.path.isfile(path):
-            return False
-        with PIL.Image.open(path) as picture:
-            return is_animation(picture)
-    except UNREADABLE:
-        return False
+    return [videos] if frames and not all(is_animated_file(os.path.join(root, item)) for item in videos) else videos
 
 
 def _reference(image: Any, root: str) -> Any:
@@ -458,6 +443,11 @@ def _frame_paths(video: Any, root: str) -> list[str]:
     paths = video if isinstance(video, list) else [video]
     if not paths or not all(isinstance(path, str) for path in paths):
         raise DataError(f"{BAD_IMAGE}: the video {video!r:.100}, expected the path of a file or those of its frames")
+    if len(paths) > 1 and not all(is_picture(path) for path in paths):
+        raise DataError(
+            f"{BAD_IMAGE}: the video {video!r:.100} is a list in which not all are pictures, expected the path of one "
+            "file, or those of its frames, whose names end as those of pictures do"
+        )
     return [os.path.join(root, _written(path, "a path", BAD_IMAGE)) for path in paths]
 
 

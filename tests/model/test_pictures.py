@@ -2,6 +2,7 @@
 
 import base64
 import http.server
+import json
 import os
 import struct
 import threading
@@ -21,6 +22,7 @@ from transformers import pipeline
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from modeling_llava_stf import LlavaSTFImageProcessor, LlavaSTFProcessor, processing_llava_stf
+from modeling_llava_stf._bulk import read_input
 from modeling_llava_stf.processing_llava_stf import _padded_and_resized, to_rgb
 
 LOSSLESS = {"webp": {"lossless": True}}
@@ -91,6 +93,21 @@ def test_every_orientation(marker, photo, pixels, tmp_path):
         assert torch.equal(pixels(source), pixels(np.asarray(upright)))
 
 
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+@pytest.mark.parametrize("marker", range(1, 9))
+def test_a_tiff_is_upright_by_every_door(marker, mode, photo, pixels, tmp_path):
+    """Pillow garbles some that it opens by their name, and turns all, whatever is asked."""
+    exif = Image.Exif()
+    exif[MARKER] = marker
+    lying = grey_16_bit(photo, mode) if mode == "I;16" else photo.convert(mode)
+    lying.save(tmp_path / "photo.tif", exif=exif)
+    method = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}.get(marker)
+    colours = photo.convert("L") if mode == "I;16" else lying.convert("RGB")
+    expected = pixels(np.asarray(colours if method is None else colours.transpose(method)))
+    for door in ("path", "PIL", "bytes", "data URL"):
+        assert torch.equal(pixels(DOORS[door](tmp_path / "photo.tif")), expected)
+
+
 @pytest.mark.parametrize("turn", [True, False])
 @pytest.mark.parametrize("key", ["image", "url", "path", "base64"])
 def test_a_photo_in_a_chat_is_upright(key, turn, photo, processor, pixels, tmp_path):
@@ -141,6 +158,32 @@ def test_the_options_are_saved_and_loaded(photo, checkpoint, tmp_path):
             image_processor(str(path), return_tensors="pt").pixel_values,
             image_processor(photo, return_tensors="pt").pixel_values,
         )
+
+
+def test_options_in_a_file_that_is_not_read_are_refused(checkpoint, tmp_path):
+    """transformers reads processor_config.json, if there is one."""
+    LlavaSTFProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    image_processor = LlavaSTFImageProcessor.from_pretrained(tmp_path)
+    image_processor.save_pretrained(tmp_path)
+    assert LlavaSTFProcessor.from_pretrained(tmp_path).image_processor.do_pad
+    image_processor.do_pad = False
+    image_processor.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"preprocessor_config.json has other options .* do_pad \(False against True\)"
+    ):
+        LlavaSTFProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name, value", [("do_pad", False), ("do_exif_transpose", False), ("num_frames", 2)])
+def test_options_in_the_wrong_place_are_refused(name, value, photo, checkpoint, processor, tmp_path):
+    for scope in ("text_kwargs", "audio_kwargs"):
+        with pytest.raises(ValueError, match=f"`{scope}` has {name}: an option of pictures has no effect there"):
+            processor(images=photo, text="<image>", **{scope: {name: value}})
+    LlavaSTFProcessor.from_pretrained(checkpoint).save_pretrained(tmp_path)
+    file = tmp_path / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    with pytest.raises(ValueError, match=f"has {name} beside `image_processor`, where it has no effect"):
+        LlavaSTFProcessor.from_pretrained(tmp_path)
 
 
 def test_a_checkpoint_without_the_options_turns_photos_upright(processor):
@@ -217,6 +260,15 @@ def test_transparency_of_16_bit_grey(photo, pixels, tmp_path):
     painted = np.where(grey == grey[0, 0], 255, grey >> 8).astype(np.uint8)
     assert torch.equal(pixels(tmp_path / "a.png", **WHITE), pixels(painted))
     assert torch.equal(pixels(tmp_path / "a.png"), pixels(photo.convert("L")))
+
+
+@pytest.mark.parametrize("layout", ["channels_first", "channels_last"])
+def test_transparent_floats_are_not_painted_but_refused(layout, photo, pixels):
+    array = np.asarray(photo.convert("RGBA")) / 255
+    array = array.transpose(2, 0, 1) if layout == "channels_first" else array
+    assert torch.equal(pixels(array, do_rescale=False), pixels(photo))
+    with pytest.raises(ValueError, match="of floats .* `alpha_background` is painted behind .* 0 to 255"):
+        pixels(array, do_rescale=False, **WHITE)
 
 
 def test_an_unknown_colour_is_refused(photo, pixels):
@@ -411,6 +463,8 @@ def test_a_strip_of_scaled_numbers_is_not_padded_to_its_square(pixels):
         ({"image_std": [-1.0, 0.5, 0.5]}, "`image_std` is .* above 0"),
         ({"image_std": [0.5, 0.5, float("inf")]}, "`image_std` is .* above 0"),
         ({"crop_size": {"height": 0, "width": 56}}, "`crop_size` is 0 x 56"),
+        *(({"resample": value}, "`resample` is .* such as 3") for value in ("bicubic", 3.0)),  # became bilinear
+        ({"data_format": "channels_last"}, "`data_format` is 'channels_last'"),
     ],
 )
 def test_settings_that_give_no_pixels_are_refused(settings, message, photo, processor):
@@ -443,6 +497,15 @@ def test_of_several_pictures_in_a_file_the_first_is_taken(ending, photo, pixels,
     assert first.n_frames == 2
     assert torch.equal(pixels(str(path)), pixels(np.asarray(first.convert("RGB"))))
     assert torch.equal(pixels(Image.open(path)), pixels(str(path)))
+
+
+def test_an_mpo_is_a_picture_in_a_folder_and_among_frames(photo, processor, tmp_path):
+    """Cameras with two lenses write them. PIL has no opener for their name."""
+    photo.save(tmp_path / "photo.MPO", save_all=True, append_images=[photo.rotate(180)])
+    (row,) = read_input(tmp_path, "What?")
+    assert row.picture == tmp_path / "photo.MPO"
+    frames = processor(videos=[[row.picture]], text="<video>", return_tensors="pt", do_pad=True)
+    assert torch.equal(frames["pixel_values"], processor(images=row.picture, return_tensors="pt")["pixel_values"])
 
 
 def test_half_a_jpeg_is_refused_by_every_door(photo, pixels, tmp_path):
@@ -654,6 +717,26 @@ def test_an_animation_is_read_by_the_durations_of_its_frames(processor, tmp_path
     assert shades(processor, animation(tmp_path / "b.gif", 0), fps=5) == [0, 2, 4, 6, 8, 10]
 
 
+@pytest.mark.parametrize("ending", ["gif", "webp", "png", "avif"])
+@pytest.mark.parametrize("name", ["a", "a.mp4"])
+def test_an_animation_of_any_name_is_read_by_its_durations(name, ending, processor, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(animation(tmp_path / f"a.{ending}", [100, 2900, 500, 500], SHADES[:4]).read_bytes())
+    assert shades(processor, str(path)) == shades(processor, path) == [0, 1, 2]
+
+
+def test_a_picture_before_an_animation_is_no_frame_of_it(processor, tmp_path):
+    """Viewers that know no animated PNG show it."""
+    path = animation(tmp_path / "a.png", default_image=True)
+    assert Image.open(path).n_frames == 12
+    assert shades(processor, path) == [1, 6]  # 2.75 seconds
+    assert shades(processor, path, num_frames=99) == list(range(1, 12))
+    assert torch.equal(
+        processor.image_processor(path, return_tensors="pt")["pixel_values"],
+        processor.image_processor(SHADES[0], return_tensors="pt")["pixel_values"],
+    )
+
+
 def test_an_animation_in_a_chat(processor, tmp_path):
     path = str(animation(tmp_path / "a.gif"))
     for key in ("video", "url", "path"):
@@ -694,6 +777,18 @@ def test_a_sampling_that_makes_no_sense_is_refused(sampling, message, processor,
         shades(processor, animation(tmp_path / "a.gif"), **sampling)
 
 
+def test_all_frames_of_a_file_are_not_asked_for_in_vain(processor, tmp_path):
+    """transformers takes all of them then."""
+    for video, sampling in (
+        (film(tmp_path / "a.mp4"), {}),
+        (animation(tmp_path / "a.gif"), {}),
+        (SHADES, {"num_frames": 3}),
+    ):
+        with pytest.raises(ValueError, match="`do_sample_frames` is False, but"):
+            shades(processor, video, do_sample_frames=False, **sampling)
+    assert shades(processor, SHADES, do_sample_frames=False) == list(range(12))
+
+
 def test_frames_are_read_as_pictures_are(processor, photo, pixels, tmp_path):
     grey, expected = grey_16_bit(photo, "I;16"), pixels(photo.convert("L"), do_pad=False)
     grey.save(tmp_path / "grey.png")
@@ -717,10 +812,10 @@ SHOWN = [(1, 0, 0, 1), (-1, 0, 0, 1), (-1, 0, 0, -1), (1, 0, 0, -1), (0, 1, 1, 0
 SHOWN += [(0, -1, 1, 0)]
 
 
-def film(path, frames=SHADES, rate=4, matrix=None, codec="libx264", **options):
+def film(path, frames=SHADES, rate=4, matrix=None, codec="libx264", pix_fmt="yuv420p", **options):
     with av.open(str(path), "w", options=options) as container:
         stream = container.add_stream(codec, rate=rate)
-        stream.width, stream.height, stream.pix_fmt = *frames[0].size, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = *frames[0].size, pix_fmt
         if matrix:
             a, b, c, d = (number * 2**16 for number in matrix)
             stream.set_display_matrix([a, b, 0, c, d, 0, 0, 0, 2**30])
@@ -794,6 +889,18 @@ def test_a_video_that_was_cut_off_is_refused(ending, photo, processor, tmp_path)
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     with pytest.raises(ValueError, match=rf"cut.{ending}.*ends after .* of .* seconds. The file is damaged"):
         processor(videos=str(cut), text="<video>")
+
+
+@pytest.mark.parametrize(("rate", "number"), [(25, 29), (30, 12), (15, 13), (24, 20)])
+def test_rounding_loses_no_frame(rate, number, processor, tmp_path):
+    """With floats, 29 frames of a 25th of a second are less than 29 at 25.0 a second."""
+    frames = [SHADES[index % 12] for index in range(number)]
+    expected = [index % 12 for index in range(number)]
+    png = {"codec": "apng", "pix_fmt": "rgb24"}  # PIL writes whole milliseconds
+    files = [film(tmp_path / "a.mkv", frames, rate), film(tmp_path / "a.apng", frames, rate, **png)]
+    files += [animation(tmp_path / "a.gif", 40, frames)] if rate == 25 else []
+    for path in files:
+        assert shades(processor, path, fps=float(rate)) == shades(processor, path, fps=rate) == expected
 
 
 def test_what_a_video_file_cannot_give_is_refused(processor, tmp_path):

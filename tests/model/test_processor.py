@@ -168,6 +168,20 @@ def test_placeholders_and_images_must_match(call, message, processor, picture):
         processor(**call)
 
 
+def test_a_prompt_does_not_get_the_video_of_another(processor, frames):
+    """Lists of videos for each prompt are counted for each, as those of pictures are."""
+    one, two = np.stack([np.asarray(frame) for frame in frames]), list(frames[:2])
+    for videos, text in (
+        ([[one, two], []], ["<video>", "<video>"]),
+        ([[one], [two]], ["<video><video>", "no video"]),
+    ):
+        with pytest.raises(ValueError, match=r"<video> tokens .* by prompt\) and 2 \(\[.* by prompt or in all"):
+            processor(videos=videos, text=text)
+    expected = processor(videos=[one, two], text=["<video><video>", "no video"])["pixel_values"]
+    found = processor(videos=[[one, two], []], text=["<video><video>", "no video"])["pixel_values"]
+    assert np.array_equal(found, expected)
+
+
 def test_more_than_the_context_is_refused_with_the_numbers(processor, frames):
     with pytest.raises(ValueError, match="4803 tokens, 4800 of them of images or frames.*holds 4096.*num_frames"):
         processor(videos=[frames * 400], text="<video>.")

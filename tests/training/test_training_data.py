@@ -2,7 +2,6 @@
 
 import json
 import re
-from fractions import Fraction
 
 import datasets
 import numpy as np
@@ -787,11 +786,3 @@ def test_a_row_from_python_without_an_answer_is_refused(processor):
     rows = [{"messages": [says("user", "Hi")]}, trl("Hi", "Ho")]
     with pytest.raises(DataError, match="Row without an id cannot be trained on: no trainable token"):
         Collator(processor, assistant_only_loss=True)(rows)
-
-
-def test_a_video_of_less_than_a_frame_a_second_is_named(tmp_path, processor, picture):
-    """The check let it pass, and the training stopped at it."""
-    write_video(tmp_path / "slow.mp4", [picture("frame_0.png")] * 3, rate=Fraction(1, 2))
-    path = write_json(tmp_path, [{"video": "slow.mp4", "conversations": conversation("<video>\nWhat?")}])
-    (problem,) = Report.of(checked(path, processor)).problems["bad image"]
-    assert "slow.mp4: 3 frames, fewer than one a second" in problem

@@ -2,13 +2,15 @@
 
 import json
 import os
+from fractions import Fraction
+from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_pictures import animation, png, rotated
+from test_pictures import SHADES, animation, film, png, rotated
 from transformers import LlavaProcessor
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
@@ -150,6 +152,37 @@ def test_an_animation_among_frames_is_refused(order, processor, tmp_path):
     names = [animation(tmp_path / "a.gif").name, "still.gif"][::order]
     row = checked(rows_of(tmp_path, video=names), processor)
     assert row["problem"] == f"bad image: {tmp_path / 'a.gif'}: an animation among frames; it is a video of its own"
+
+
+@pytest.mark.parametrize("video", [["a.mp4", "b.mp4"], ["a.png", "b.mp4"], ["b.mp4", "a.png"], ["a", "b"]])
+def test_a_list_of_files_is_no_video(video, processor, tmp_path):
+    """The files after the first one would be left out."""
+    problem = checked(rows_of(tmp_path, video=[video]), processor)["problem"]
+    assert problem.startswith(f"bad image: the video {video} is a list in which not all are pictures"), problem
+
+
+@pytest.mark.parametrize("decode", [True, False])
+def test_a_video_of_any_kind_has_as_many_frames_as_its_batch(decode, processor, tmp_path):
+    files = [film(tmp_path / "a.mp4"), film(tmp_path / "a.mov"), str(tmp_path / "an animation")]
+    Path(files[-1]).write_bytes(animation(tmp_path / "a.gif", [100, 2900, 500, 500], SHADES[:4]).read_bytes())
+    for file in files:
+        rows = rows_of(tmp_path, video=file)
+        (row,) = check_rows(rows, Checker(processor, template_text(processor, "default"), 4096, decode))
+        assert (row["problem"], row["vision"]) == ("", 3)
+        assert batch(row, processor)["input_ids"].shape[1] == row["length"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "slow"])
+def test_a_check_finds_a_video_that_has_too_few_frames(kind, processor, tmp_path):
+    """Its header names as many as there should be."""
+    path = film(tmp_path / "a.mp4", rate=Fraction(1, 2) if kind == "slow" else 4, codec="mpeg4", movflags="faststart")
+    if kind == "cut":
+        Path(path).write_bytes(Path(path).read_bytes()[: -os.path.getsize(path) // 3])
+    rows = rows_of(tmp_path, video=path)
+    reason = "it ends after" if kind == "cut" else "it has 12 frames, but"
+    assert checked(rows, processor)["problem"].startswith(f"bad image: {path}: {reason}")
+    with pytest.raises(ValueError, match=reason):
+        batch(rows[0], processor)
 
 
 def test_a_picture_without_options_is_as_the_class_has_it(photo, tmp_path):
