@@ -411,6 +411,7 @@ def test_a_strip_of_scaled_numbers_is_not_padded_to_its_square(pixels):
         ({"image_std": [-1.0, 0.5, 0.5]}, "`image_std` is .* above 0"),
         ({"image_std": [0.5, 0.5, float("inf")]}, "`image_std` is .* above 0"),
         ({"crop_size": {"height": 0, "width": 56}}, "`crop_size` is 0 x 56"),
+        ({"data_format": "channels_last"}, "`data_format` is 'channels_last'"),
     ],
 )
 def test_settings_that_give_no_pixels_are_refused(settings, message, photo, processor):
@@ -687,11 +688,20 @@ def test_pictures_of_one_frame_are_the_frames_of_one_video(processor, tmp_path):
         ({"fps": 0.0}, "expected a positive number"),
         ({"fps": float("nan")}, "expected a positive number"),
         ({"num_frames": 0}, "expected a positive number"),
+        ({"do_sample_frames": False}, "Frames of a file are always sampled"),
     ],
 )
 def test_a_sampling_that_makes_no_sense_is_refused(sampling, message, processor, tmp_path):
     with pytest.raises(ValueError, match=message):
         shades(processor, animation(tmp_path / "a.gif"), **sampling)
+
+
+def test_frames_that_are_not_to_be_sampled_are_not(processor, photo):
+    frames = [photo] * 3
+    assert len(shades(processor, frames, do_sample_frames=False)) == 3
+    assert len(shades(processor, frames, do_sample_frames=True, num_frames=2)) == 2
+    with pytest.raises(ValueError, match="without `num_frames` and `fps`"):
+        shades(processor, frames, do_sample_frames=False, num_frames=2)
 
 
 def test_frames_are_read_as_pictures_are(processor, photo, pixels, tmp_path):

@@ -219,6 +219,8 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         crop: Any = kwargs.get("crop_size")
         if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
             raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
+        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
+            raise ValueError(f"`data_format` is {kwargs['data_format']!r}, but pixels have their channels first.")
         if kwargs.get("alpha_background") is not None:
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
         asked = _python_numbers(kwargs.get("max_soft_tokens"))
@@ -640,6 +642,12 @@ class LlavaSTFProcessor(LlavaProcessor):
         image_kwargs.setdefault("do_pad", False)
         pixels = []
         for video in videos:
+            whole = isinstance(video, (str, Path, PIL.Image.Image))  # not yet split into frames
+            if kwargs.get("do_sample_frames") is False and (whole or {*sampling.values()} != {None}):
+                raise ValueError(
+                    "`do_sample_frames` is False: that is for a list of frames, without `num_frames` and `fps`. Frames "
+                    "of a file are always sampled; both options say how many."
+                )
             frames = _frames(video, **sampling)
             if image_kwargs.get("do_rescale", self.image_processor.do_rescale) and not any(
                 isinstance(frame, PIL.Image.Image) for frame in frames
