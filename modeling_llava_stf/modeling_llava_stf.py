@@ -542,10 +542,10 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         stock_loss = _STOCK_LOSS(self)
 
         def loss(logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            image_token = self.config.image_token_id
+            image_token, ignored = self.config.image_token_id, kwargs.get("ignore_index", -100)
             for name in ("labels", "shift_labels"):
                 if kwargs.get(name) is not None:
-                    kwargs[name] = kwargs[name].masked_fill(kwargs[name] == image_token, -100)
+                    kwargs[name] = kwargs[name].masked_fill(kwargs[name] == image_token, ignored)
             column = torch.arange(logits.shape[-1], device=logits.device) == image_token
             return stock_loss(logits=logits.masked_fill(column, NO_ANSWER_LOGIT), **kwargs)
 
@@ -615,6 +615,12 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             raise ValueError(
                 f"transformers {transformers.__version__} loses new pictures in a chunked prefill on a given cache: "
                 "leave `prefill_chunk_size` out, or use 5.23 or newer."
+            )
+        if cache is not None and not prepared.use_cache and cache.get_seq_length() > 0:
+            # transformers (5.16 to 5.24) would read the whole prompt without the cache, and so without the pictures.
+            raise ValueError(
+                "`use_cache` is False, in the call or in the generation config, but a cache is given that holds a part "
+                "of the prompt: leave one of them out."
             )
         if prepared.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
             # 5.16 answers without the embeddings, 5.24 fails. Remove this when the chunks are those of embeddings, too.
