@@ -106,7 +106,8 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     max_soft_tokens: Any  # the processors check it
 
 
-OWN_OPTIONS = LlavaSTFImagesKwargs.__annotations__.keys() - ImagesKwargs.__annotations__.keys()
+# These change pixels or the number of tokens.
+PICTURE_OPTIONS = LlavaSTFImagesKwargs.__annotations__.keys() - {"return_tensors", "device", "image_seq_length"}
 # A call of the processor takes these; what `apply_chat_template` takes itself, such as `return_tensors`, is left out.
 OPTIONS = {
     *LlavaSTFImagesKwargs.__annotations__,
@@ -340,11 +341,16 @@ class LlavaSTFProcessor(LlavaProcessor):
         """Reads the settings (see [`ProcessorMixin.get_processor_dict`]); the model's config gives missing ones.
 
         A pipeline's `save_pretrained` writes tokenizer and image processor, but no processor_config.json.
+
+        Raises:
+            ValueError: if processor_config.json and preprocessor_config.json have different options of pictures.
         """
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not any(name in settings for name in MODEL_SETTINGS):
-            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             settings |= _settings_of_model(pretrained_model_name_or_path, where)
+        if "image_processor" in settings and not os.path.isfile(pretrained_model_name_or_path):
+            _refuse_other_settings(settings["image_processor"], pretrained_model_name_or_path, where)
         return settings, unused
 
     @classmethod
@@ -701,7 +707,7 @@ def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
             f"`from_pretrained` got {', '.join(of_calls)}, which a processor takes at its calls only. Give a default "
             "for all pictures and frames without that dictionary, such as `from_pretrained(..., max_soft_tokens=36)`."
         )
-    misplaced = saved.keys() & OWN_OPTIONS
+    misplaced = saved.keys() & PICTURE_OPTIONS
     if misplaced:
         raise ValueError(
             f"processor_config.json has {', '.join(sorted(misplaced))} beside `image_processor`, where it has no "
@@ -709,10 +715,24 @@ def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
         )
 
 
+def _refuse_other_settings(used: dict[str, Any], folder: Any, where: dict[str, Any]) -> None:
+    """Raises a `ValueError` if the image processor was also saved alone, with other options, which no class reads."""
+    file = cached_file(folder, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **where)
+    saved = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    first, second = (LlavaSTFImageProcessor.from_dict(dict(settings)).to_dict() for settings in (used, saved))
+    other = [name for name in sorted(saved.keys() & PICTURE_OPTIONS) if first.get(name) != second.get(name)]
+    if other:
+        raise ValueError(
+            f"processor_config.json and preprocessor_config.json have different values of {', '.join(other)}, and "
+            "transformers reads only the first file. Write the values there, into `image_processor`, and remove the "
+            "second file."
+        )
+
+
 def _refuse_misplaced(given: dict[str, Any]) -> None:
     """Raises a `ValueError` for options of pictures among those of text or sound, where they have no effect."""
     for scope in ("text_kwargs", "audio_kwargs"):
-        misplaced = (given.get(scope) or {}).keys() & OWN_OPTIONS
+        misplaced = (given.get(scope) or {}).keys() & PICTURE_OPTIONS
         if misplaced:
             raise ValueError(
                 f"`{scope}` has {', '.join(sorted(misplaced))}: an option of pictures has no effect there. Give it in "
