@@ -77,12 +77,15 @@ class LlavaSTF(lmms):
             raise ValueError(f"The batch size is {batch_size!r}, expected a number of at least 1.")
         if device and device_map:
             raise ValueError(f"Give `device` ({device}) or `device_map` ({device_map}), not both.")
+        self.sampling = {name: value for name, value in (("fps", fps), ("num_frames", num_frames)) if value is not None}
+        for name, value in self.sampling.items():
+            if not (isinstance(value, (int, float)) and value > 0):
+                raise ValueError(f"`{name}` is {value!r}, expected a positive number.")
         self.batch_size = int(batch_size)
         self.accelerator = Accelerator(cpu=device == "cpu")
         several = self.accelerator.num_processes > 1
         self.device = torch.device(self.accelerator.device if several or not device else device)
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        self.sampling = {name: value for name, value in {"fps": fps, "num_frames": num_frames}.items() if value}
         # A quantised model cannot be moved, so all are loaded where they stay.
         self.processor, self.network = load_checkpoint(
             pretrained,
