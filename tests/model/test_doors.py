@@ -205,6 +205,17 @@ def test_a_cache_that_would_not_be_used_is_refused(small, processor, pictures, s
     answer(small, inputs, **{CACHE: DynamicCache(config=small.config.text_config)})
 
 
+def test_continuous_batching_of_images_is_refused(small, inputs_of, pictures):
+    """transformers leaves the pixels out."""
+    inputs = inputs_of(asked(pictures[0]))
+    for call in (
+        lambda: small.generate_batch(inputs["input_ids"].tolist(), max_new_tokens=2),
+        lambda: answer(small, inputs, cache_implementation="paged"),
+    ):
+        with pytest.raises(ValueError, match="answers without the images in continuous batching"):
+            call()
+
+
 def test_drafts_on_a_cache_are_refused(small, processor, pictures, second_turn):
     cache, inputs = second_turn
     new = inputs | {"pixel_values": inputs["pixel_values"][1:]}

@@ -568,6 +568,19 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         self._check_images({"input_ids": kwargs.get("inputs", args[0] if args else None), **kwargs})
         return super().generate(*args, **kwargs)
 
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Answers texts by continuous batching (see [`ContinuousMixin.generate_batch`]).
+
+        Raises a `ValueError` for a text with image tokens: transformers (5.16 to 5.24) passes no images on here, and so
+        not in `generate(cache_implementation="paged")` either.
+        """
+        if any(self.config.image_token_id in ids for ids in inputs):
+            raise ValueError(
+                f"transformers {transformers.__version__} answers without the images in continuous batching: call "
+                "`generate`, and leave `cache_implementation='paged'` out."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
+
     def _check_images(self, given: dict[str, Any]) -> None:
         # transformers 5.23 and 5.24 give each chunk of a chunked prefill as many tokens as it has places, and compare
         # nothing. A cache may hold the images of earlier turns, whose places are in `input_ids`, too.
