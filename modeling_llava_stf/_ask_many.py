@@ -36,8 +36,8 @@ class PictureCache:
             it.
 
     Raises:
-        ValueError: if there is no picture, or one that cannot be read, the number of tokens is not allowed, or the
-            system message has a placeholder of a picture.
+        ValueError: if there is no picture, or one that cannot be read, the number of tokens is not allowed, the system
+            message has a placeholder of a picture, or the language model attends to a sliding window.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class PictureCache:
             raise ValueError("There is no picture to be asked about. For text alone use `model.generate`.")
         pixels, self._image_tokens = picture_inputs(processor, images, max_soft_tokens=max_soft_tokens)
         self.model, self.processor = model, processor
+        _refuse_windows(model)
         _check_texts(processor, [] if system is None else [system])
         self._messages = [] if system is None else [{"role": "system", "content": system}]
         self._next_content = [{"type": "image"}] * len(pixels)
@@ -83,10 +84,12 @@ class PictureCache:
 
         Args:
             questions: a question, or several.
-            kwargs: of [`generate_many`], such as `max_new_tokens`, `streamer` (for one question), `cache`.
+            kwargs: of [`generate_many`], such as `max_new_tokens`, `streamer` (for one question), `cache`. With
+                `num_return_sequences` one question has a list of answers, too.
         """
         if isinstance(questions, str):
-            return ask_many([self], [questions], **kwargs)[0]
+            answers = ask_many([self], [questions], **kwargs)
+            return answers[0] if len(answers) == 1 else answers
         return ask_many([self] * len(questions), questions, **kwargs)
 
     def prompt(self, question: str) -> list[int]:
@@ -212,6 +215,18 @@ def prompt_ids(
     ids = tokenizer(texts, add_special_tokens=not processor.begin_with_bos(texts))["input_ids"]
     processor._check_context(ids)
     return ids
+
+
+def _refuse_windows(model: LlavaSTFForConditionalGeneration) -> None:
+    # A row has padding between what was read and what is new, and a window would count it.
+    config = model.config.text_config
+    context = config.max_position_embeddings
+    windows = [getattr(layer, "sliding_window", context) for layer in DynamicCache(config=config).layers]
+    if min(windows, default=context) < context:
+        raise ValueError(
+            f"The language model attends to a sliding window of {min(windows)} tokens, which a PictureCache cannot "
+            "continue. Use `model.generate` with the whole conversation."
+        )
 
 
 def _filled(cache: Any, states: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:

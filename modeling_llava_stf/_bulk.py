@@ -156,7 +156,7 @@ def caption(arguments: argparse.Namespace, load: Load, image_options: dict[str, 
     server = Server(arguments.server, arguments.model, limit, image_options) if arguments.server else None
     model_name = server.model if server else str(arguments.model)
     settings = {"model": model_name, "revision": arguments.revision, "max_new_tokens": limit}
-    # Names of pictures alone would be those of another folder, too.
+    # Pictures of other folders may have the same names.
     settings |= {"input": str(Path(arguments.input)), "images": arguments.images and str(Path(arguments.images))}
     output = Output(Path(arguments.output), rows, arguments.part_size, settings | image_options)
     parts = range(shard, output.parts, shards)
@@ -196,6 +196,8 @@ def _check(arguments: argparse.Namespace, image_options: dict[str, Any]) -> None
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(arguments, name)}, expected at least 1.")
     if not arguments.prompt.strip():
         raise ValueError("--prompt is empty.")
+    if arguments.server and arguments.revision is not None:
+        raise ValueError("--revision is for the checkpoint that --model loads here: the server has chosen its own.")
     PIL.ImageColor.getrgb(image_options.get("alpha_background", "white"))  # raises a ValueError that names the colour
 
 

@@ -542,10 +542,10 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
         stock_loss = _STOCK_LOSS(self)
 
         def loss(logits: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-            image_token = self.config.image_token_id
+            image_token, ignored = self.config.image_token_id, kwargs.get("ignore_index", -100)
             for name in ("labels", "shift_labels"):
                 if kwargs.get(name) is not None:
-                    kwargs[name] = kwargs[name].masked_fill(kwargs[name] == image_token, -100)
+                    kwargs[name] = kwargs[name].masked_fill(kwargs[name] == image_token, ignored)
             column = torch.arange(logits.shape[-1], device=logits.device) == image_token
             return stock_loss(logits=logits.masked_fill(column, NO_ANSWER_LOGIT), **kwargs)
 
@@ -567,6 +567,19 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             kwargs[CACHE] = kwargs.pop("cache")
         self._check_images({"input_ids": kwargs.get("inputs", args[0] if args else None), **kwargs})
         return super().generate(*args, **kwargs)
+
+    def generate_batch(self, inputs: list[list[int]], *args: Any, **kwargs: Any) -> Any:
+        """Answers texts by continuous batching (see [`ContinuousMixin.generate_batch`]).
+
+        Raises a `ValueError` for a text with image tokens: transformers (5.16 to 5.24) passes no images on here, and so
+        not in `generate(cache_implementation="paged")` either.
+        """
+        if any(self.config.image_token_id in ids for ids in inputs):
+            raise ValueError(
+                f"transformers {transformers.__version__} answers without the images in continuous batching: call "
+                "`generate`, and leave `cache_implementation='paged'` out."
+            )
+        return super().generate_batch(inputs, *args, **kwargs)
 
     def _check_images(self, given: dict[str, Any]) -> None:
         # transformers 5.23 and 5.24 give each chunk of a chunked prefill as many tokens as it has places, and compare
@@ -615,6 +628,12 @@ class LlavaSTFForConditionalGeneration(LlavaSTFPreTrainedModel, LlavaForConditio
             raise ValueError(
                 f"transformers {transformers.__version__} loses new pictures in a chunked prefill on a given cache: "
                 "leave `prefill_chunk_size` out, or use 5.23 or newer."
+            )
+        if cache is not None and not prepared.use_cache and cache.get_seq_length() > 0:
+            # transformers (5.16 to 5.24) would read the whole prompt without the cache, and so without the pictures.
+            raise ValueError(
+                "`use_cache` is False, in the call or in the generation config, but a cache is given that holds a part "
+                "of the prompt: leave one of them out."
             )
         if prepared.prefill_chunk_size and model_kwargs.get("inputs_embeds") is not None:
             # 5.16 answers without the embeddings, 5.24 fails. Remove this when the chunks are those of embeddings, too.

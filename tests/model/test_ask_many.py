@@ -6,10 +6,11 @@ import pytest
 import torch
 from conftest import GOLDENS
 from PIL import Image
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, MistralConfig, StaticCache, TextIteratorStreamer
 
 from conversion.tokenizer import load_tokenizer
 from modeling_llava_stf import (
+    LlavaSTFConfig,
     LlavaSTFForConditionalGeneration,
     LlavaSTFProcessor,
     PictureCache,
@@ -127,6 +128,9 @@ def test_answers_in_words_beams_and_stream():
     )
     expected = model.generate(**inputs, **beams)[:, inputs["input_ids"].shape[1] :]
     assert torch.equal(generate_many([pictures], [PLACE], **beams), expected)
+    texts = [text.strip() for text in processor.batch_decode(expected, skip_special_tokens=True)]
+    assert pictures.ask(PLACE, **beams) == pictures.ask([PLACE], **beams) == texts
+    assert pictures.ask(PLACE, **GREEDY, num_beams=3) == texts[0]
 
     streamer = TextIteratorStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     thread = Thread(target=pictures.ask, args=(COUNT,), kwargs={**GREEDY, "streamer": streamer})
@@ -170,6 +174,21 @@ def test_mistakes(model, load_model, processor, picture):
     model.to(torch.bfloat16)
     with pytest.raises(ValueError, match="was read in torch.float32 on cpu"):
         pictures.ask("Why?")
+
+
+def test_a_sliding_window_is_refused(model, processor, picture):
+    """It would count the padding between what was read and what is new."""
+    config = LlavaSTFConfig.from_dict(model.config.to_dict())
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    text |= {"num_hidden_layers": 2, "vocab_size": config.text_config.vocab_size, "max_position_embeddings": 4096}
+    for window, refused in ((24, True), (4096, False), (None, False)):
+        config.text_config = MistralConfig(**text, sliding_window=window)
+        sliding = LlavaSTFForConditionalGeneration(config).eval()
+        if refused:
+            with pytest.raises(ValueError, match=f"a sliding window of {window} tokens"):
+                PictureCache(sliding, processor, picture("wide.png"))
+        else:
+            PictureCache(sliding, processor, picture("wide.png"))
 
 
 def test_a_template_that_asks_first_is_refused(model, processor, picture):

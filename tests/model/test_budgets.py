@@ -17,6 +17,7 @@ from transformers import AutoProcessor, DynamicCache, LlavaProcessor, StaticCach
 from modeling_llava_stf import (
     LlavaSTFConfig,
     LlavaSTFForConditionalGeneration,
+    LlavaSTFImageProcessor,
     LlavaSTFProcessor,
     PictureCache,
     generate_many,
@@ -766,7 +767,7 @@ def test_outputs_have_the_encoded_images(small, inputs_of):
 # An option has an effect, or is refused
 
 
-@pytest.mark.parametrize("option", [{"max_soft_tokens": 4}, {"alpha_background": "white"}], ids=str)
+@pytest.mark.parametrize("option", [{"max_soft_tokens": 4}, {"alpha_background": "white"}, {"do_pad": False}], ids=str)
 @pytest.mark.parametrize("scope", ["text_kwargs", "audio_kwargs"])
 def test_options_of_pictures_among_those_of_text_are_refused(scope, option, inputs_of, small_processor, pictures):
     message = f"`{scope}` has {[*option][0]}: an option of pictures has no effect there. .*`images_kwargs`"
@@ -806,8 +807,24 @@ def test_a_processor_is_built_without_unknown_options(small_processor):
 def test_a_default_beside_the_image_processor_is_refused_when_loaded(saved_default):
     file = saved_default / "processor_config.json"
     settings = json.loads(file.read_text(encoding="utf-8"))
-    file.write_text(json.dumps(settings | {"max_soft_tokens": 4}), encoding="utf-8")
-    with pytest.raises(ValueError, match="max_soft_tokens beside `image_processor`, where it has no effect"):
+    for name, value in (("max_soft_tokens", 4), ("do_pad", False)):
+        file.write_text(json.dumps(settings | {name: value}), encoding="utf-8")
+        with pytest.raises(ValueError, match=f"{name} beside `image_processor`, where it has no effect"):
+            LlavaSTFProcessor.from_pretrained(saved_default)
+
+
+def test_a_default_that_is_saved_where_nobody_reads_it_is_refused_when_loaded(saved_default):
+    """An image processor that is saved alone writes a file that transformers does not read beside the other one."""
+    image_processor = LlavaSTFImageProcessor.from_pretrained(saved_default)
+    image_processor.save_pretrained(saved_default)
+    file = saved_default / "preprocessor_config.json"
+    alike = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(alike | {"size": 128, "crop_size": 128}), encoding="utf-8")  # as CLIP's files have them
+    assert LlavaSTFProcessor.from_pretrained(saved_default).tokens_per_image == 4
+    image_processor.max_soft_tokens, image_processor.do_pad = 1, False
+    image_processor.save_pretrained(saved_default)
+    assert LlavaSTFImageProcessor.from_pretrained(saved_default).max_soft_tokens == 4
+    with pytest.raises(ValueError, match=r"different values of do_pad, max_soft_tokens.*reads only the first file"):
         LlavaSTFProcessor.from_pretrained(saved_default)
 
 

@@ -63,6 +63,10 @@ def test_overrides_at_loading_are_checked(tmp_path):
     assert config.tokens_per_image == config.image_seq_length == 64
     with pytest.raises(ValueError, match="`fusion_window` is 5"):
         LlavaSTFConfig.from_pretrained(tmp_path, fusion_window=5)
+    config = LlavaSTFConfig.from_pretrained(tmp_path, vision_config={"image_size": 224}, image_seq_length=7)
+    assert config.tokens_per_image == config.image_seq_length == 64
+    with pytest.raises(ValueError, match="grid of 15 x 15 patches"):
+        LlavaSTFConfig.from_pretrained(tmp_path, vision_config={"image_size": 210})
 
 
 def test_round_trip(tmp_path):

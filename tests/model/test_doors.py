@@ -191,6 +191,31 @@ def test_encoded_pictures_that_do_not_fit_are_refused(chunk, small, inputs_of, p
             assert torch.equal(tokens, answer(small, inputs))
 
 
+def test_a_cache_that_would_not_be_used_is_refused(small, processor, pictures, second_turn, monkeypatch):
+    """transformers would read the whole prompt again, without the pictures that only the cache holds."""
+    cache, inputs = second_turn
+    picture = PictureCache(small, processor, pictures[0])
+    with pytest.raises(ValueError, match="`use_cache` is False"):
+        answer(small, inputs | {"pixel_values": inputs["pixel_values"][1:]}, use_cache=False, **{CACHE: cache})
+    with pytest.raises(ValueError, match="`use_cache` is False"):
+        picture.ask(QUESTION, **EIGHT, use_cache=False)
+    monkeypatch.setattr(small.generation_config, "use_cache", False)
+    with pytest.raises(ValueError, match="`use_cache` is False"):
+        picture.ask(QUESTION, **EIGHT)
+    answer(small, inputs, **{CACHE: DynamicCache(config=small.config.text_config)})
+
+
+def test_continuous_batching_of_images_is_refused(small, inputs_of, pictures):
+    """transformers leaves the pixels out."""
+    inputs = inputs_of(asked(pictures[0]))
+    for call in (
+        lambda: small.generate_batch(inputs["input_ids"].tolist(), max_new_tokens=2),
+        lambda: answer(small, inputs, cache_implementation="paged"),
+    ):
+        with pytest.raises(ValueError, match="answers without the images in continuous batching"):
+            call()
+
+
 def test_drafts_on_a_cache_are_refused(small, processor, pictures, second_turn):
     cache, inputs = second_turn
     new = inputs | {"pixel_values": inputs["pixel_values"][1:]}

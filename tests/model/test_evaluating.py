@@ -252,6 +252,8 @@ def test_an_answer_never_leaves_the_context(model):
         ({"pretrained": "x", "batch_size": "auto"}, "batch size is 'auto'"),
         ({"pretrained": "x", "batch_size": 0}, "batch size is 0"),
         ({"pretrained": "x", "device": "cpu", "device_map": "auto"}, "not both"),
+        ({"pretrained": "x", "num_frames": 0}, "`num_frames` is 0, expected a positive number"),
+        ({"pretrained": "x", "fps": "fast"}, "`fps` is 'fast', expected a positive number"),
         ({"pretrained": "./no/such"}, "There is no folder"),
         *(
             ({"pretrained": str(DEFAULT_MODEL), "max_soft_tokens": wrong}, r"^`max_soft_tokens` is .*\[16, 4, 1\]\.$")

@@ -300,6 +300,15 @@ def test_loss_is_averaged_over_the_tokens_that_the_trainer_counts(model, inputs)
     torch.testing.assert_close(accumulated * 4, loss, **SAME)
 
 
+def test_loss_ignores_what_a_call_names(model, inputs):
+    labels = inputs["input_ids"].clone()  # image tokens among them
+    labels[:, :3] = -100
+    other = labels.masked_fill(labels == -100, -7)
+    torch.testing.assert_close(
+        model(**inputs, labels=other, ignore_index=-7).loss, model(**inputs, labels=labels).loss, **SAME
+    )
+
+
 def test_text_only_training_touches_vision_weights_with_zero(model, text_inputs):
     labels = labels_of(text_inputs, model.config)
     expected = model(**text_inputs, labels=labels).loss

@@ -169,7 +169,7 @@ def test_options_in_a_file_that_is_not_read_are_refused(checkpoint, tmp_path):
     image_processor.do_pad = False
     image_processor.save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"preprocessor_config.json has other options .* do_pad \(False against True\)"
+        ValueError, match="processor_config.json and preprocessor_config.json have different values of do_pad"
     ):
         LlavaSTFProcessor.from_pretrained(tmp_path)
 
@@ -770,6 +770,7 @@ def test_pictures_of_one_frame_are_the_frames_of_one_video(processor, tmp_path):
         ({"fps": 0.0}, "expected a positive number"),
         ({"fps": float("nan")}, "expected a positive number"),
         ({"num_frames": 0}, "expected a positive number"),
+        ({"do_sample_frames": False}, "Frames of a file are always sampled"),
     ],
 )
 def test_a_sampling_that_makes_no_sense_is_refused(sampling, message, processor, tmp_path):

@@ -103,7 +103,11 @@ class LlavaSTFConfig(LlavaConfig):
             )
         # The constructor gets the overrides and checks them; transformers would set them afterwards, unchecked.
         overrides = {name: kwargs.pop(name) for name in FUSION_FIELDS if name in kwargs}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        loaded = super().from_dict({**config_dict, **overrides}, **kwargs)
+        config = loaded[0] if isinstance(loaded, tuple) else loaded
+        config.check_fusion()  # again, for overrides of `vision_config`
+        config.image_seq_length = config.tokens_per_image
+        return loaded
 
     @property
     def grid_size(self) -> int:

@@ -110,9 +110,9 @@ class LlavaSTFImagesKwargs(ImagesKwargs, total=False):  # type: ignore[call-arg]
     max_soft_tokens: Any  # the processors check it
 
 
-# Options that pictures and videos alone have.
+# Options that pictures and videos alone have, and that change pixels or the number of tokens.
 OF_PICTURES = LlavaSTFImagesKwargs.__annotations__.keys() | VideosKwargs.__annotations__.keys()
-OF_PICTURES -= TextKwargs.__annotations__.keys() | AudioKwargs.__annotations__.keys()
+OF_PICTURES -= TextKwargs.__annotations__.keys() | AudioKwargs.__annotations__.keys() | {"device", "image_seq_length"}
 # A call of the processor takes these; what `apply_chat_template` takes itself, such as `return_tensors`, is left out.
 OPTIONS = {
     *LlavaSTFImagesKwargs.__annotations__,
@@ -237,6 +237,8 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         crop: Any = kwargs.get("crop_size")
         if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
             raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
+        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
+            raise ValueError(f"`data_format` is {kwargs['data_format']!r}, but pixels have their channels first.")
         if kwargs.get("alpha_background") is not None:
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
         asked = _python_numbers(kwargs.get("max_soft_tokens"))
@@ -356,12 +358,16 @@ class LlavaSTFProcessor(LlavaProcessor):
         """Reads the settings (see [`ProcessorMixin.get_processor_dict`]); the model's config gives missing ones.
 
         A pipeline's `save_pretrained` writes tokenizer and image processor, but no processor_config.json.
+
+        Raises:
+            ValueError: if processor_config.json and preprocessor_config.json have different options of pictures.
         """
         settings, unused = super().get_processor_dict(pretrained_model_name_or_path, **kwargs)
-        _refuse_two_answers(Path(pretrained_model_name_or_path) / kwargs.get("subfolder", ""), settings)
+        where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if not any(name in settings for name in MODEL_SETTINGS):
-            where = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             settings |= _settings_of_model(pretrained_model_name_or_path, where)
+        if "image_processor" in settings and not os.path.isfile(pretrained_model_name_or_path):
+            _refuse_other_settings(settings["image_processor"], pretrained_model_name_or_path, where)
         return settings, unused
 
     @classmethod
@@ -733,24 +739,17 @@ def _refuse_dropped(saved: dict[str, Any], given: dict[str, Any]) -> None:
         )
 
 
-def _refuse_two_answers(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises a `ValueError` if a folder's preprocessor_config.json has other options than those that are read.
-
-    `save_pretrained` of an image processor writes that file; beside a processor_config.json it has no effect.
-    """
-    file, read = folder / "preprocessor_config.json", settings.get("image_processor")
-    if not isinstance(read, dict) or not file.is_file():
-        return
-    found = json.loads(file.read_text(encoding="utf-8"))
-    others = [
-        f"{name} ({found[name]!r} against {read[name]!r})"
-        for name in sorted(OF_PICTURES & found.keys() & read.keys())
-        if found[name] != read[name]
-    ]
-    if others:
+def _refuse_other_settings(used: dict[str, Any], folder: Any, where: dict[str, Any]) -> None:
+    """Raises a `ValueError` if the image processor was also saved alone, with other options, which no class reads."""
+    file = cached_file(folder, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False, **where)
+    saved = json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+    first, second = (LlavaSTFImageProcessor.from_dict(dict(settings)).to_dict() for settings in (used, saved))
+    other = [name for name in sorted(saved.keys() & OF_PICTURES) if first.get(name) != second.get(name)]
+    if other:
         raise ValueError(
-            f"{file} has other options than `image_processor` in processor_config.json, which is read: "
-            f"{', '.join(others)}. Remove one of the files, or save the whole processor with the options that you want."
+            f"processor_config.json and preprocessor_config.json have different values of {', '.join(other)}, and "
+            "transformers reads only the first file. Write the values there, into `image_processor`, and remove the "
+            "second file."
         )
 
 
