@@ -268,6 +268,7 @@ def build_image_processor(
     file = preprocessor_file(clip_folder)
     settings = section(read_json(file), "image_processor", file)
     notes = check_settings(file, settings, PREPROCESSOR)
+    _refuse_null(file, settings)
     require_positive(file, settings, ["rescale_factor"])
     for name in ("size", "crop_size"):
         sides = settings[name] if isinstance(settings.get(name), dict) else {name: settings.get(name)}
@@ -301,6 +302,16 @@ def preprocessor_file(folder: Path) -> Path:
     """The file with the settings of the pictures; transformers 5 saves them as a part of the processor's."""
     file = folder / "preprocessor_config.json"
     return file if file.exists() else folder / "processor_config.json"
+
+
+def _refuse_null(file: Path, settings: dict[str, Any]) -> None:
+    """Raises a [`ConversionError`] for a step that is null: off in transformers 4.37, its default in transformers 5."""
+    for name in ("do_center_crop", "do_normalize", "do_rescale", "do_resize", "resample", "rescale_factor"):
+        if settings.get(name, ...) is None:
+            raise ConversionError(
+                f"{file}: `{name}` is null, which the original reads otherwise than transformers 5: write what is meant, "
+                "or leave it out for the default."
+            )
 
 
 def _check_channels(file: Path, name: str, values: Any) -> None:

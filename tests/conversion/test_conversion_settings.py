@@ -272,6 +272,8 @@ def test_pixels_are_those_of_the_clip_preprocessor(fields, tmp_path, picture):
         ({"rescale_factor": math.nan}, "`rescale_factor` is nan"),
         ({"resample": 9}, "`resample` is 9"),
         ({"do_normalize": "no"}, "`do_normalize` is 'no'"),
+        ({"do_rescale": None}, "`do_rescale` is null"),
+        ({"resample": None}, "`resample` is null"),
         ({"size": {"shortest_edge": 0}}, "`shortest_edge` is 0"),
         ({"crop_size": {"height": 28, "width": 28}}, "56 x 56 pixels"),
         ({"crop_size": {"height": 56, "width": 28}}, "56 x 56 pixels"),
