@@ -195,13 +195,16 @@ def test_a_cache_that_would_not_be_used_is_refused(small, processor, pictures, s
     """transformers would read the whole prompt again, without the pictures that only the cache holds."""
     cache, inputs = second_turn
     picture = PictureCache(small, processor, pictures[0])
+    expected = picture.ask(QUESTION, **EIGHT)
     with pytest.raises(ValueError, match="`use_cache` is False"):
         answer(small, inputs | {"pixel_values": inputs["pixel_values"][1:]}, use_cache=False, **{CACHE: cache})
     with pytest.raises(ValueError, match="`use_cache` is False"):
         picture.ask(QUESTION, **EIGHT, use_cache=False)
     monkeypatch.setattr(small.generation_config, "use_cache", False)
-    with pytest.raises(ValueError, match="`use_cache` is False"):
-        picture.ask(QUESTION, **EIGHT)
+    try:
+        assert picture.ask(QUESTION, **EIGHT) == expected  # 5.16 may use the cache in spite of the config
+    except ValueError as error:
+        assert "`use_cache` is False" in str(error)
     answer(small, inputs, **{CACHE: DynamicCache(config=small.config.text_config)})
 
 
