@@ -309,8 +309,8 @@ def _refuse_null(file: Path, settings: dict[str, Any]) -> None:
     for name in ("do_center_crop", "do_normalize", "do_rescale", "do_resize", "resample", "rescale_factor"):
         if settings.get(name, ...) is None:
             raise ConversionError(
-                f"{file}: `{name}` is null, which the original reads otherwise than transformers 5: write what is meant, "
-                "or leave it out for the default."
+                f"{file}: `{name}` is null, which the original reads otherwise than transformers 5: write what is "
+                "meant, or leave it out for the default."
             )
 
 

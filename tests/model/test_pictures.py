@@ -770,7 +770,7 @@ def test_pictures_of_one_frame_are_the_frames_of_one_video(processor, tmp_path):
         ({"fps": 0.0}, "expected a positive number"),
         ({"fps": float("nan")}, "expected a positive number"),
         ({"num_frames": 0}, "expected a positive number"),
-        ({"do_sample_frames": False}, "Frames of a file are always sampled"),
+        ({"do_sample_frames": False}, "`do_sample_frames` is False, but a file"),
     ],
 )
 def test_a_sampling_that_makes_no_sense_is_refused(sampling, message, processor, tmp_path):
