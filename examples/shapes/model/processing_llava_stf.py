@@ -237,8 +237,6 @@ class LlavaSTFImageProcessor(LlavaImageProcessorPil):
         crop: Any = kwargs.get("crop_size")
         if kwargs.get("do_center_crop") and not min(crop.height or 0, crop.width or 0) > 0:
             raise ValueError(f"`crop_size` is {crop.height} x {crop.width}, expected pixels.")
-        if kwargs.get("data_format") not in (None, ChannelDimension.FIRST):
-            raise ValueError(f"`data_format` is {kwargs['data_format']!r}, but pixels have their channels first.")
         if kwargs.get("alpha_background") is not None:
             PIL.ImageColor.getrgb(kwargs["alpha_background"])
         asked = _python_numbers(kwargs.get("max_soft_tokens"))
